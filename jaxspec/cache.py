@@ -1,0 +1,39 @@
+"""Key-value caches of fixed capacity with a length per row.
+
+A cache is one `LayerKV` `[B, Hkv, S, Dh]` per layer; lengths live beside it, in whatever state owns it. Rows past a
+length hold leftovers and are masked, so rolling back is not writing and committing is one slice update per row.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.kernels.attention import LayerKV
+
+
+def extend(kv: LayerKV, capacity: int) -> LayerKV:
+    """The keys and values of a prompt in a cache of `capacity` rows."""
+    missing = capacity - kv.keys.shape[2]
+    if missing < 0:
+        raise ValueError(f"a prompt of {kv.keys.shape[2]} rows does not fit a cache of {capacity}")
+    return LayerKV(*(jnp.pad(part, ((0, 0), (0, 0), (0, missing), (0, 0))) for part in kv))
+
+
+def write(kv: LayerKV, new: LayerKV, start: jax.Array) -> LayerKV:
+    """`new` `[B, Hkv, P, Dh]` written at row `start` i32 `[B]` of each batch entry (`start + P <= S`)."""
+
+    def update(part, block):
+        for row in range(part.shape[0]):  # one in-place slice update per row; a batched update would be a scatter
+            part = jax.lax.dynamic_update_slice(part, block[row : row + 1].astype(part.dtype), (row, 0, start[row], 0))
+        return part
+
+    return LayerKV(update(kv.keys, new.keys), update(kv.values, new.values))
+
+
+def take(kv: LayerKV, path: jax.Array) -> LayerKV:
+    """Entries `path` i32 `[B, P]` of new keys and values `[B, Hkv, N, Dh]`."""
+    return LayerKV(*(jnp.take_along_axis(part, path[:, None, :, None], axis=2) for part in kv))
+
+
+def filled(lengths: jax.Array, capacity: int) -> jax.Array:
+    """Bool `[B, 1, S]`: the rows of a cache that hold committed tokens."""
+    return (jnp.arange(capacity) < lengths[:, None])[:, None, :]

@@ -1,0 +1,1 @@
+"""Reading and writing published checkpoints: safetensors folders, name tables, drafters."""

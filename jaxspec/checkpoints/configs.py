@@ -1,0 +1,35 @@
+"""Hugging Face config objects -> ours, for the parts that families share."""
+
+import dataclasses
+
+from jaxspec.layers import RopeConfig, TextConfig
+
+
+def llama_text_config(config) -> TextConfig:
+    """A transformers `LlamaConfig` as ours. Raises ValueError for what the decoder layer does not compute."""
+    if config.model_type != "llama":
+        raise ValueError(f"text model_type {config.model_type!r} is not supported here; only llama")
+    if config.hidden_act != "silu":
+        raise ValueError(f"text hidden_act {config.hidden_act!r} is not supported; only silu")
+    return TextConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        rms_norm_eps=config.rms_norm_eps,
+        rope=rope_config(config.rope_parameters),
+        tie_word_embeddings=config.tie_word_embeddings,
+        attention_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias,
+        max_position_embeddings=config.max_position_embeddings,
+    )
+
+
+def rope_config(parameters: dict) -> RopeConfig:
+    """`rope_parameters` of a transformers 5 config (older spellings are converted by transformers on reading)."""
+    known = {field.name for field in dataclasses.fields(RopeConfig)}
+    values = {key: value for key, value in parameters.items() if key in known and value is not None}
+    return RopeConfig(theta=parameters["rope_theta"], type=parameters.get("rope_type", "default"), **values)

@@ -1,0 +1,133 @@
+"""Our parameter paths <-> published tensor names, one table per family, used in both directions.
+
+Modules here are nested like the published ones, so a table holds prefixes only; the leaf rule is common: `kernel` is
+the transposed `weight`, `scale` and `embedding` are `weight`, a convolution's kernel is its flattened `weight`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxspec.sharding import parameter_sharding
+
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+
+
+@dataclasses.dataclass(frozen=True)
+class NameTable:
+    """How a family is published.
+
+    prefixes: our path prefix -> published prefix, the first that fits is used.
+    aliases: (regex at the start of a name, replacement), applied in order, bring other layouts to the published one.
+    ignored: regexes of published tensors that carry no parameter.
+    """
+
+    prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    aliases: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    def published(self, path: str) -> str:
+        """Published name of our parameter path."""
+        for ours, theirs in self.prefixes.items():
+            if path.startswith(ours):
+                path = theirs + path.removeprefix(ours)
+                break
+        stem, _, leaf = path.rpartition(".")
+        leaf = LEAVES.get(leaf, leaf)
+        return f"{stem}.{leaf}" if stem else leaf
+
+    def canonical(self, name: str) -> str:
+        """The published name in the table's layout, whichever layout it came in."""
+        for pattern, replacement in self.aliases:
+            name = re.sub("^" + pattern, replacement, name)
+        return name
+
+    def is_ignored(self, name: str) -> bool:
+        return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+
+
+def parameter_paths(module: nnx.Module) -> dict[str, nnx.Param]:
+    """Every parameter of a module by dotted path."""
+    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+
+
+def to_ours(path: str, array: np.ndarray) -> np.ndarray:
+    """A published array in our layout (a view; nothing is read yet)."""
+    if path.endswith("kernel"):
+        return array.reshape(array.shape[0], -1).T
+    return array
+
+
+def to_published(path: str, array: np.ndarray) -> np.ndarray:
+    """Inverse of `to_ours`."""
+    if path.endswith("patch_embedding.kernel"):
+        patch = round((array.shape[0] / 3) ** 0.5)
+        return array.T.reshape(-1, 3, patch, patch)
+    return array.T if path.endswith("kernel") else array
+
+
+def fill(
+    module: nnx.Module, tensors: Mapping[str, np.ndarray], table: NameTable, source: str, dtype, mesh=None
+) -> nnx.Module:
+    """A module with the same structure (built abstractly) whose parameters are the published tensors in `dtype`.
+
+    With a mesh every device reads its own shard only.
+
+    Raises ValueError that lists every missing, extra, doubled and mis-shaped tensor at once.
+    """
+    problems, by_name = [], {}
+    for name, array in tensors.items():
+        canonical = table.canonical(name)
+        if table.is_ignored(canonical):
+            continue
+        if canonical in by_name:
+            problems.append(f"doubled: {name} (also {canonical})")
+        by_name[canonical] = array
+    graph, state = nnx.split(module)
+    flat = nnx.to_flat_state(state)
+    values = []
+    for path, leaf in flat:
+        dotted = ".".join(map(str, path))
+        name = table.published(dotted)
+        if name not in by_name:
+            problems.append(f"missing: {name} {published_shape(dotted, leaf.shape)}")
+            continue
+        array = to_ours(dotted, by_name.pop(name))
+        if array.shape != leaf.shape:
+            expected = published_shape(dotted, leaf.shape)
+            problems.append(f"mis-shaped: {name} is {published_shape(dotted, array.shape)}, the config wants {expected}")
+        elif not jnp.issubdtype(array.dtype, jnp.floating):
+            problems.append(f"wrong dtype: {name} is {array.dtype}, not a floating-point type")
+        else:
+            values.append((path, leaf.replace(place(array, dotted, dtype, mesh))))
+    problems += [f"extra: {name} {tuple(array.shape)}" for name, array in by_name.items()]
+    if problems:
+        raise ValueError(f"{source} does not fit its config.json:\n  " + "\n  ".join(problems))
+    return nnx.merge(graph, nnx.from_flat_state(values))
+
+
+def place(array: np.ndarray, path: str, dtype, mesh) -> jax.Array:
+    """A memory-mapped array on the device, or each shard of it on its own."""
+    if mesh is None:
+        return jnp.asarray(np.ascontiguousarray(array), dtype)
+    sharding = parameter_sharding(mesh, path, array.shape)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].astype(dtype))
+
+
+def published_shape(path: str, shape: Iterable[int]) -> tuple[int, ...]:
+    return tuple(np.broadcast_to(0, tuple(shape)).T.shape) if path.endswith("kernel") else tuple(shape)
+
+
+def to_tensors(module: nnx.Module, table: NameTable, dtype=None) -> dict[str, np.ndarray]:
+    """Published tensors of a module, the inverse of `fill`."""
+    tensors = {}
+    for path, leaf in parameter_paths(module).items():
+        array = np.asarray(jax.device_get(leaf[...]))
+        array = to_published(path, array if dtype is None else array.astype(dtype))
+        tensors[table.published(path)] = np.ascontiguousarray(array)
+    return tensors

@@ -1,0 +1,1 @@
+"""Data sets, conversations and the input pipeline."""

@@ -1,0 +1,157 @@
+"""The input pipeline: a random-access source of conversations becomes batches of fixed shape.
+
+Everything is a function of (seed, step). That makes a run repeatable, lets a stopped run go on at any step without
+replaying what came before, and gives each process of a multi-host run its own share without coordination.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+
+class Padder:
+    """Pads or cuts one encoded conversation to `sequence_length` tokens.
+
+    Attributes:
+      truncated: how many conversations have been cut so far in this process (the first one warns).
+    """
+
+    def __init__(self, sequence_length: int, pad_token_id: int, image_token_id: int):
+        if sequence_length < 1:
+            raise ValueError(f"sequence_length must be at least 1; got {sequence_length}.")
+        self.sequence_length = sequence_length
+        self.truncated = 0
+        self._pad = pad_token_id
+        self._image = image_token_id
+
+    def __call__(self, encoded: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Adds `attention_mask` bool [sequence_length]; pads `input_ids` and `loss_mask` on the right.
+
+        Raises:
+          ValueError: cutting would lose image tokens, which a model couldn't match with its pictures.
+        """
+        ids, mask = encoded["input_ids"], encoded["loss_mask"]
+        limit = self.sequence_length
+        if len(ids) > limit:
+            if np.any(ids[limit:] == self._image):
+                raise ValueError(
+                    f"sequence_length {limit} cuts image tokens off a conversation of {len(ids)} tokens; raise it."
+                )
+            self._count(len(ids))
+            ids, mask = ids[:limit], mask[:limit]
+        gap = limit - len(ids)
+        return {
+            "input_ids": np.pad(ids, (0, gap), constant_values=self._pad).astype(np.int32),
+            "attention_mask": np.arange(limit) < len(ids),
+            "loss_mask": np.pad(mask, (0, gap)),
+            "pixel_values": encoded["pixel_values"],
+        }
+
+    def _count(self, length: int) -> None:
+        self.truncated += 1
+        if self.truncated == 1:
+            warnings.warn(
+                f"A conversation of {length} tokens was cut to {self.sequence_length}; more may follow unannounced.",
+                stacklevel=2,
+            )
+
+
+class Pipeline:
+    """Batches of conversations, for ever.
+
+    Args:
+      source: random access to records with `images` (encoded bytes) and `conversations` (LLaVA-style turns).
+      encoder: (images, conversations) -> encoded conversation, as `jaxspec.data.conversations.ConversationEncoder`.
+      sequence_length: tokens per row.
+      batch_size: rows per batch over all processes together.
+      seed: decides the order; each epoch has its own.
+      shuffle: False keeps the order of the source, epoch after epoch.
+      process_index, process_count: which share of each batch this process gets.
+
+    Raises:
+      ValueError: sizes that don't fit each other.
+    """
+
+    def __init__(
+        self,
+        source: Sequence[dict[str, Any]],
+        encoder: Callable[..., dict[str, np.ndarray]],
+        *,
+        sequence_length: int,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if batch_size < 1 or batch_size % process_count:
+            raise ValueError(f"batch_size must be a multiple of process_count {process_count}; got {batch_size}.")
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index must lie within 0..{process_count - 1}; got {process_index}.")
+        if not len(source):
+            raise ValueError("The source must hold at least one record; it is empty.")
+        tokenizer = encoder.processor.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.padder = Padder(sequence_length, pad, encoder.processor.image_token_id)
+        self._encoder = encoder
+        dataset = grain.MapDataset.source(source).seed(seed)
+        if shuffle:
+            dataset = dataset.shuffle()
+        # Repeating before sharing out lets batches cross the end of an epoch, so that none is short.
+        dataset = dataset.repeat()[process_index::process_count]
+        self._batches = dataset.map(self._encode).batch(batch_size // process_count, batch_fn=_stack)
+
+    @property
+    def truncated(self) -> int:
+        """How many conversations this process has cut so far."""
+        return self.padder.truncated
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        """The batch of one step, made on the spot; `batches` gives the same ones ahead of time."""
+        return self._batches[step]
+
+    def batches(
+        self, start_step: int = 0, num_threads: int = 2, prefetch: int = 8, num_workers: int = 0
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of `start_step`, `start_step + 1`, ...
+
+        Args:
+          start_step: the first step; going on from any step costs nothing.
+          num_threads: threads that prepare batches; 0 prepares each when it is asked for.
+          prefetch: how many batches may be ready ahead.
+          num_workers: processes that prepare batches, for machines with many cores; the batches and their order stay
+            the same, but what the workers cut isn't counted in `truncated`. A script that uses them must guard its
+            entry with `if __name__ == "__main__"`.
+
+        Returns:
+          An iterator of dicts with B = batch_size / process_count rows: `input_ids` int32 [B, S], `attention_mask`
+          bool [B, S], `loss_mask` bool [B, S], `pixel_values` float32 [B, n_images, 3, H, W].
+        """
+        if start_step < 0:
+            raise ValueError(f"start_step must be at least 0; got {start_step}.")
+        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
+        dataset = self._batches[start_step:].to_iter_dataset(options)
+        if num_workers:
+            # Grain's worker processes read absl flags, which only an absl main function would have parsed.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=prefetch)
+            )
+        return iter(dataset)
+
+    def _encode(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
+        return self.padder(self._encoder(record["images"], record["conversations"]))
+
+
+def _stack(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    counts = {len(row["pixel_values"]) for row in rows}
+    if len(counts) > 1:
+        raise ValueError(f"All conversations of a batch must have equally many pictures; got {sorted(counts)}.")
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}

@@ -1,0 +1,197 @@
+"""What a demo scene is, how one is sampled and how it is drawn.
+
+The embedded model needs pictures whose whole truth is known, so that its answers can be scored object by object, and
+which a small vision tower (128 pixels, 16-pixel patches) can really read. Two kinds of scene give that: a few plain
+shapes on a grid of nine named places, and a bar chart with whole-number values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+FRAME = 256
+"""Side of a rendered picture in pixels."""
+
+PLACES = (
+    "top left", "top center", "top right",
+    "middle left", "center", "middle right",
+    "bottom left", "bottom center", "bottom right",
+)  # fmt: skip
+"""The nine places in raster order: place `p` lies in row `p // 3` and column `p % 3`."""
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES = ("small", "large")
+COLOURS = {
+    "red": (220, 50, 47),
+    "green": (46, 160, 67),
+    "blue": (38, 98, 217),
+    "yellow": (245, 200, 20),
+    "purple": (142, 68, 173),
+    "orange": (240, 125, 20),
+    "black": (35, 35, 40),
+}
+BACKGROUNDS = {"white": (255, 255, 255), "gray": (216, 218, 222), "cream": (253, 243, 210), "pink": (252, 221, 228)}
+
+MAX_VALUE = 8
+"""Largest value of a bar; bars hold whole numbers from 1 to this."""
+
+# The two ranges are far apart, so that a size is never in doubt after the picture is halved for the vision tower.
+_EXTENTS = {"small": (31, 33, 35), "large": (58, 61, 64)}
+_JITTER = 6
+_OVERSAMPLING = 4
+_CHART_LEFT, _CHART_RIGHT, _BASELINE, _UNIT = 20, 236, 232, 26
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneObject:
+    """One shape: its place (a name from `PLACES`), colour, shape and size."""
+
+    place: str
+    colour: str
+    shape: str
+    size: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """One bar of a chart: its colour and its value (1..`MAX_VALUE`)."""
+
+    colour: str
+    value: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Everything that is needed to draw a picture and to talk about it.
+
+    Attributes:
+      kind: "shapes" or "chart".
+      background: a name from `BACKGROUNDS`.
+      items: `SceneObject`s in raster order (shapes) or `Bar`s from left to right (chart).
+      drawing: per item, shapes only: (extent, dx, dy), the object's side and its offset from the middle of its cell in
+        pixels. It changes the picture and never the truth.
+    """
+
+    kind: str
+    background: str
+    items: tuple[SceneObject, ...] | tuple[Bar, ...]
+    drawing: tuple[tuple[int, int, int], ...] = ()
+
+    def to_json(self) -> dict:
+        """The scene as plain JSON values; `scene_from_json` reads it back."""
+        return dataclasses.asdict(self)
+
+
+def scene_from_json(fields: dict) -> Scene:
+    """The scene that `Scene.to_json` wrote."""
+    item = SceneObject if fields["kind"] == "shapes" else Bar
+    return Scene(
+        kind=fields["kind"],
+        background=fields["background"],
+        items=tuple(item(**entry) for entry in fields["items"]),
+        drawing=tuple(tuple(entry) for entry in fields["drawing"]),
+    )
+
+
+def sample_scene(rng: np.random.Generator, chart_share: float = 0.3) -> Scene:
+    """Draws a random scene: a chart with probability `chart_share`, else shapes."""
+    return _sample_chart(rng) if rng.random() < chart_share else _sample_shapes(rng)
+
+
+def render(scene: Scene) -> Image.Image:
+    """Draws `scene` as an RGB picture of `FRAME` x `FRAME` pixels."""
+    image = Image.new("RGB", (FRAME, FRAME), BACKGROUNDS[scene.background])
+    if scene.kind == "shapes":
+        for item, (extent, dx, dy) in zip(scene.items, scene.drawing, strict=True):
+            row, column = divmod(PLACES.index(item.place), 3)
+            left = round((column + 0.5) * FRAME / 3) + dx - extent // 2
+            top = round((row + 0.5) * FRAME / 3) + dy - extent // 2
+            image.paste(COLOURS[item.colour], (left, top), _mask(item.shape, extent))
+    else:
+        _draw_chart(image, scene)
+    return image
+
+
+def _sample_shapes(rng: np.random.Generator) -> Scene:
+    count = int(rng.integers(2, 6))
+    places = sorted(rng.choice(len(PLACES), size=count, replace=False).tolist())
+    colours, items, drawing = tuple(COLOURS), [], []
+    for place in places:
+        size = SIZES[rng.integers(len(SIZES))]
+        colour, shape = colours[rng.integers(len(colours))], SHAPES[rng.integers(len(SHAPES))]
+        items.append(SceneObject(PLACES[place], colour, shape, size))
+        dx, dy = rng.integers(-_JITTER, _JITTER + 1, size=2).tolist()
+        drawing.append((int(rng.choice(_EXTENTS[size])), dx, dy))
+    return Scene("shapes", _sample_background(rng), tuple(items), tuple(drawing))
+
+
+def _sample_chart(rng: np.random.Generator) -> Scene:
+    count = int(rng.integers(3, 6))
+    colours = rng.permutation(tuple(COLOURS))[:count].tolist()
+    values = rng.integers(1, MAX_VALUE + 1, size=count).tolist()
+    # "Which bar is tallest" and "which is shortest" must have one answer.
+    while values.count(max(values)) > 1 or values.count(min(values)) > 1:
+        values = rng.integers(1, MAX_VALUE + 1, size=count).tolist()
+    return Scene("chart", _sample_background(rng), tuple(map(Bar, colours, values)))
+
+
+def _sample_background(rng: np.random.Generator) -> str:
+    return tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+
+
+def _draw_chart(image: Image.Image, scene: Scene) -> None:
+    # Every edge lies on a whole pixel, so a chart needs no antialiasing.
+    draw = ImageDraw.Draw(image)
+    grid = tuple(round(0.88 * channel) for channel in BACKGROUNDS[scene.background])
+    for value in range(1, MAX_VALUE + 1):
+        y = _BASELINE - value * _UNIT
+        draw.line((_CHART_LEFT, y, _CHART_RIGHT, y), fill=grid, width=1)
+    slot = (_CHART_RIGHT - _CHART_LEFT) / len(scene.items)
+    for index, bar in enumerate(scene.items):
+        left = round(_CHART_LEFT + (index + 0.17) * slot)
+        right = round(_CHART_LEFT + (index + 0.83) * slot)
+        draw.rectangle((left, _BASELINE - bar.value * _UNIT, right, _BASELINE), fill=COLOURS[bar.colour])
+    draw.line((_CHART_LEFT - 6, _BASELINE + 1, _CHART_RIGHT + 6, _BASELINE + 1), fill=(70, 70, 75), width=3)
+
+
+@functools.cache
+def _mask(shape: str, extent: int) -> Image.Image:
+    """Antialiased coverage of one shape, `extent` x `extent` pixels; there are only a few, so each is drawn once."""
+    side = extent * _OVERSAMPLING
+    mask = Image.new("L", (side, side), 0)
+    draw = ImageDraw.Draw(mask)
+    end = side - 1
+    if shape == "circle":
+        draw.ellipse((0, 0, end, end), fill=255)
+    elif shape == "ring":
+        draw.ellipse((0, 0, end, end), fill=255)
+        hole = round(0.24 * side)
+        draw.ellipse((hole, hole, end - hole, end - hole), fill=0)
+    elif shape == "square":
+        inset = round(0.04 * side)
+        draw.rectangle((inset, inset, end - inset, end - inset), fill=255)
+    elif shape == "triangle":
+        draw.polygon(((end / 2, 0), (end, 0.94 * end), (0, 0.94 * end)), fill=255)
+    elif shape == "star":
+        draw.polygon(_star_points(side), fill=255)
+    elif shape == "cross":
+        arm = round(0.33 * side)
+        draw.rectangle((arm, 0, end - arm, end), fill=255)
+        draw.rectangle((0, arm, end, end - arm), fill=255)
+    else:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}; got {shape!r}.")
+    return mask.resize((extent, extent), Image.Resampling.BOX)
+
+
+def _star_points(side: int) -> list[tuple[float, float]]:
+    points = []
+    for corner in range(10):
+        radius = side * (0.52 if corner % 2 == 0 else 0.22)
+        angle = math.pi * (corner / 5 - 0.5)
+        points.append((side / 2 + radius * math.cos(angle), 0.52 * side + radius * math.sin(angle)))
+    return points

@@ -1,0 +1,38 @@
+"""A loaded drafter: its module, its tree, and what its folder says about itself."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxspec.checkpoints.hub import resolve_folder
+from jaxspec.drafters.checkpoint import load_drafter_folder, method_of, read_drafter_config
+from jaxspec.speculation.tree import TreeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafter:
+    """Made by `load_drafter`."""
+
+    model: nnx.Module
+    tree: TreeConfig
+    method: str
+    about: dict
+    """The `jaxspec` entry of config.json: how the drafter was trained and what it accepted then; {} if published elsewhere."""
+
+
+def load_drafter(path_or_repo_id: str | Path, target) -> Drafter:
+    """A drafter for a loaded target, from a folder or from the hub; parameters in the target's dtype.
+
+    Raises FileNotFoundError, or ValueError where it was made for another target or its tensors do not fit.
+    """
+    folder = resolve_folder(path_or_repo_id)
+    raw = read_drafter_config(folder)
+    about = raw.get("jaxspec", {})
+    recorded = about.get("target_fingerprint")
+    if recorded is not None and recorded != target.fingerprint():
+        raise ValueError(f"drafter {folder} was trained for the target {recorded}, not for {target.fingerprint()}")
+    dtype = target.model.language_model.embed_tokens.embedding.dtype
+    model, tree = load_drafter_folder(folder, target.model, jnp.dtype(dtype))
+    return Drafter(model, tree, method_of(raw), about)

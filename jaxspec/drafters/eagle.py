@@ -1,0 +1,155 @@
+"""EAGLE-2's draft head: one decoder layer on [embedding of the next token ; target feature] (arXiv 2401.15077, 2406.16858).
+
+Row i of the head reads `fc([embedding of token i+1 ; feature of position i])` and predicts the feature of position i+1;
+the target's LM head turns that into the distribution of token i+2. ViSpec (vispec.py) changes how the rows of a prompt
+are made and what stands beside a feature; everything else is here.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxspec import cache as caches
+from jaxspec.kernels.attention import LayerKV, Segment
+from jaxspec.layers import DecoderLayer, TextConfig, causal_mask, linear, rope_tables
+from jaxspec.speculation.loop import DrafterContext
+from jaxspec.speculation.tree import Tree, TreeConfig, grow_tree
+
+
+@dataclasses.dataclass(frozen=True)
+class EagleConfig:
+    """A head for a target with `text.hidden_size` and `text.vocab_size`; `text` describes its one layer."""
+
+    text: TextConfig
+    qkv_bias: bool = False
+    fc_bias: bool = True
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A sequence as the head reads it: R rows, text only or with images in whatever form the method gives them."""
+
+    embeds: jax.Array  # [B, R, D], embedding of the token after the row's position
+    features: jax.Array  # [B, R, D], target feature of the row's position
+    positions: jax.Array  # i32 [B, R], position in the target's sequence
+    valid: jax.Array  # bool [B, R]
+    global_features: jax.Array | None = None  # [B, R, D], what ViSpec sets beside a feature
+    direct: jax.Array | None = None  # [B, R, D], rows that bypass `fc`
+    is_direct: jax.Array | None = None  # bool [B, R]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EagleState:
+    kv: LayerKV  # [B, Hkv, S, Dh]
+    rows: jax.Array  # i32 [B], rows in use
+    next_position: jax.Array  # i32 [B], position of the next row
+    output: jax.Array  # [B, D], head output at the last row: predicts the feature of the root
+    global_feature: jax.Array | None  # [B, D]
+
+
+class EagleHead(nnx.Module):
+    def __init__(self, config: EagleConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width = config.text.hidden_size
+        self.fc = linear(2 * width, width, bias=config.fc_bias, rngs=rngs)
+        self.layers = nnx.List([DecoderLayer(config.text, input_norm=False, qkv_bias=config.qkv_bias, rngs=rngs)])
+
+    # -- the head ------------------------------------------------------------------------------------------------
+
+    def combine(self, embeds: jax.Array, features: jax.Array, global_features: jax.Array | None) -> jax.Array:
+        """Layer input `[B, N, D]`."""
+        del global_features
+        return self.fc(jnp.concatenate([embeds, features], axis=-1))
+
+    def run(self, x, positions, mask, past=()) -> tuple[jax.Array, LayerKV]:
+        """The decoder layer on inputs `[B, N, D]`."""
+        text = self.config.text
+        return self.layers[0](x, rope_tables(text.rope, text.head_dim, positions), mask, past)
+
+    def forward(self, rows: Rows, features: jax.Array | None = None) -> tuple[jax.Array, LayerKV]:
+        """Teacher-forced pass over whole sequences: output `[B, R, D]`, row i predicting the next row's feature.
+
+        `features` replaces `rows.features`: the head's own earlier outputs, in multi-step training.
+        """
+        x = self.combine(rows.embeds, rows.features if features is None else features, rows.global_features)
+        if rows.direct is not None:
+            x = jnp.where(rows.is_direct[..., None], rows.direct, x)
+        return self.run(x, rows.positions, causal_mask(rows.valid))
+
+    def rows_of(self, context: DrafterContext, next_embeds: jax.Array) -> Rows:
+        """The rows of a prompt; `next_embeds` `[B, S, D]` are its embeddings shifted by one."""
+        positions = jnp.broadcast_to(jnp.arange(next_embeds.shape[1]), next_embeds.shape[:2])
+        return Rows(next_embeds, context.features, positions, positions < context.lengths[:, None])
+
+    def final_global_feature(self, rows: Rows, last: jax.Array) -> jax.Array | None:
+        """What decoding steps set beside their features; `last` i32 `[B]` is the last row."""
+        return None
+
+    # -- decoding (jaxspec.drafters.contract.Drafter) ------------------------------------------------------------
+
+    def prefill(self, target, context: DrafterContext, capacity: int) -> EagleState:
+        batch = jnp.arange(context.lengths.shape[0])
+        next_embeds = jnp.roll(context.embeds, -1, axis=1)
+        next_embeds = next_embeds.at[batch, context.lengths - 1].set(target.embed(context.root[:, None])[:, 0])
+        rows = self.rows_of(context, next_embeds)
+        output, kv = self.forward(rows)
+        count = rows.valid.sum(axis=1)
+        unused = context.embeds.shape[1] - rows.embeds.shape[1]  # image rows the method does without
+        return EagleState(
+            kv=caches.extend(kv, capacity - unused),
+            rows=count,
+            next_position=context.lengths,
+            output=output[batch, count - 1],
+            global_feature=self.final_global_feature(rows, count - 1),
+        )
+
+    def propose(self, target, config: TreeConfig, state: EagleState, root, noise, sampling) -> tuple[Tree, EagleState]:
+        committed = caches.filled(state.rows, state.kv.keys.shape[2])  # [B, 1, S]
+        own = jnp.broadcast_to(jnp.eye(config.top_k, dtype=bool), (root.shape[0], config.top_k, config.top_k))
+
+        def expand(carry, tokens, parent, level):
+            outputs, drafted, seen = carry  # outputs [B, k, D]; keys, values of drafted nodes; who sees which [B, k, T]
+            features = jnp.take_along_axis(outputs, parent[..., None], axis=1)
+            x = self.step_inputs(target, tokens, features, state)
+            past = [Segment(state.kv, committed)]
+            if drafted is not None:
+                seen = jnp.take_along_axis(seen, parent[..., None], axis=1)
+                past.append(Segment(drafted, seen))
+            positions = jnp.broadcast_to((state.next_position + level)[:, None], tokens.shape)
+            outputs, kv = self.run(x, positions, own, past)
+            if drafted is None:
+                drafted, seen = kv, own
+            else:
+                drafted = LayerKV(*(jnp.concatenate(pair, axis=2) for pair in zip(drafted, kv, strict=True)))
+                seen = jnp.concatenate([seen, own], axis=2)
+            return (outputs, drafted, seen), target.unembed(outputs)
+
+        first = target.unembed(state.output)
+        tree = grow_tree(config, root, first, noise, sampling, expand, (state.output[:, None], None, None))
+        return tree, state
+
+    def advance(self, target, state: EagleState, tokens, features, count) -> EagleState:
+        length = tokens.shape[1]
+        steps = jnp.arange(length)
+        x = self.step_inputs(target, tokens, features, state)
+        mask = causal_mask(steps < count[:, None])
+        positions = state.next_position[:, None] + steps
+        output, kv = self.run(x, positions, mask, [Segment(state.kv, caches.filled(state.rows, state.kv.keys.shape[2]))])
+        last = jnp.take_along_axis(output, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+        return dataclasses.replace(
+            state,
+            kv=caches.write(state.kv, kv, state.rows),
+            rows=state.rows + count,
+            next_position=state.next_position + count,
+            output=jnp.where((count > 0)[:, None], last, state.output),
+        )
+
+    def step_inputs(self, target, tokens, features, state: EagleState) -> jax.Array:
+        """Layer inputs `[B, N, D]` of text tokens after the prompt."""
+        beside = state.global_feature
+        beside = None if beside is None else jnp.broadcast_to(beside[:, None], features.shape)
+        return self.combine(target.embed(tokens), features, beside)

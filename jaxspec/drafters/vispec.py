@@ -1,0 +1,116 @@
+"""ViSpec (arXiv 2509.15235): an EAGLE head that sees each image as a few vectors and one global feature.
+
+A vision adaptor (section 3.2) turns the M embeddings of an image into `num_q` vectors. All but the last replace the
+image's tokens in the head's sequence, at the positions of its last tokens and without passing `fc`; the last one is the
+image's global feature, which every later text row carries beside its target feature through `img_fc` (section 3.3).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxspec.drafters.eagle import EagleConfig, EagleHead, Rows
+from jaxspec.layers import linear
+from jaxspec.speculation.loop import DrafterContext
+
+
+@dataclasses.dataclass(frozen=True)
+class ViSpecConfig(EagleConfig):
+    num_q: int = 2
+
+    def __post_init__(self):
+        if self.num_q < 1:
+            raise ValueError(f"num_q must be at least 1 (the global feature), got {self.num_q}")
+
+
+class VisionAdaptor(nnx.Module):
+    """Learned queries attend once to the embeddings of one image: no norm, no MLP, no positions."""
+
+    def __init__(self, config: ViSpecConfig, *, rngs: nnx.Rngs):
+        text = config.text
+        width, heads = text.hidden_size, text.num_heads
+        self.q = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (config.num_q, heads, width // heads)))
+        self.k_proj = linear(width, width, bias=config.qkv_bias, rngs=rngs)
+        self.v_proj = linear(width, width, bias=config.qkv_bias, rngs=rngs)
+        self.o_proj = linear(width, width, bias=False, rngs=rngs)
+
+    def __call__(self, embeds: jax.Array, masks: jax.Array) -> jax.Array:
+        """`[B, n, num_q, D]` for the n images that `masks` bool `[B, n, S]` pick out of `embeds` `[B, S, D]`."""
+        num_q, heads, head_dim = self.q.shape
+        split = (*embeds.shape[:2], heads, head_dim)
+        keys, values = self.k_proj(embeds).reshape(split), self.v_proj(embeds).reshape(split)
+        queries = self.q[...].astype(keys.dtype) * head_dim**-0.5
+        scores = jnp.einsum("qhd,bshd->bhqs", queries, keys, preferred_element_type=jnp.float32)
+        scores = jnp.where(masks[:, :, None, None], scores[:, None], -jnp.inf)  # [B, n, H, q, S]
+        absent = ~masks.any(axis=-1)[:, :, None, None, None]
+        weights = jax.nn.softmax(jnp.where(absent, 0.0, scores), axis=-1).astype(values.dtype)
+        mixed = jnp.einsum("bnhqs,bshd->bnqhd", weights, values)
+        return self.o_proj(mixed.reshape(*mixed.shape[:3], heads * head_dim))
+
+
+class ViSpecHead(EagleHead):
+    def __init__(self, config: ViSpecConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        width = config.text.hidden_size
+        self.imadpt = VisionAdaptor(config, rngs=rngs)
+        self.img_fc = linear(2 * width, width, bias=True, rngs=rngs)
+        # [I | 0]: training starts from the head without a global feature.
+        self.img_fc.kernel[...] = jnp.eye(2 * width, width)
+
+    def combine(self, embeds, features, global_features):
+        features = self.img_fc(jnp.concatenate([features, global_features], axis=-1))
+        return super().combine(embeds, features, global_features)
+
+    def final_global_feature(self, rows: Rows, last: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(rows.global_features, last[:, None, None], axis=1)[:, 0]
+
+    def rows_of(self, context: DrafterContext, next_embeds: jax.Array) -> Rows:
+        batch, length, width = next_embeds.shape
+        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        valid = positions < context.lengths[:, None]
+        if context.max_images == 0:
+            nothing = jnp.zeros_like(next_embeds)
+            return Rows(next_embeds, context.features, positions, valid, nothing)
+
+        # Rows are shifted by one against tokens: row i stands for token i + 1.
+        image_ids = jnp.roll(context.image_ids, -1, axis=1).at[:, -1].set(-1)
+        masks = image_ids[:, None] == jnp.arange(context.max_images)[:, None]  # [B, n, S]
+        vectors = self.imadpt(next_embeds, masks)  # [B, n, num_q, D]
+        last_row = jnp.max(jnp.where(masks, positions[:, None], -1), axis=-1)  # [B, n], -1 for absent images
+
+        # The global feature of the latest image that ended before the row.
+        ended = (last_row[:, None] < positions[..., None]) & (last_row >= 0)[:, None]  # [B, S, n]
+        latest = ended.sum(axis=-1) - 1  # [B, S]
+        global_features = take_rows(vectors[:, :, -1], jnp.maximum(latest, 0))
+        global_features = jnp.where((latest >= 0)[..., None], global_features, 0)
+
+        # An image keeps its last num_q - 1 rows, filled with the adaptor's vectors in order.
+        replaced = self.config.num_q - 1
+        is_image = image_ids >= 0
+        this_image = jnp.maximum(image_ids, 0)
+        from_end = jnp.take_along_axis(last_row, this_image, axis=1) - positions  # 0 for an image's last row
+        is_direct = is_image & (from_end < replaced)
+        flat = vectors[:, :, :-1].reshape(batch, -1, width)  # [B, n * replaced, D]
+        slot = this_image * replaced + jnp.clip(replaced - 1 - from_end, 0, max(replaced - 1, 0))
+        direct = take_rows(flat, slot) if replaced else jnp.zeros_like(next_embeds)
+
+        # Dropped rows leave: what stays moves up, in order, with its original position.
+        kept = valid & (~is_image | is_direct)
+        slots = min(length, length - context.min_image_tokens + context.max_images * replaced)
+        order = jnp.argsort(~kept, axis=1, stable=True)[:, :slots]
+        return Rows(
+            embeds=take_rows(next_embeds, order),
+            features=take_rows(context.features, order),
+            positions=jnp.take_along_axis(positions, order, axis=1),
+            valid=jnp.take_along_axis(kept, order, axis=1),
+            global_features=take_rows(global_features, order),
+            direct=take_rows(direct, order),
+            is_direct=jnp.take_along_axis(is_direct, order, axis=1),
+        )
+
+
+def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows `index` i32 `[B, R]` of `x` `[B, S, D]`."""
+    return jnp.take_along_axis(x, index[..., None], axis=1)

@@ -1,0 +1,279 @@
+"""`Generator`: prompts in, text and statistics out, over the jitted decode loop.
+
+Shapes are bucketed, so a service compiles a handful of programs: one per (batch, prompt bucket, cache bucket, images).
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxspec.metrics import GenerationStats
+from jaxspec.prompting import EncodedPrompt, ImageLike, Prompt, encode_prompt
+from jaxspec.speculation import loop
+from jaxspec.speculation.sampling import BatchSampling, SamplingParams
+from jaxspec.speculation.tree import TreeConfig
+
+ROUNDS_PER_SLICE = 4
+"""Verification steps between two looks of the host, when streaming or watching for stop strings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One finished request."""
+
+    tokens: np.ndarray  # i32 [n], without the prompt; a stop token is the last one
+    accepted: np.ndarray  # bool [n], True where the token came from the draft
+    text: str  # without special tokens and stop strings
+    finish_reason: str  # "stop" or "length"
+    stats: GenerationStats
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a stream yields: the text that has become certain, and the tokens of the latest rounds."""
+
+    text: str
+    tokens: np.ndarray  # i32 [n]
+    accepted: np.ndarray  # bool [n]
+    result: Result | None = None  # on the last piece
+
+
+class Generator:
+    """Generates with a target, sped up by a drafter where there is one.
+
+    Args:
+      target: from `load_target`.
+      drafter: from `load_drafter`, or None for autoregressive decoding.
+      tree: the drafter's own tree by default.
+      max_length: most tokens of prompt and answer together.
+
+    The answer does not depend on drafter, tree or batch (up to floating-point ties). Raises ValueError for a tree that
+    the vocabulary cannot fill and for a `max_length` beyond the target's positions.
+    """
+
+    def __init__(self, target, drafter=None, tree: TreeConfig | None = None, max_length: int = 4096):
+        limit = target.config.text.max_position_embeddings
+        if max_length < 2:
+            raise ValueError(f"max_length must be at least 2, got {max_length}")
+        if drafter is None:
+            if tree is not None and tree.total_tokens > 1:
+                raise ValueError(f"a tree of {tree.total_tokens} tokens needs a drafter")
+            tree = TreeConfig.autoregressive()
+        else:
+            tree = tree or drafter.tree
+        tree.check_vocabulary(target.config.text.vocab_size)
+        self.target, self.drafter, self.tree = target, drafter, tree
+        self.max_length = min(max_length, limit)
+        self.compilations = 0
+        graph, self._params = nnx.split((target.model, drafter.model if drafter else None))
+
+        def counted(function):
+            def traced(params, *args, **kwargs):
+                self.compilations += 1  # runs when jit traces, that is once per compiled program
+                model, head = nnx.merge(graph, params)
+                return function(model, head, tree, *args, **kwargs)
+
+            return traced
+
+        self._prefill = jax.jit(counted(loop.prefill), static_argnames=("capacity", "max_new"))
+        self._decode = jax.jit(counted(loop.decode), donate_argnums=1)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        images: Sequence[ImageLike] = (),
+        sampling: SamplingParams = SamplingParams(),
+        max_new_tokens: int = 256,
+        raw: bool = False,
+    ) -> Result:
+        """One request; see `generate_batch`."""
+        return self.generate_batch([prompt], [images], [sampling], [max_new_tokens], raw)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        images: Sequence[Sequence[ImageLike]] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+        max_new_tokens: int | Sequence[int] = 256,
+        raw: bool = False,
+    ) -> list[Result]:
+        """Lists with one entry per request (`sampling` and `max_new_tokens` may also be one for all).
+
+        Raises ValueError, before anything is compiled, for prompts that do not fit `max_length`, images that cannot be
+        read, and image marks without images.
+        """
+        batch = self._prepare(prompts, images, sampling, max_new_tokens, raw)
+        state = batch.start()
+        watching = any(params.stop for params in batch.sampling)
+        while not batch.finished(state):
+            state = batch.advance(state, ROUNDS_PER_SLICE if watching else self.max_length)
+        return batch.results(state)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        images: Sequence[ImageLike] = (),
+        sampling: SamplingParams = SamplingParams(),
+        max_new_tokens: int = 256,
+        raw: bool = False,
+        rounds_per_piece: int = ROUNDS_PER_SLICE,
+    ) -> Iterator[Piece]:
+        """The same request in pieces. Texts join to the result's text; the last piece carries the result."""
+        batch = self._prepare([prompt], [images], sampling, max_new_tokens, raw)
+        state = batch.start()
+        seen, shown = 0, ""
+        while True:
+            finished = batch.finished(state)
+            result = batch.results(state)[0]
+            # A text may still change at its end: half a character, or the beginning of a stop string.
+            text = result.text if finished else stable_text(result.text, batch.sampling[0].stop)
+            tokens, accepted = result.tokens[seen:], result.accepted[seen:]
+            yield Piece(text[len(shown) :], tokens, accepted, result if finished else None)
+            if finished:
+                return
+            seen, shown = len(result.tokens), text
+            state = batch.advance(state, rounds_per_piece)
+
+    def _prepare(self, prompts, images, sampling, max_new_tokens, raw) -> "Batch":
+        count = len(prompts)
+        if not count:
+            raise ValueError("generate_batch needs at least one prompt, got none")
+        images = [()] * count if images is None else images
+        sampling = [sampling] * count if isinstance(sampling, SamplingParams) else list(sampling)
+        limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        for name, values in (("images", images), ("sampling", sampling), ("max_new_tokens", limits)):
+            if len(values) != count:
+                raise ValueError(f"{name} has {len(values)} entries for {count} prompts")
+        encoded = []
+        for index, (prompt, pictures) in enumerate(zip(prompts, images, strict=True)):
+            one = encode_prompt(self.target, prompt, pictures, raw)
+            if limits[index] < 1:
+                raise ValueError(f"max_new_tokens must be at least 1, got {limits[index]}")
+            if len(one.input_ids) >= self.max_length:
+                raise ValueError(
+                    f"prompt {index} has {len(one.input_ids)} tokens; with max_length {self.max_length} it may have "
+                    f"at most {self.max_length - 1}"
+                )
+            limits[index] = min(limits[index], self.max_length - len(one.input_ids))
+            encoded.append(one)
+        return Batch(self, encoded, sampling, limits)
+
+
+class Batch:
+    """One batch on its way through prefill and decode: arrays, times, and what the host reads back."""
+
+    def __init__(
+        self, generator: Generator, prompts: list[EncodedPrompt], sampling: list[SamplingParams], limits: list[int]
+    ):
+        self.generator, self.prompts, self.sampling, self.limits = generator, prompts, sampling, limits
+        self.prefill_seconds = self.decode_seconds = 0.0
+        longest = bucket(max(len(prompt.input_ids) for prompt in prompts))
+        self.max_new = bucket(max(limits))
+        self.capacity = max(longest, min(longest + self.max_new, generator.max_length))
+        ids = np.zeros((len(prompts), longest), np.int32)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt.input_ids)] = prompt.input_ids
+        pixels = [prompt.pixel_values for prompt in prompts if len(prompt.pixel_values)]
+        self.prompt = loop.Prompt(
+            input_ids=ids,
+            lengths=np.array([len(prompt.input_ids) for prompt in prompts], np.int32),
+            pixel_values=pad_images(np.concatenate(pixels)) if pixels else None,
+            max_images=max(len(prompt.pixel_values) for prompt in prompts),
+            min_image_tokens=min(prompt.image_tokens for prompt in prompts),
+        )
+        stops = [(*generator.target.stop_token_ids, *params.stop_token_ids) for params in sampling]
+        width = -(-max(map(len, stops)) // 4) * 4  # in steps of 4: extra stop tokens rarely mean another program
+        self.request = loop.Request(
+            sampling=BatchSampling.from_params(sampling),
+            max_new_tokens=np.array(limits, np.int32),
+            stop_token_ids=np.array([[*row, *[-1] * (width - len(row))] for row in stops], np.int32),
+        )
+
+    def start(self) -> loop.DecodeState:
+        started = time.perf_counter()
+        state = self.generator._prefill(
+            self.generator._params, self.prompt, self.request, capacity=self.capacity, max_new=self.max_new
+        )
+        jax.block_until_ready(state.root)
+        self.prefill_seconds = time.perf_counter() - started
+        return state
+
+    def advance(self, state: loop.DecodeState, rounds: int) -> loop.DecodeState:
+        """Up to `rounds` more rounds; `state` is consumed."""
+        started = time.perf_counter()
+        state = self.generator._decode(self.generator._params, state, jnp.int32(rounds))
+        jax.block_until_ready(state.done)
+        self.decode_seconds += time.perf_counter() - started
+        return state
+
+    def finished(self, state: loop.DecodeState) -> bool:
+        done = np.asarray(state.done)
+        if done.all() or not any(params.stop for params in self.sampling):
+            return bool(done.all())
+        tokens, counts = np.asarray(state.tokens), np.asarray(state.counts)
+        return all(
+            done[row] or self.stop_at(tokens[row, : counts[row]], params.stop)[0] is not None
+            for row, params in enumerate(self.sampling)
+        )
+
+    def results(self, state: loop.DecodeState) -> list[Result]:
+        """What the rows hold now."""
+        tokens, drafted, counts, emitted = map(
+            np.asarray, jax.device_get((state.tokens, state.from_draft, state.counts, state.emitted))
+        )
+        results = []
+        for row, params in enumerate(self.sampling):
+            ids = tokens[row, : counts[row]]
+            stop, text = self.stop_at(ids, params.stop)
+            if stop is not None:
+                ids = ids[:stop]
+            stop_ids = {*self.generator.target.stop_token_ids, *params.stop_token_ids}
+            stopped = stop is not None or (len(ids) > 0 and int(ids[-1]) in stop_ids)
+            stats = GenerationStats.of(
+                emitted[row],
+                prompt_tokens=len(self.prompts[row].input_ids),
+                generated_tokens=len(ids),
+                prefill_seconds=self.prefill_seconds,
+                decode_seconds=self.decode_seconds,
+            )
+            results.append(Result(ids, drafted[row, : len(ids)], text, "stop" if stopped else "length", stats))
+        return results
+
+    def stop_at(self, ids: np.ndarray, stops: tuple[str, ...]) -> tuple[int | None, str]:
+        """How many tokens stay when the text is cut at the first stop string (None where there is none), and the text."""
+        decode = partial(self.generator.target.tokenizer.decode, skip_special_tokens=True)
+        text = decode(ids).lstrip(" ")
+        found = [text.find(stop) for stop in stops if stop in text]
+        if not found:
+            return None, text
+        count = next(n for n in range(1, len(ids) + 1) if any(stop in decode(ids[:n]) for stop in stops))
+        return count, text[: min(found)]
+
+
+def stable_text(text: str, stops: tuple[str, ...]) -> str:
+    """The part of a growing text that later tokens cannot change."""
+    text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    return text[: len(text) - held]
+
+
+def bucket(size: int, smallest: int = 64) -> int:
+    """The next size of the series 64, 96, 128, 192, 256, 384, ..: at most half of a padded array is padding."""
+    step = smallest
+    while step < size:
+        if step * 3 // 2 >= size:
+            return step * 3 // 2
+        step *= 2
+    return step
+
+
+def pad_images(pixel_values: np.ndarray) -> np.ndarray:
+    """Images `[n, ..]` padded with empty ones to the next power of two, so that n takes few values."""
+    count = 1 << (len(pixel_values) - 1).bit_length()
+    return np.concatenate([pixel_values, np.zeros((count - len(pixel_values), *pixel_values.shape[1:]), np.float32)])

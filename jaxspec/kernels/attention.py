@@ -1,0 +1,60 @@
+"""Attention of N new tokens over each other and over cached segments.
+
+One function serves prefill and training (no segment, causal mask), autoregressive decoding (N = 1), tree verification
+(ancestor mask) and drafting (cache plus the levels drafted so far). New keys and values are not written to the cache
+first: a verified tree commits only its accepted path, so a cache never holds rejected rows.
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30
+
+
+class LayerKV(NamedTuple):
+    """Keys and values of one layer, `[B, Hkv, S, Dh]` each."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Segment(NamedTuple):
+    """Tokens to attend to: their keys and values, and who sees them (bool `[B, N, S]`, or `[B, 1, S]` for all N)."""
+
+    kv: LayerKV
+    mask: jax.Array
+
+
+def attend(query: jax.Array, segments: Sequence[Segment]) -> jax.Array:
+    """Softmax attention over the union of the segments, with grouped query heads, softmax in float32.
+
+    `query` is `[B, H, N, Dh]`, H a multiple of Hkv. Returns `[B, H, N, Dh]` in the query's dtype. A row that sees
+    nothing returns some finite average (rows of padding).
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads = segments[0].kv.keys.shape[1]
+    groups = heads // kv_heads
+    # Query heads that share a key head become extra rows of one matrix product.
+    rows = (query * head_dim**-0.5).reshape(batch, kv_heads, groups * length, head_dim)
+
+    def scores(segment):  # [B, Hkv, G, N, S]
+        logits = jnp.einsum("bhnd,bhsd->bhns", rows, segment.kv.keys, preferred_element_type=jnp.float32)
+        logits = logits.reshape(batch, kv_heads, groups, length, -1)
+        return jnp.where(segment.mask[:, None, None], logits, MASKED)
+
+    def mix(weights, segment):  # [B, Hkv, G * N, Dh]
+        values = segment.kv.values
+        weights = weights.astype(values.dtype).reshape(batch, kv_heads, groups * length, -1)
+        return jnp.einsum("bhns,bhsd->bhnd", weights, values, preferred_element_type=jnp.float32)
+
+    logits = [scores(segment) for segment in segments]
+    peak = jax.lax.stop_gradient(reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in logits]))
+    weights = [jnp.exp(part - peak) for part in logits]
+    total = reduce(jnp.add, [part.sum(-1, keepdims=True) for part in weights])
+    out = reduce(jnp.add, [mix(part / total, segment) for part, segment in zip(weights, segments, strict=True)])
+    return out.reshape(batch, heads, length, head_dim).astype(query.dtype)
+

@@ -1,0 +1,209 @@
+"""The parts every model here is made of: norms, rotary positions, the Llama decoder layer.
+
+Modules hold parameters and nothing else; caches and masks are arguments. The decoder layer serves the targets' text
+models and, with `input_norm=False`, the EAGLE / ViSpec draft heads.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxspec.kernels.attention import LayerKV, Segment, attend
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position settings (`rope_parameters` of a Hugging Face config)."""
+
+    theta: float = 10000.0
+    type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self):
+        if self.type not in ROPE_TYPES:
+            raise ValueError(f"rope type {self.type!r} is not implemented; known types: {', '.join(ROPE_TYPES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """A Llama-family decoder."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope: RopeConfig = RopeConfig()
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    max_position_embeddings: int = 4096
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_heads}) is not a multiple of num_key_value_heads ({self.num_kv_heads})"
+            )
+
+
+def rope_frequencies(config: RopeConfig, head_dim: int) -> jax.Array:
+    """Inverse frequencies f32 `[Dh / 2]` (transformers `modeling_rope_utils`: default, linear, llama3)."""
+    inverse = 1.0 / config.theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if config.type == "linear":
+        return inverse / config.factor
+    if config.type == "llama3":
+        wavelength = 2 * math.pi / inverse
+        context = config.original_max_position_embeddings
+        span = config.high_freq_factor - config.low_freq_factor
+        smooth = jnp.clip((context / wavelength - config.low_freq_factor) / span, 0.0, 1.0)
+        return (1 - smooth) * inverse / config.factor + smooth * inverse
+    return inverse
+
+
+def rope_tables(config: RopeConfig, head_dim: int, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine f32 `[B, N, Dh / 2]` of positions `[B, N]`."""
+    angles = position_ids[..., None].astype(jnp.float32) * rope_frequencies(config, head_dim)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate `x` `[B, N, H, Dh]`, halves convention (Llama in transformers)."""
+    cos, sin = (table[:, :, None, :].astype(x.dtype) for table in tables)  # [B, N, 1, Dh / 2]
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs):
+        del rngs
+        self.scale = nnx.Param(jnp.ones((features,)))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return x32.astype(x.dtype) * self.scale[...]
+
+
+def linear(features_in: int, features_out: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer initialised as the transformers models here are: normal 0.02."""
+    return nnx.Linear(features_in, features_out, use_bias=bias, kernel_init=nnx.initializers.normal(0.02), rngs=rngs)
+
+
+class SelfAttention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: TextConfig, *, qkv_bias: bool, output_bias: bool, rngs: nnx.Rngs):
+        query_width = config.num_heads * config.head_dim
+        kv_width = config.num_kv_heads * config.head_dim
+        self.q_proj = linear(config.hidden_size, query_width, bias=qkv_bias, rngs=rngs)
+        self.k_proj = linear(config.hidden_size, kv_width, bias=qkv_bias, rngs=rngs)
+        self.v_proj = linear(config.hidden_size, kv_width, bias=qkv_bias, rngs=rngs)
+        self.o_proj = linear(query_width, config.hidden_size, bias=output_bias, rngs=rngs)
+        self.head_dim = config.head_dim
+
+    def __call__(self, x, rope, mask, past):
+        batch, length, _ = x.shape
+        split = (batch, length, -1, self.head_dim)
+        query = apply_rope(self.q_proj(x).reshape(split), rope).swapaxes(1, 2)  # [B, H, N, Dh]
+        key = apply_rope(self.k_proj(x).reshape(split), rope).swapaxes(1, 2)  # [B, Hkv, N, Dh]
+        value = self.v_proj(x).reshape(split).swapaxes(1, 2)
+        new = LayerKV(key, value)
+        out = attend(query, [*past, Segment(new, mask)])  # [B, H, N, Dh]
+        out = out.swapaxes(1, 2).reshape(batch, length, -1)
+        return self.o_proj(out), new
+
+
+class GatedMLP(nnx.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = linear(width, inner, bias=bias, rngs=rngs)
+        self.up_proj = linear(width, inner, bias=bias, rngs=rngs)
+        self.down_proj = linear(inner, width, bias=bias, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """One pre-norm Llama layer. `input_norm=False` is EAGLE's draft layer (arXiv 2401.15077, published code)."""
+
+    def __init__(
+        self, config: TextConfig, *, input_norm: bool = True, qkv_bias: bool | None = None, rngs: nnx.Rngs
+    ):
+        epsilon = config.rms_norm_eps
+        self.input_layernorm = RMSNorm(config.hidden_size, epsilon, rngs=rngs) if input_norm else None
+        self.self_attn = SelfAttention(
+            config,
+            qkv_bias=config.attention_bias if qkv_bias is None else qkv_bias,
+            output_bias=config.attention_bias,
+            rngs=rngs,
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, epsilon, rngs=rngs)
+        self.mlp = GatedMLP(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask: jax.Array,
+        past: Sequence[Segment] = (),
+    ) -> tuple[jax.Array, LayerKV]:
+        """`x` `[B, N, D]`, `mask` bool `[B, N, N]` among the new tokens, `past` what they see beside each other.
+        Returns the output `[B, N, D]` and the new tokens' keys and values."""
+        residual = x
+        x = x if self.input_layernorm is None else self.input_layernorm(x)
+        attended, kv = self.self_attn(x, rope, mask, past)
+        x = residual + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+
+class LanguageModel(nnx.Module):
+    """Token embedding, decoder layers, final norm, LM head."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        init = nnx.initializers.normal(0.02)
+        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs)
+        self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
+
+    def __call__(self, embeds, position_ids, mask, cache=None, cache_mask=None):
+        """`embeds` `[B, N, D]`, `position_ids` i32 `[B, N]`, `mask` bool `[B, N, N]`; `cache` is one `LayerKV` per
+        layer, `cache_mask` bool `[B, 1, S]`. Returns features `[B, N, D]` (after the final norm) and one new `LayerKV`
+        per layer."""
+        rope = rope_tables(self.config.rope, self.config.head_dim, position_ids)
+        x, new_kv = embeds, []
+        for index, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{index}"):
+                past = () if cache is None else (Segment(cache[index], cache_mask),)
+                x, kv = layer(x, rope, mask, past)
+            new_kv.append(kv)
+        return self.norm(x), tuple(new_kv)
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Logits f32 `[..., V]` of features `[..., D]`."""
+        kernel = self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+        return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def causal_mask(valid: jax.Array) -> jax.Array:
+    """Bool `[B, S, S]`: position j is visible from i iff j <= i and `valid[j]`; `valid` bool `[B, S]`."""
+    length = valid.shape[1]
+    return jnp.tril(jnp.ones((length, length), bool))[None] & valid[:, None, :]

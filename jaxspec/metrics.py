@@ -1,0 +1,76 @@
+"""The numbers of speculative decoding, defined once for training, benchmark and server."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Acceptance:
+    """What a drafter earned over a number of rounds (verification steps of the target)."""
+
+    rounds: int
+    emitted_tokens: int
+    mean_acceptance_length: float
+    """Tokens emitted per round, bonus token included; 1.0 without a drafter."""
+    mean_accepted_draft_tokens: float
+    """The same without the bonus."""
+    acceptance_at_position: tuple[float, ...]
+    """Entry i: share of rounds in which at least i + 1 draft tokens were accepted."""
+    conditional_acceptance: tuple[float, ...]
+    """Entry i: the same, given that i were accepted; nan where that never happened."""
+    draft_acceptance_rate: float
+    """Accepted draft tokens over drafted depth; nan without a drafter."""
+
+    @classmethod
+    def from_histogram(cls, emitted) -> "Acceptance":
+        """From counts `[P]`: entry i is the number of rounds that emitted i + 1 tokens (P = deepest path + 1).
+
+        A round that was cut by a stop token or a length limit counts with the tokens it really emitted.
+        """
+        emitted = np.asarray(emitted, np.int64)
+        rounds = int(emitted.sum())
+        tokens = int((emitted * np.arange(1, len(emitted) + 1)).sum())
+        reached = emitted[::-1].cumsum()[::-1]  # rounds that emitted at least i + 1 tokens
+        depth = len(emitted) - 1
+        length = tokens / rounds if rounds else float("nan")
+        with np.errstate(divide="ignore", invalid="ignore"):
+            joint = reached[1:] / rounds
+            conditional = reached[1:] / reached[:-1]
+        return cls(
+            rounds=rounds,
+            emitted_tokens=tokens,
+            mean_acceptance_length=length,
+            mean_accepted_draft_tokens=length - 1,
+            acceptance_at_position=tuple(joint.tolist()),
+            conditional_acceptance=tuple(conditional.tolist()),
+            draft_acceptance_rate=(tokens - rounds) / (rounds * depth) if rounds and depth else float("nan"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationStats(Acceptance):
+    """One request: acceptance, and times in seconds. Rows of a batch share their times."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, emitted, **values) -> "GenerationStats":
+        return cls(**dataclasses.asdict(Acceptance.from_histogram(emitted)), **values)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """After the first token; nan where nothing was decoded."""
+        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else float("nan")
+
+    @property
+    def end_to_end_tokens_per_second(self) -> float:
+        """With vision encoder and prefill."""
+        return self.generated_tokens / (self.prefill_seconds + self.decode_seconds)
+
+    @property
+    def time_to_first_token(self) -> float:
+        return self.prefill_seconds

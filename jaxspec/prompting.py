@@ -1,0 +1,131 @@
+"""From what a user says (chat messages, images) to the arrays a target reads.
+
+The folder's own chat template and processor decide every token and pixel; this module checks what goes in, so that bad
+input is one clear sentence before anything is compiled.
+"""
+
+import base64
+import binascii
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+ImageLike = Any  # PIL.Image.Image, path, bytes, uint8 array [H, W, 3], data: URL
+Prompt = str | Sequence[dict]
+MAX_PIXELS = 64_000_000
+"""Images with more pixels are refused from their header, before they are decoded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedPrompt:
+    """One request as arrays on the host."""
+
+    input_ids: np.ndarray  # i32 [S], image marks expanded to image tokens
+    pixel_values: np.ndarray  # f32 [n, 3, H, W], n = 0 without images
+    image_tokens: int
+
+
+def encode_prompt(target, prompt: Prompt, images: Sequence[ImageLike] = (), raw: bool = False) -> EncodedPrompt:
+    """Apply the chat template (unless `raw`) and the processor.
+
+    `prompt` is a string (one user turn, images first), or chat messages in OpenAI's shape whose `image` parts take
+    `images` in order and whose `image_url` parts carry a data: URL; with `raw` a string that has the family's own image
+    marks. Raises ValueError for images that cannot be read and for marks and images that do not match in number.
+    """
+    images = list(images)
+    if raw:
+        if not isinstance(prompt, str):
+            raise ValueError(f"a raw prompt must be a string, got {type(prompt).__name__}")
+        text = prompt
+    else:
+        messages, images = normalise_messages(prompt, images)
+        text = target.processor.apply_chat_template(messages, add_generation_prompt=True)
+    pictures = [open_image(image, number) for number, image in enumerate(images, 1)]
+    marks = text.count(target.image_token)
+    if marks != len(pictures):
+        raise ValueError(f"the prompt has {marks} {target.image_token} marks but {len(pictures)} images were given")
+    inputs = target.processor(text=[text], images=pictures or None, return_tensors="np")
+    ids = np.asarray(inputs["input_ids"][0], np.int32)
+    pixels = np.asarray(inputs.get("pixel_values", np.zeros((0, 3, 1, 1))), np.float32)
+    return EncodedPrompt(ids, pixels, int((ids == target.config.image_token_id).sum()))
+
+
+def normalise_messages(prompt: Prompt, images: list) -> tuple[list[dict], list]:
+    """Messages whose content is a list of `text` and `image` parts, and the images in the order of those parts."""
+    if isinstance(prompt, str):
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
+        return [{"role": "user", "content": content}], images
+    waiting, ordered, messages = list(images), [], []
+    for message in prompt:
+        if "role" not in message or "content" not in message:
+            raise ValueError(f"a message needs role and content, got keys {', '.join(message)}")
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        kept = []
+        for part in parts:
+            kind = part.get("type")
+            if kind == "text":
+                kept.append({"type": "text", "text": part["text"]})
+            elif kind == "image":
+                if "image" in part:
+                    ordered.append(part["image"])
+                elif waiting:
+                    ordered.append(waiting.pop(0))
+                else:
+                    raise ValueError(f"the messages have more image parts than the {len(images)} images given")
+                kept.append({"type": "image"})
+            elif kind == "image_url":
+                ordered.append(part["image_url"]["url"])
+                kept.append({"type": "image"})
+            else:
+                raise ValueError(f"content part type {kind!r} is not supported; use text, image or image_url")
+        messages.append({"role": message["role"], "content": kept})
+    if waiting:
+        raise ValueError(f"{len(images)} images were given but the messages have {len(images) - len(waiting)} for them")
+    return messages, ordered
+
+
+def open_image(image: ImageLike, number: int = 1) -> Image.Image:
+    """An RGB picture. Raises ValueError, naming the image, where it is missing, unreadable, empty or too large."""
+    name = f"image {number}"
+    try:
+        if isinstance(image, Image.Image):
+            picture = image
+        elif isinstance(image, np.ndarray):
+            if 0 in image.shape:
+                raise ValueError(f"{name} is empty: shape {image.shape}")
+            picture = Image.fromarray(image)
+        elif isinstance(image, bytes):
+            picture = Image.open(io.BytesIO(image))
+        elif isinstance(image, str) and image.startswith("data:"):
+            picture = Image.open(io.BytesIO(data_url_bytes(image, name)))
+        elif isinstance(image, str | Path):
+            name = f"image {number} ({image})"
+            if not Path(image).is_file():
+                raise ValueError(f"{name} does not exist")
+            picture = Image.open(image)
+        else:
+            raise ValueError(f"{name} has type {type(image).__name__}; give a PIL image, a path, bytes or an array")
+        width, height = picture.size
+        if width < 1 or height < 1:
+            raise ValueError(f"{name} is empty: {width} x {height} pixels")
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{name} has {width} x {height} pixels; the limit is {MAX_PIXELS}")
+        return picture.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+def data_url_bytes(url: str, name: str) -> bytes:
+    header, _, payload = url.partition(",")
+    if not header.endswith(";base64"):
+        raise ValueError(f"{name} is a data: URL that is not base64")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"{name} is not valid base64: {error}") from error

@@ -1,0 +1,220 @@
+"""The decode loop: prefill, then rounds of propose, verify, accept, commit, all on the device.
+
+    state = prefill(target, drafter, tree, prompt, request, capacity)
+    state = decode(target, drafter, tree, state, max_rounds)      # until all rows are done, or a slice for streaming
+
+Both are pure and jitted by the caller; whole generation and streaming run the same round. Every row has its own length,
+seed, sampling parameters and stop state. The drafter is any object with the contract of `jaxspec.drafters.contract`,
+or None for autoregressive decoding.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec import cache as caches
+from jaxspec.kernels.attention import LayerKV
+from jaxspec.speculation.accept import accept
+from jaxspec.speculation.sampling import BatchSampling, choose, gumbel_noise, warp
+from jaxspec.speculation.tree import Tree, TreeConfig, root_only
+
+
+def static(default: int):
+    """A dataclass field that is part of the compiled program, not of its arguments."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A right-padded batch of prompts."""
+
+    input_ids: jax.Array  # i32 [B, S], image tokens expanded
+    lengths: jax.Array  # i32 [B]
+    pixel_values: jax.Array | None  # f32 [n, 3, H, W], the images of all rows in reading order, or None
+    max_images: int = static(0)  # images of the row that has most
+    min_image_tokens: int = static(0)  # image tokens of the row that has fewest
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What each row asks for."""
+
+    sampling: BatchSampling
+    max_new_tokens: jax.Array  # i32 [B], at least 1
+    stop_token_ids: jax.Array  # i32 [B, K], -1 where unused
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DrafterContext:
+    """All a drafter ever sees of the target's prefill."""
+
+    embeds: jax.Array  # [B, S, D], image features in place
+    features: jax.Array  # [B, S, D]
+    image_ids: jax.Array  # i32 [B, S], which image of its row a token belongs to, -1 for text
+    input_ids: jax.Array  # i32 [B, S]
+    lengths: jax.Array  # i32 [B]
+    root: jax.Array  # i32 [B], the first token the target chose
+    max_images: int = static(0)
+    min_image_tokens: int = static(0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """The whole state of a batch between rounds."""
+
+    cache: tuple[LayerKV, ...]
+    lengths: jax.Array  # i32 [B], committed rows = absolute position of the root
+    root: jax.Array  # i32 [B], last chosen token, not yet in the cache
+    drafter: Any
+    request: Request
+    tokens: jax.Array  # i32 [B, T], generated tokens
+    from_draft: jax.Array  # bool [B, T], True where the drafter had proposed the token
+    counts: jax.Array  # i32 [B], generated tokens so far
+    done: jax.Array  # bool [B]
+    rounds: jax.Array  # i32 [B], verification steps
+    emitted: jax.Array  # i32 [B, P], how many rounds emitted 1, 2, .. P tokens
+
+
+def prefill(target, drafter, tree: TreeConfig, prompt: Prompt, request: Request, capacity: int, max_new: int):
+    """Run the prompt, choose the first token, prepare the drafter.
+
+    `capacity` rows hold the longest prompt plus its new tokens; `max_new` bounds `request.max_new_tokens`.
+    """
+    batch, room = prompt.input_ids.shape[0], tree.max_depth + 1
+    with jax.named_scope("prefill"):
+        embeds = target.embed(prompt.input_ids, prompt.pixel_values)
+        features, new_kv = target.prefill(embeds, prompt.lengths)
+    last = jnp.take_along_axis(features, (prompt.lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
+    sampling = request.sampling
+    warped = warp(target.unembed(last), sampling)
+    root = choose(warped, noise_at(sampling, prompt.lengths, 1, warped.shape[-1]), sampling)[:, 0]
+    # A commit always writes a whole path, accepted or not, so the last one needs room behind the last token.
+    cache = tuple(caches.extend(kv, capacity + room) for kv in new_kv)
+    drafter_state = None
+    if drafter is not None:
+        context = DrafterContext(
+            embeds=embeds,
+            features=features,
+            image_ids=target.image_ids(prompt.input_ids),
+            input_ids=prompt.input_ids,
+            lengths=prompt.lengths,
+            root=root,
+            max_images=prompt.max_images,
+            min_image_tokens=prompt.min_image_tokens,
+        )
+        with jax.named_scope("draft_prefill"):
+            drafter_state = drafter.prefill(target, context, capacity + room)
+    return DecodeState(
+        cache=cache,
+        lengths=prompt.lengths,
+        root=root,
+        drafter=drafter_state,
+        request=request,
+        tokens=jnp.zeros((batch, max_new + room), jnp.int32).at[:, 0].set(root),
+        from_draft=jnp.zeros((batch, max_new + room), bool),
+        counts=jnp.ones((batch,), jnp.int32),
+        done=is_stop(root[:, None], request)[:, 0] | (request.max_new_tokens <= 1),
+        rounds=jnp.zeros((batch,), jnp.int32),
+        emitted=jnp.zeros((batch, room), jnp.int32),
+    )
+
+
+def decode(target, drafter, tree: TreeConfig, state: DecodeState, max_rounds: jax.Array) -> DecodeState:
+    """Rounds until every row is done, at most `max_rounds` i32 []."""
+
+    def unfinished(carry):
+        rounds, state = carry
+        return ~jnp.all(state.done) & (rounds < max_rounds)
+
+    def body(carry):
+        rounds, state = carry
+        return rounds + 1, decode_round(target, drafter, tree, state)
+
+    return jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1]
+
+
+def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> DecodeState:
+    """One verification of one tree; rows that are done stay as they are."""
+    sampling, room = state.request.sampling, config.max_depth + 1
+    noise = noise_at(sampling, state.lengths + 1, room, target.config.text.vocab_size)  # [B, P, V]
+    drafter_state = state.drafter
+    with jax.named_scope("propose"):
+        if drafter is None:
+            tree = root_only(state.root)
+        else:
+            tree, drafter_state = drafter.propose(target, config, drafter_state, state.root, noise, sampling)
+    with jax.named_scope("verify"):
+        features, new_kv = verify(target, tree, state)
+        warped = warp(target.unembed(features), sampling)  # [B, N, V]
+        node_noise = jnp.take_along_axis(noise, tree.depths[..., None], axis=1)
+        accepted = accept(tree, choose(warped, node_noise, sampling), config.max_depth)
+    with jax.named_scope("commit"):
+        emit = emission(accepted.tokens, accepted.length, state)  # [B], 0 for rows that are done
+        cache = tuple(
+            caches.write(old, caches.take(new, accepted.path), state.lengths)
+            for old, new in zip(state.cache, new_kv, strict=True)
+        )
+        if drafter is not None:
+            path_features = jnp.take_along_axis(features, accepted.path[..., None], axis=1)  # [B, P, D]
+            count = jnp.where(state.done, 0, accepted.length)
+            drafter_state = drafter.advance(target, drafter_state, accepted.tokens, path_features, count)
+    last = jnp.take_along_axis(accepted.tokens, jnp.maximum(emit - 1, 0)[:, None], axis=1)[:, 0]
+    counts = state.counts + emit
+    stopped = is_stop(last[:, None], state.request)[:, 0] | (counts >= state.request.max_new_tokens)
+    levels = jnp.arange(room)
+    # Of an accepted path of `length` nodes, the first `length - 1` new tokens are the draft's, the last is the bonus.
+    drafted = levels < (accepted.length - 1)[:, None]
+    return DecodeState(
+        cache=cache,
+        lengths=jnp.where(state.done, state.lengths, state.lengths + accepted.length),
+        root=jnp.where(state.done, state.root, accepted.root),
+        drafter=drafter_state,
+        request=state.request,
+        tokens=write_rows(state.tokens, accepted.tokens, state.counts),
+        from_draft=write_rows(state.from_draft, drafted, state.counts),
+        counts=counts,
+        done=state.done | stopped,
+        rounds=state.rounds + ~state.done,
+        emitted=state.emitted + (levels == (emit - 1)[:, None]),
+    )
+
+
+def verify(target, tree: Tree, state: DecodeState):
+    """The target on all nodes of the tree at once: features `[B, N, D]`, keys and values per layer."""
+    positions = state.lengths[:, None] + tree.depths
+    cache_mask = caches.filled(state.lengths, state.cache[0].keys.shape[2])
+    return target.forward(target.embed(tree.tokens), positions, tree.ancestors, state.cache, cache_mask)
+
+
+def emission(tokens: jax.Array, length: jax.Array, state: DecodeState) -> jax.Array:
+    """How many of the path's tokens `[B, P]` become output: up to the first stop token and the row's limit."""
+    stops = is_stop(tokens, state.request)  # [B, P]
+    before_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1) + 1, tokens.shape[1])
+    limit = state.request.max_new_tokens - state.counts
+    return jnp.where(state.done, 0, jnp.minimum(jnp.minimum(length, before_stop), limit))
+
+
+def is_stop(tokens: jax.Array, request: Request) -> jax.Array:
+    """Bool `[B, P]` of tokens `[B, P]`."""
+    return jnp.any(tokens[..., None] == request.stop_token_ids[:, None, :], axis=-1)
+
+
+def noise_at(sampling: BatchSampling, first: jax.Array, count: int, vocab_size: int) -> jax.Array:
+    """Noise f32 `[B, count, V]` of the tokens at positions `first`, `first + 1`, ..; zeros where all rows are greedy."""
+    positions = first[:, None] + jnp.arange(count)
+    zeros = jnp.zeros((*positions.shape, vocab_size), jnp.float32)
+    draw = lambda: gumbel_noise(sampling.seed, positions, vocab_size)  # noqa: E731
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: zeros)
+
+
+def write_rows(buffer: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
+    """`block` `[B, P]` written into `buffer` `[B, T]` at column `start` `[B]`; entries past T are dropped."""
+    columns = start[:, None] + jnp.arange(block.shape[1])
+    rows = jnp.arange(block.shape[0])[:, None]
+    return buffer.at[rows, columns].set(block.astype(buffer.dtype), mode="drop")

@@ -1,0 +1,175 @@
+"""Token trees of fixed size: their settings, their arrays, and how a drafter's candidates become one.
+
+A tree is N nodes in an order in which parents come first; node 0 is the root, the last token the target chose. A chain
+is the tree with `top_k = 1`, autoregressive decoding the tree of one node.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.speculation.sampling import BatchSampling, warp
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeConfig:
+    """Settings of a dynamic draft tree, named and counted as in the published code of EAGLE-2 and ViSpec.
+
+    depth: how many times the frontier is expanded after the first level, so a path has up to `depth + 1` draft tokens.
+    top_k: tokens per expanded node, and nodes per frontier.
+    total_tokens: nodes kept, root included; 1 is autoregressive decoding.
+    coupled: let the drafter see the target's sampling noise (DESIGN: coupled sampling). Off only for comparison.
+    noise_temperature: scale of the perturbed draft logits when candidates are ranked at temperature > 0; below 1 trusts
+      the drafter's own winner more.
+
+    Raises ValueError for values a tree cannot have.
+    """
+
+    depth: int
+    top_k: int
+    total_tokens: int
+    coupled: bool = True
+    noise_temperature: float = 1.0
+
+    def __post_init__(self):
+        if self.depth < 0:
+            raise ValueError(f"depth must be at least 0, got {self.depth}")
+        if self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if not 1 <= self.total_tokens <= self.num_candidates + 1:
+            raise ValueError(
+                f"total_tokens must lie in 1..{self.num_candidates + 1}, all that a tree of depth {self.depth} and "
+                f"top_k {self.top_k} can hold, got {self.total_tokens}"
+            )
+        if not self.noise_temperature > 0:
+            raise ValueError(f"noise_temperature must be greater than 0, got {self.noise_temperature}")
+
+    @classmethod
+    def chain(cls, num_speculative_tokens: int, **options) -> "TreeConfig":
+        """A chain of that many draft tokens (the root not counted)."""
+        if num_speculative_tokens < 1:
+            raise ValueError(f"a chain needs at least 1 speculative token, got {num_speculative_tokens}")
+        return cls(num_speculative_tokens - 1, 1, num_speculative_tokens + 1, **options)
+
+    @classmethod
+    def autoregressive(cls) -> "TreeConfig":
+        """The tree of one node: every round emits the target's next token."""
+        return cls(0, 1, 1)
+
+    @property
+    def num_candidates(self) -> int:
+        return self.top_k + self.depth * self.top_k**2
+
+    @property
+    def max_depth(self) -> int:
+        """Depth of the deepest node the tree can have: the most draft tokens a round can accept."""
+        return min(self.depth + 1, self.total_tokens - 1)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError where a node cannot have `top_k` different children."""
+        if self.top_k > vocab_size:
+            raise ValueError(f"top_k ({self.top_k}) is larger than the vocabulary ({vocab_size})")
+
+
+class Tree(NamedTuple):
+    """A batch of trees. Parents come before children; `parents` of the root is 0."""
+
+    tokens: jax.Array  # i32 [B, N]
+    parents: jax.Array  # i32 [B, N]
+    depths: jax.Array  # i32 [B, N]
+    ancestors: jax.Array  # bool [B, N, N], row i marks the ancestors of node i and itself
+
+
+def build_tree(tokens: jax.Array, parents: jax.Array, depths: jax.Array, max_depth: int) -> Tree:
+    """A tree from its parent links, i32 `[B, N]` each; `max_depth` bounds `depths`."""
+    nodes = tokens.shape[1]
+    reach = (parents[..., None] == jnp.arange(nodes)) | jnp.eye(nodes, dtype=bool)  # one step up, or none
+    steps = 1
+    while steps < max_depth:
+        reach = jnp.einsum("bij,bjk->bik", reach.astype(jnp.float32), reach.astype(jnp.float32)) > 0
+        steps *= 2
+    # The root is its own parent here; every node reaches it.
+    return Tree(tokens, parents, depths, reach)
+
+
+def root_only(root: jax.Array) -> Tree:
+    """The tree of autoregressive decoding, from the last tokens i32 `[B]`."""
+    zeros = jnp.zeros((root.shape[0], 1), jnp.int32)
+    return Tree(root[:, None], zeros, zeros, jnp.ones((root.shape[0], 1, 1), bool))
+
+
+def draft_scores(config: TreeConfig, logits: jax.Array, noise: jax.Array, sampling: BatchSampling) -> jax.Array:
+    """Log-score f32 `[B, k, V]` of every next token: how much the drafter believes the target will choose it.
+
+    At temperature 0 the draft log-probabilities, as published. At other temperatures the target will choose
+    `argmax(warped + noise)`; the drafter ranks by the same perturbed logits of its own, as log-probabilities so that
+    scores add up along a path. `noise` f32 `[B, 1, V]` is that of the position the tokens would stand at.
+    """
+    warped = warp(logits, sampling)
+    if config.coupled:
+        perturbed = (warped + noise) / config.noise_temperature
+        warped = jnp.where(sampling.temperature[:, None, None] > 0, perturbed, warped)
+    return jax.nn.log_softmax(warped, axis=-1)
+
+
+def grow_tree(
+    config: TreeConfig,
+    root: jax.Array,
+    first_logits: jax.Array,
+    noise: jax.Array,
+    sampling: BatchSampling,
+    expand: Callable[[Any, jax.Array, jax.Array, int], tuple[Any, jax.Array]],
+    carry: Any,
+) -> Tree:
+    """EAGLE-2's dynamic tree (arXiv 2406.16858, section 4) over any drafter.
+
+    Args:
+      root: i32 `[B]`.
+      first_logits: `[B, V]`, the drafter's logits after the root.
+      noise: f32 `[B, max_depth + 1, V]`, entry d for the tokens at depth d + 1.
+      expand: `(carry, tokens [B, k], parent [B, k], level) -> (carry, logits [B, k, V])` runs the drafter on the
+        frontier of depth `level + 1`; `parent` is each node's place in the frontier before (zeros at level 0).
+      carry: whatever `expand` hands from level to level.
+    """
+    if config.total_tokens == 1:
+        return root_only(root)
+    batch, k = root.shape[0], config.top_k
+    levels = config.max_depth
+    scores = draft_scores(config, first_logits[:, None], noise[:, :1], sampling)[:, 0]  # [B, V]
+    frontier_scores, frontier = jax.lax.top_k(scores, k)  # [B, k]
+    parent = jnp.zeros((batch, k), jnp.int32)  # place in the frontier before
+    ids = jnp.broadcast_to(jnp.arange(1, k + 1), (batch, k))  # number among all candidates; the root is 0
+    all_tokens, all_scores, all_parents = [frontier], [frontier_scores], [parent]
+    for level in range(levels - 1):
+        carry, logits = expand(carry, frontier, parent, level)
+        scores = draft_scores(config, logits, noise[:, level + 1 : level + 2], sampling)  # [B, k, V]
+        child_scores, child_tokens = jax.lax.top_k(scores, k)  # [B, k, k]
+        child_scores = (child_scores + frontier_scores[..., None]).reshape(batch, k * k)
+        child_tokens = child_tokens.reshape(batch, k * k).astype(jnp.int32)
+        all_tokens.append(child_tokens)
+        all_scores.append(child_scores)
+        all_parents.append(jnp.repeat(ids, k, axis=1))
+        frontier_scores, chosen = jax.lax.top_k(child_scores, k)
+        frontier = jnp.take_along_axis(child_tokens, chosen, axis=1)
+        parent = chosen // k
+        ids = 1 + k + level * k * k + chosen
+    tokens, scores, parents = (jnp.concatenate(parts, axis=1) for parts in (all_tokens, all_scores, all_parents))
+    # A child never scores higher than its parent and comes later, so the best nodes form a tree.
+    kept = jnp.sort(jax.lax.top_k(scores, config.total_tokens - 1)[1], axis=1)  # [B, N - 1]
+    kept_parents = jnp.take_along_axis(parents, kept, axis=1)
+    node_of_parent = 1 + jnp.argmax((kept + 1)[:, None, :] == kept_parents[..., None], axis=-1)
+    depths = jnp.where(kept < k, 1, 2 + (kept - k) // (k * k))
+
+    def with_root(first, rest):
+        return jnp.concatenate([first[:, None], rest.astype(jnp.int32)], axis=1)
+
+    zero = jnp.zeros((batch,), jnp.int32)
+    return build_tree(
+        with_root(root, jnp.take_along_axis(tokens, kept, axis=1)),
+        with_root(zero, jnp.where(kept_parents == 0, 0, node_of_parent)),
+        with_root(zero, depths),
+        levels,
+    )

@@ -1,0 +1,1 @@
+"""Target families, one file each, under the contract in `contract.py`."""

@@ -1,0 +1,103 @@
+"""LLaVA-1.5 (`LlavaForConditionalGeneration`): CLIP tower, two-layer GELU projector, Llama text model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxspec.checkpoints.configs import llama_text_config
+from jaxspec.checkpoints.names import NameTable
+from jaxspec.layers import LanguageModel, TextConfig, linear
+from jaxspec.targets.clip import ClipVisionConfig, ClipVisionTower
+from jaxspec.targets.contract import VisionLanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaConfig:
+    text: TextConfig
+    vision: ClipVisionConfig
+    image_token_id: int
+    vision_feature_layers: tuple[int, ...] = (-2,)
+    drop_class_token: bool = True
+    projector_bias: bool = True
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.vision.num_patches + (0 if self.drop_class_token else 1)
+
+    @classmethod
+    def from_hf(cls, config) -> "LlavaConfig":
+        """From a transformers `LlavaConfig` (which understands every published spelling of config.json)."""
+        vision = config.vision_config
+        if vision.model_type != "clip_vision_model":
+            raise ValueError(f"vision model_type {vision.model_type!r} is not supported in LLaVA; only clip_vision_model")
+        if config.projector_hidden_act != "gelu":
+            raise ValueError(f"projector_hidden_act {config.projector_hidden_act!r} is not supported; only 'gelu'")
+        layers = config.vision_feature_layer
+        layers = (layers,) if isinstance(layers, int) else tuple(layers)
+        for layer in layers:
+            if not -vision.num_hidden_layers - 1 <= layer <= vision.num_hidden_layers:
+                raise ValueError(
+                    f"vision_feature_layer {layer} does not exist: the tower has {vision.num_hidden_layers} layers"
+                )
+        return cls(
+            text=llama_text_config(config.text_config),
+            vision=ClipVisionConfig(
+                hidden_size=vision.hidden_size,
+                intermediate_size=vision.intermediate_size,
+                num_layers=vision.num_hidden_layers,
+                num_heads=vision.num_attention_heads,
+                image_size=vision.image_size,
+                patch_size=vision.patch_size,
+                layer_norm_eps=vision.layer_norm_eps,
+                hidden_act=vision.hidden_act,
+            ),
+            image_token_id=config.image_token_index,
+            vision_feature_layers=layers,
+            drop_class_token=config.vision_feature_select_strategy == "default",
+            projector_bias=config.multimodal_projector_bias,
+        )
+
+
+class Projector(nnx.Module):
+    def __init__(self, features_in: int, width: int, *, bias: bool, rngs: nnx.Rngs):
+        self.linear_1 = linear(features_in, width, bias=bias, rngs=rngs)
+        self.linear_2 = linear(width, width, bias=bias, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=False))
+
+
+class Llava(VisionLanguageModel):
+    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.vision_tower = ClipVisionTower(config.vision, rngs=rngs)
+        width_in = config.vision.hidden_size * len(config.vision_feature_layers)
+        self.multi_modal_projector = Projector(width_in, config.text.hidden_size, bias=config.projector_bias, rngs=rngs)
+        self.language_model = LanguageModel(config.text, rngs=rngs)
+
+    def encode_images(self, pixel_values: jax.Array) -> jax.Array:
+        """Image features in the text model's width, `[n, M, D]`, of `pixel_values` `[n, 3, H, W]`."""
+        with jax.named_scope("vision_tower"):
+            states = self.vision_tower(pixel_values, self.config.vision_feature_layers)
+        states = [state[:, 1:] if self.config.drop_class_token else state for state in states]
+        with jax.named_scope("projector"):
+            return self.multi_modal_projector(jnp.concatenate(states, axis=-1))
+
+
+# Published names in the layout of the llava-hf files; transformers 5 also writes `model.language_model.*`.
+LLAVA_NAMES = NameTable(
+    prefixes={
+        "vision_tower.": "vision_tower.vision_model.",
+        "language_model.lm_head.": "language_model.lm_head.",
+        "language_model.": "language_model.model.",
+    },
+    aliases=(
+        (r"model\.language_model\.", "language_model.model."),
+        (r"lm_head\.", "language_model.lm_head."),
+        (r"model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+        (r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+    ),
+    ignored=(r".*\.rotary_emb\.inv_freq", r".*\.embeddings\.position_ids"),
+)

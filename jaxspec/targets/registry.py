@@ -1,0 +1,70 @@
+"""The target families by `model_type`, and Hugging Face folders in and out of them."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import transformers
+from flax import nnx
+from safetensors.numpy import save_file
+
+from jaxspec.checkpoints.names import NameTable, fill, to_tensors
+from jaxspec.checkpoints.tensors import read_folder
+from jaxspec.targets.contract import VisionLanguageModel
+from jaxspec.targets.llava import LLAVA_NAMES, Llava, LlavaConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    model: type[VisionLanguageModel]
+    config_from_hf: Callable[[Any], Any]
+    names: NameTable
+
+
+FAMILIES = {"llava": Family(Llava, LlavaConfig.from_hf, LLAVA_NAMES)}
+
+
+def family_of(hf_config) -> Family:
+    """Raises ValueError for a model_type without a family."""
+    if hf_config.model_type not in FAMILIES:
+        raise ValueError(f"model_type {hf_config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[hf_config.model_type]
+
+
+def read_config(folder: Path):
+    """The folder's transformers config. Raises FileNotFoundError or ValueError, naming the model_type."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no config.json in {folder}")
+    model_type = json.loads(path.read_text()).get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def load_model(folder: Path, dtype=jnp.float32, mesh=None) -> VisionLanguageModel:
+    """The model of a Hugging Face folder with parameters in `dtype`, sharded where there is a mesh."""
+    hf_config = read_config(folder)
+    family = family_of(hf_config)
+    config = family.config_from_hf(hf_config)
+    model = nnx.eval_shape(lambda: family.model(config, rngs=nnx.Rngs(0)))
+    return fill(model, read_folder(folder), family.names, str(folder), dtype, mesh)
+
+
+def save_model(model: VisionLanguageModel, hf_config, processor_folder: Path, folder: Path, dtype) -> None:
+    """A Hugging Face folder: config.json, model.safetensors in `dtype`, the processor's files. Replaces `folder`."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(processor_folder, temporary)
+    hf_config.dtype = jnp.dtype(dtype).name
+    hf_config.save_pretrained(temporary)
+    tensors = to_tensors(model, family_of(hf_config).names, dtype)
+    if hf_config.text_config.tie_word_embeddings:
+        tensors.pop("language_model.lm_head.weight", None)
+    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)

@@ -1,0 +1,97 @@
+"""A loaded target: the model of a Hugging Face folder together with its processor."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+
+from jaxspec.checkpoints.hub import resolve_folder
+from jaxspec.checkpoints.tensors import read_folder
+from jaxspec.targets.contract import VisionLanguageModel
+from jaxspec.targets.registry import load_model, read_config
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Target:
+    """Made by `load_target`. `model` holds the parameters; everything else is about the folder it came from."""
+
+    def __init__(self, model: VisionLanguageModel, processor: Any, path: Path, stop_token_ids: tuple[int, ...]):
+        self.model = model
+        self.processor = processor
+        self.path = path
+        self.stop_token_ids = stop_token_ids
+
+    @property
+    def config(self):
+        return self.model.config
+
+    @property
+    def tokenizer(self):
+        return self.processor.tokenizer
+
+    @property
+    def image_token(self) -> str:
+        """The family's own mark for an image in a raw prompt."""
+        return self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+
+    def fingerprint(self) -> str:
+        """Names the weights: a hash over every tensor's name, shape, dtype and first values, whatever dtype is in use."""
+        digest = hashlib.sha256()
+        for name, array in sorted(read_folder(self.path).items()):
+            digest.update(f"{name} {array.shape} {array.dtype}".encode())
+            digest.update(np.ascontiguousarray(array.reshape(-1)[:256]).tobytes())
+        return digest.hexdigest()[:16]
+
+    def logits(self, inputs) -> jax.Array:
+        """Logits f32 `[B, S, V]` of a forward pass without cache.
+
+        `inputs` is what the Hugging Face processor returns with `return_tensors="np"`: `input_ids` `[B, S]`, and
+        `attention_mask` `[B, S]` (padding on either side) and `pixel_values` `[n, 3, H, W]` where there are any.
+        Logits at padded positions mean nothing.
+        """
+        ids = np.asarray(inputs["input_ids"])
+        mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids))).astype(bool)
+        # Rows move to the left, so that positions count from the first real token, and back afterwards.
+        order = np.argsort(~mask, axis=1, kind="stable")
+        ids = np.take_along_axis(ids, order, axis=1)
+        logits = full_logits(self.model, jnp.asarray(ids, jnp.int32), mask.sum(axis=1), inputs.get("pixel_values"))
+        return jnp.take_along_axis(logits, jnp.asarray(np.argsort(order, axis=1))[..., None], axis=1)
+
+
+@jax.jit
+def full_logits(model: VisionLanguageModel, input_ids, lengths, pixel_values):
+    return model.unembed(model.prefill(model.embed(input_ids, pixel_values), lengths)[0])
+
+
+def load_target(path_or_repo_id: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Target:
+    """A target from a Hugging Face folder, or from the hub by repo id.
+
+    `dtype` is that of parameters and computation (logits are always float32). With a `mesh` the parameters are sharded
+    over its `fsdp` and `tensor` axes (jaxspec.sharding).
+
+    Raises FileNotFoundError where there is no such folder, ValueError for an unsupported model_type or tensors that do
+    not fit the config (all listed at once).
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    path = resolve_folder(path_or_repo_id)
+    hf_config = read_config(path)
+    model = load_model(path, jnp.dtype(dtype), mesh)
+    processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
+    return Target(model, processor, path, stop_tokens(path, hf_config, processor.tokenizer))
+
+
+def stop_tokens(path: Path, hf_config, tokenizer) -> tuple[int, ...]:
+    """End-of-sequence ids: those of generation_config.json, else the text config's, else the tokenizer's."""
+    candidates = [hf_config.text_config.eos_token_id, tokenizer.eos_token_id]
+    if (path / "generation_config.json").exists():
+        candidates.insert(0, transformers.GenerationConfig.from_pretrained(path).eos_token_id)
+    for ids in candidates:
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+    return ()

@@ -1,0 +1,142 @@
+"""Training a target from scratch: next-token cross-entropy on the assistant's tokens of image conversations."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import transformers
+from flax import nnx
+
+from jaxspec.data.conversations import ConversationEncoder
+from jaxspec.data.pipeline import Pipeline
+from jaxspec.data.scenes import load_scenes
+from jaxspec.demo.processor import build_processor
+from jaxspec.targets.llava import Llava, LlavaConfig
+from jaxspec.targets.registry import load_model, save_model
+from jaxspec.training.losses import cross_entropy, masked_mean
+from jaxspec.training.recipe import Recipe, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetRecipe(Recipe):
+    """A LLaVA-1.5 of any size on the rendered scenes."""
+
+    hidden_size: int = 256
+    intermediate_size: int = 688
+    num_layers: int = 12
+    num_heads: int = 4
+    vision_hidden_size: int = 192
+    vision_intermediate_size: int = 768
+    vision_layers: int = 4
+    vision_heads: int = 6
+    image_size: int = 128
+    patch_size: int = 16
+    dataset_size: int = 40000
+    dataset_dir: str = "runs/data"
+    init_from: str | None = None
+    """A trained target of the same widths with fewer layers; the added layers start as the identity."""
+    save_dtype: str = "float16"
+
+    def hf_config(self, tokenizer) -> transformers.LlavaConfig:
+        vision = transformers.CLIPVisionConfig(
+            hidden_size=self.vision_hidden_size,
+            intermediate_size=self.vision_intermediate_size,
+            num_hidden_layers=self.vision_layers,
+            num_attention_heads=self.vision_heads,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            projection_dim=self.vision_hidden_size,
+        )
+        text = transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            num_key_value_heads=self.num_heads,
+            max_position_embeddings=2048,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return transformers.LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            image_seq_length=(self.image_size // self.patch_size) ** 2,
+            architectures=["LlavaForConditionalGeneration"],
+        )
+
+
+def target_task(recipe: TargetRecipe) -> Task:
+    """Scenes, processor and a fresh (or grown) LLaVA."""
+    processor_folder = recipe.folder / "processor"
+    if not (processor_folder / "tokenizer.json").exists():
+        build_processor(processor_folder)
+    processor = transformers.AutoProcessor.from_pretrained(processor_folder, local_files_only=True)
+    hf_config = recipe.hf_config(processor.tokenizer)
+    config = LlavaConfig.from_hf(hf_config)
+    model = Llava(config, rngs=nnx.Rngs(recipe.seed))
+    if recipe.init_from is not None:
+        model = grow(model, load_model(Path(recipe.init_from)))
+    graph, params = nnx.split(model)
+    encoder = ConversationEncoder(processor)
+
+    def pipeline(split: str, shuffle: bool) -> Pipeline:
+        return Pipeline(
+            load_scenes(recipe.dataset_dir, split, train_size=recipe.dataset_size),
+            encoder,
+            sequence_length=recipe.sequence_length,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            shuffle=shuffle,
+        )
+
+    training, validation = pipeline("train", True), pipeline("validation", False)
+
+    def loss(params, constants, batch, key):
+        model = nnx.merge(graph, params)
+        embeds = model.embed(batch["input_ids"], batch["pixel_values"].reshape(-1, *batch["pixel_values"].shape[-3:]))
+        features, _ = model.prefill(embeds, batch["attention_mask"].sum(axis=1))
+        logits = model.unembed(features[:, :-1])
+        labels, mask = batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:]
+        accuracy = masked_mean(logits.argmax(-1) == labels, mask)
+        return cross_entropy(logits, labels, mask), {"accuracy": accuracy}
+
+    return Task(
+        params=params,
+        constants=None,
+        loss=loss,
+        batches=training.batches,
+        validation=lambda: (validation[index] for index in range(recipe.eval_batches)),
+        export=lambda params, folder: save_model(
+            nnx.merge(graph, params), hf_config, processor_folder, folder, recipe.save_dtype
+        ),
+    )
+
+
+def grow(model: Llava, shallow: Llava) -> Llava:
+    """A deeper model that computes exactly what the trained `shallow` one does.
+
+    Trained layers are spread evenly; a layer in between copies the one before it with its two output projections set
+    to zero, so it starts as the identity and learns from there (progressive stacking; Gong et al., ICML 2019, with
+    the zero outputs of Chen et al., Net2Net).
+    """
+    deep, few = len(model.language_model.layers), len(shallow.language_model.layers)
+    if deep % few:
+        raise ValueError(f"num_layers ({deep}) is not a multiple of the {few} layers of init_from")
+    layers = []
+    for index in range(deep):
+        layer = nnx.clone(shallow.language_model.layers[index * few // deep])
+        if index % (deep // few):
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                projection.kernel[...] = jnp.zeros_like(projection.kernel[...])
+        layers.append(layer)
+    text = dataclasses.replace(shallow.config.text, num_layers=deep)
+    grown = nnx.clone(shallow)
+    grown.language_model.layers = nnx.List(layers)
+    grown.config = dataclasses.replace(shallow.config, text=text)
+    grown.language_model.config = text
+    if grown.config != model.config:
+        raise ValueError(f"init_from has another shape: {grown.config} instead of {model.config}")
+    return grown

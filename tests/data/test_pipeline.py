@@ -1,0 +1,95 @@
+"""Batches are a function of (seed, step), whatever came before and however many processes share them."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from jaxspec.data.conversations import ConversationEncoder
+from jaxspec.data.pipeline import Pipeline
+from jaxspec.data.scenes import load_scenes
+from jaxspec.demo.generation import conversation_of, numbered_scene
+from jaxspec.demo.processor import build_processor
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return load_scenes(tmp_path_factory.mktemp("data"), "train", train_size=20, validation_size=2, test_size=2)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return ConversationEncoder(build_processor(tmp_path_factory.mktemp("processor"), scenes=1500))
+
+
+def _take(batches, n):
+    return list(itertools.islice(batches, n))
+
+
+def _same(left, right):
+    assert left.keys() == right.keys()
+    for key in left:
+        np.testing.assert_array_equal(left[key], right[key])
+
+
+def test_records_depend_on_split_and_index_alone(source):
+    assert sorted(record["index"] for record in source) == list(range(20))
+    for record in source:
+        scene, turns = numbered_scene("train", record["index"])
+        assert record["conversations"] == conversation_of(turns)
+        assert record["images"][0].startswith(b"\x89PNG")
+        assert len(record["scene"]["items"]) == len(scene.items)
+
+
+def test_shapes_and_padding(source, encoder):
+    batch = Pipeline(source, encoder, sequence_length=448, batch_size=4)[0]
+    shapes = {key: (value.shape, value.dtype) for key, value in batch.items()}
+    assert shapes == {
+        "input_ids": ((4, 448), np.int32),
+        "attention_mask": ((4, 448), bool),
+        "loss_mask": ((4, 448), bool),
+        "pixel_values": ((4, 1, 3, 128, 128), np.float32),
+    }
+    assert (batch["input_ids"][~batch["attention_mask"]] == encoder.processor.tokenizer.pad_token_id).all()
+    assert not batch["loss_mask"][~batch["attention_mask"]].any()
+
+
+def test_going_on_at_any_step_equals_never_stopping(source, encoder):
+    pipeline = Pipeline(source, encoder, sequence_length=448, batch_size=6, seed=3)
+    whole = _take(pipeline.batches(), 9)
+    for step in (0, 2, 5):
+        for left, right in zip(whole[step:], _take(pipeline.batches(start_step=step), 9 - step), strict=True):
+            _same(left, right)
+    _same(whole[7], pipeline[7])
+
+
+def test_every_epoch_has_all_records_in_its_own_order(source, encoder):
+    pipeline = Pipeline(source, encoder, sequence_length=448, batch_size=10, seed=3)
+    rows = np.concatenate([pipeline[step]["input_ids"] for step in range(4)])
+    first, second = ([tuple(row) for row in rows[start : start + 20]] for start in (0, 20))
+    assert len(set(first)) == 20 and set(first) == set(second) and first != second
+    other = Pipeline(source, encoder, sequence_length=448, batch_size=10, seed=4)[0]["input_ids"]
+    assert (other != rows[:10]).any()
+
+
+def test_processes_share_out_each_batch(source, encoder):
+    whole = Pipeline(source, encoder, sequence_length=448, batch_size=4)[3]["input_ids"]
+    shares = [
+        Pipeline(source, encoder, sequence_length=448, batch_size=4, process_index=i, process_count=2)[3]["input_ids"]
+        for i in range(2)
+    ]
+    np.testing.assert_array_equal(np.stack(shares, 1).reshape(whole.shape), whole)
+
+
+def test_cutting_warns_once_and_is_counted(source, encoder):
+    pipeline = Pipeline(source, encoder, sequence_length=120, batch_size=4, shuffle=False)
+    with pytest.warns(UserWarning, match="was cut to 120") as caught:
+        _ = pipeline[0], pipeline[1]
+    assert len(caught) == 1 and pipeline.truncated == 8
+
+
+def test_bad_sizes_are_named(source, encoder):
+    with pytest.raises(ValueError, match="multiple of process_count 2; got 3"):
+        Pipeline(source, encoder, sequence_length=448, batch_size=3, process_count=2)
+    with pytest.raises(ValueError, match="cuts image tokens"):
+        _ = Pipeline(source, encoder, sequence_length=40, batch_size=2)[0]

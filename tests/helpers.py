@@ -1,0 +1,47 @@
+"""Small random models that several tests share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxspec.layers import TextConfig
+from jaxspec.targets.clip import ClipVisionConfig
+from jaxspec.targets.llava import Llava, LlavaConfig
+
+
+def tiny_llava(
+    vocab_size=97, hidden_size=32, image_token_id=96, patches=4, layers=2, kv_heads=2, seed=0, scale=1.0, **text
+) -> Llava:
+    """A LLaVA with random float32 weights; `patches` image tokens per image, a square number."""
+    config = LlavaConfig(
+        text=TextConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_layers=layers,
+            num_heads=4,
+            num_kv_heads=kv_heads,
+            head_dim=hidden_size // 4,
+            **text,
+        ),
+        vision=ClipVisionConfig(
+            hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, image_size=4 * round(patches**0.5), patch_size=4
+        ),
+        image_token_id=image_token_id,
+    )
+    model = Llava(config, rngs=nnx.Rngs(seed))
+    return randomized(model, seed, scale)
+
+
+def randomized(model: nnx.Module, seed: int, scale: float) -> nnx.Module:
+    """The model with every matrix redrawn at fan-in scale, so that logits are far apart and depend on everything."""
+    graph, state = nnx.split(model)
+    rng = np.random.default_rng(seed)
+
+    def redraw(leaf):
+        if leaf.ndim < 2:
+            return leaf
+        return jnp.asarray(rng.normal(size=leaf.shape) * scale / np.sqrt(leaf.shape[0]), leaf.dtype)
+
+    return nnx.merge(graph, jax.tree.map(redraw, state))
