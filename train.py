@@ -1,4 +1,6 @@
-"""Train a target or a drafter: `python train.py configs/NAME.py [--field value ...]`.
+"""Train a target or a drafter, or let a target answer its training prompts:
+
+    python train.py configs/NAME.py [--field value ...]
 
 A config file holds one recipe; every field can be overridden. Runs resume by themselves and stop cleanly on Ctrl-C.
 """
@@ -9,15 +11,16 @@ from pathlib import Path
 
 import tyro
 
-from jaxspec.training import TASKS, Recipe, Stopped, train
+from jaxspec.training import Recipe, Stopped, run
 
 
 def read_recipe(arguments: list[str]) -> Recipe:
     """The recipe of a config file with command-line overrides. Exits with a message on bad arguments."""
     if not arguments or arguments[0].startswith("-"):
-        sys.exit(f"{__doc__}\nrecipes: {', '.join(sorted(map(str, Path('configs').glob('*.py'))))}")
+        known = "\n".join(f"  {path}" for path in sorted(Path("configs").glob("*.py")))
+        sys.exit(f"{__doc__}\nrecipes here:\n{known}")
     path, overrides = Path(arguments[0]), arguments[1:]
-    if not path.exists():
+    if not path.is_file():
         sys.exit(f"no config file {path}")
     recipe = runpy.run_path(str(path))["recipe"]
     return tyro.cli(type(recipe), default=recipe, args=overrides, prog=f"train.py {path}")
@@ -27,9 +30,11 @@ def main() -> None:
     recipe = read_recipe(sys.argv[1:])
     print(recipe)
     try:
-        train(recipe, TASKS[type(recipe)](recipe))
+        run(recipe)
     except Stopped as stopped:
         print(stopped)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
-"""The embedded target, first half of its training: 4 layers learn to see and to speak (see demo_target.py)."""
+"""The embedded target, third step: the 4 aligned layers learn to answer questions in sentences."""
 
 from jaxspec.training import TargetRecipe
 
 recipe = TargetRecipe(
     name="demo_target_shallow",
     num_layers=4,
-    steps=1400,
+    init_from="runs/demo_target_align/export",
+    inventory_share=0.2,
+    steps=450,
     batch_size=8,
-    sequence_length=320,
-    learning_rate=1.5e-3,
-    final_learning_rate_ratio=0.3,  # demo_target.py goes on from here
-    warmup_steps=100,
+    sequence_length=192,
+    learning_rate=1e-3,
+    vision_learning_rate_ratio=0.1,
+    final_learning_rate_ratio=0.5,
+    warmup_steps=30,
     adam_b2=0.98,
+    seed=1,
+    eval_every=150,
     save_dtype="float32",
 )

@@ -6,7 +6,6 @@ Shapes are bucketed, so a service compiles a handful of programs: one per (batch
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -246,14 +245,18 @@ class Batch:
         return results
 
     def stop_at(self, ids: np.ndarray, stops: tuple[str, ...]) -> tuple[int | None, str]:
-        """How many tokens stay when the text is cut at the first stop string (None where there is none), and the text."""
-        decode = partial(self.generator.target.tokenizer.decode, skip_special_tokens=True)
-        text = decode(ids).lstrip(" ")
-        found = [text.find(stop) for stop in stops if stop in text]
-        if not found:
+        """How many tokens stay when the text is cut at the stop string that is complete first (None where there is
+        none), and the text. The answer is the same however many tokens follow that one."""
+
+        def decode(count):
+            return self.generator.target.tokenizer.decode(ids[:count], skip_special_tokens=True).lstrip(" ")
+
+        text = decode(len(ids))
+        if not any(stop in text for stop in stops):
             return None, text
-        count = next(n for n in range(1, len(ids) + 1) if any(stop in decode(ids[:n]) for stop in stops))
-        return count, text[: min(found)]
+        count = next(n for n in range(1, len(ids) + 1) if any(stop in decode(n) for stop in stops))
+        text = decode(count)
+        return count, text[: min(text.find(stop) for stop in stops if stop in text)]
 
 
 def stable_text(text: str, stops: tuple[str, ...]) -> str:

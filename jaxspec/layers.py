@@ -97,9 +97,11 @@ class RMSNorm(nnx.Module):
         return x32.astype(x.dtype) * self.scale[...]
 
 
-def linear(features_in: int, features_out: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer initialised as the transformers models here are: normal 0.02."""
-    return nnx.Linear(features_in, features_out, use_bias=bias, kernel_init=nnx.initializers.normal(0.02), rngs=rngs)
+def linear(features_in: int, features_out: int, *, bias: bool, rngs: nnx.Rngs, zero: bool = False) -> nnx.Linear:
+    """A linear layer, initialised at fan-in scale, or at zero where its output is added to a residual stream (a fresh
+    layer is then the identity, which small models trained from scratch learn faster from)."""
+    init = nnx.initializers.zeros if zero else nnx.initializers.lecun_normal()
+    return nnx.Linear(features_in, features_out, use_bias=bias, kernel_init=init, rngs=rngs)
 
 
 class SelfAttention(nnx.Module):
@@ -111,7 +113,7 @@ class SelfAttention(nnx.Module):
         self.q_proj = linear(config.hidden_size, query_width, bias=qkv_bias, rngs=rngs)
         self.k_proj = linear(config.hidden_size, kv_width, bias=qkv_bias, rngs=rngs)
         self.v_proj = linear(config.hidden_size, kv_width, bias=qkv_bias, rngs=rngs)
-        self.o_proj = linear(query_width, config.hidden_size, bias=output_bias, rngs=rngs)
+        self.o_proj = linear(query_width, config.hidden_size, bias=output_bias, rngs=rngs, zero=True)
         self.head_dim = config.head_dim
 
     def __call__(self, x, rope, mask, past):
@@ -133,7 +135,7 @@ class GatedMLP(nnx.Module):
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = linear(width, inner, bias=bias, rngs=rngs)
         self.up_proj = linear(width, inner, bias=bias, rngs=rngs)
-        self.down_proj = linear(inner, width, bias=bias, rngs=rngs)
+        self.down_proj = linear(inner, width, bias=bias, rngs=rngs, zero=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -142,9 +144,7 @@ class GatedMLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One pre-norm Llama layer. `input_norm=False` is EAGLE's draft layer (arXiv 2401.15077, published code)."""
 
-    def __init__(
-        self, config: TextConfig, *, input_norm: bool = True, qkv_bias: bool | None = None, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: TextConfig, *, input_norm: bool = True, qkv_bias: bool | None = None, rngs: nnx.Rngs):
         epsilon = config.rms_norm_eps
         self.input_layernorm = RMSNorm(config.hidden_size, epsilon, rngs=rngs) if input_norm else None
         self.self_attn = SelfAttention(
@@ -177,7 +177,7 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         self.config = config
-        init = nnx.initializers.normal(0.02)
+        init = nnx.initializers.normal(0.3)
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)

@@ -6,14 +6,16 @@ input is one clear sentence before anything is compiled.
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 ImageLike = Any  # PIL.Image.Image, path, bytes, uint8 array [H, W, 3], data: URL
 Prompt = str | Sequence[dict]
@@ -80,7 +82,7 @@ def normalise_messages(prompt: Prompt, images: list) -> tuple[list[dict], list]:
                     raise ValueError(f"the messages have more image parts than the {len(images)} images given")
                 kept.append({"type": "image"})
             elif kind == "image_url":
-                ordered.append(part["image_url"]["url"])
+                ordered.append(image_url(part))
                 kept.append({"type": "image"})
             else:
                 raise ValueError(f"content part type {kind!r} is not supported; use text, image or image_url")
@@ -90,34 +92,56 @@ def normalise_messages(prompt: Prompt, images: list) -> tuple[list[dict], list]:
     return messages, ordered
 
 
+def image_url(part: dict) -> str:
+    """The data: URL of an `image_url` part. Anything else is refused: a client's message must not open local files."""
+    url = part["image_url"]["url"]
+    if not url.startswith("data:"):
+        raise ValueError(f"image_url must hold a data: URL, got {url[:40]!r}")
+    return url
+
+
 def open_image(image: ImageLike, number: int = 1) -> Image.Image:
     """An RGB picture. Raises ValueError, naming the image, where it is missing, unreadable, empty or too large."""
     name = f"image {number}"
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise ValueError(f"{name} has dtype {image.dtype}; give uint8")
+        if 0 in image.shape:
+            raise ValueError(f"{name} is empty: shape {image.shape}")
+        if image.ndim not in (2, 3):
+            raise ValueError(f"{name} has shape {image.shape}; give [H, W, 3], or [H, W] for greys")
+    elif isinstance(image, str) and image.startswith("data:"):
+        image = data_url_bytes(image, name)
+    elif isinstance(image, str | Path):
+        name = f"image {number} ({image})"
+        if not os.path.isfile(image):
+            raise ValueError(f"{name} does not exist")
+    elif not isinstance(image, Image.Image | bytes):
+        raise ValueError(f"{name} has type {type(image).__name__}; give a PIL image, a path, bytes or an array")
+    with readable(name):
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        elif not isinstance(image, Image.Image):
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ValueError(f"{name} is empty: {width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{name} has {width} x {height} pixels; the limit is {MAX_PIXELS}")
+    with readable(name):
+        if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 and leave a white picture
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def readable(name: str):
+    """Whatever Pillow raises over a damaged file becomes a ValueError that names the image."""
     try:
-        if isinstance(image, Image.Image):
-            picture = image
-        elif isinstance(image, np.ndarray):
-            if 0 in image.shape:
-                raise ValueError(f"{name} is empty: shape {image.shape}")
-            picture = Image.fromarray(image)
-        elif isinstance(image, bytes):
-            picture = Image.open(io.BytesIO(image))
-        elif isinstance(image, str) and image.startswith("data:"):
-            picture = Image.open(io.BytesIO(data_url_bytes(image, name)))
-        elif isinstance(image, str | Path):
-            name = f"image {number} ({image})"
-            if not Path(image).is_file():
-                raise ValueError(f"{name} does not exist")
-            picture = Image.open(image)
-        else:
-            raise ValueError(f"{name} has type {type(image).__name__}; give a PIL image, a path, bytes or an array")
-        width, height = picture.size
-        if width < 1 or height < 1:
-            raise ValueError(f"{name} is empty: {width} x {height} pixels")
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{name} has {width} x {height} pixels; the limit is {MAX_PIXELS}")
-        return picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+        yield
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has too many pixels; the limit is {MAX_PIXELS}") from error
+    except Exception as error:  # its parsers raise OSError, SyntaxError, ValueError, struct.error, IndexError, ..
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 

@@ -26,7 +26,12 @@ def tiny_llava(
             **text,
         ),
         vision=ClipVisionConfig(
-            hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, image_size=4 * round(patches**0.5), patch_size=4
+            hidden_size=16,
+            intermediate_size=32,
+            num_layers=2,
+            num_heads=2,
+            image_size=4 * round(patches**0.5),
+            patch_size=4,
         ),
         image_token_id=image_token_id,
     )

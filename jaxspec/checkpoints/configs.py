@@ -30,6 +30,7 @@ def llama_text_config(config) -> TextConfig:
 
 def rope_config(parameters: dict) -> RopeConfig:
     """`rope_parameters` of a transformers 5 config (older spellings are converted by transformers on reading)."""
-    known = {field.name for field in dataclasses.fields(RopeConfig)}
+    # Beside `rope_type` there may still be the `type` of older files.
+    known = {field.name for field in dataclasses.fields(RopeConfig)} - {"theta", "type"}
     values = {key: value for key, value in parameters.items() if key in known and value is not None}
     return RopeConfig(theta=parameters["rope_theta"], type=parameters.get("rope_type", "default"), **values)

@@ -90,37 +90,38 @@ def fill(
         by_name[canonical] = array
     graph, state = nnx.split(module)
     flat = nnx.to_flat_state(state)
-    values = []
+    found = []
     for path, leaf in flat:
         dotted = ".".join(map(str, path))
         name = table.published(dotted)
         if name not in by_name:
             problems.append(f"missing: {name} {published_shape(dotted, leaf.shape)}")
             continue
-        array = to_ours(dotted, by_name.pop(name))
-        if array.shape != leaf.shape:
-            expected = published_shape(dotted, leaf.shape)
-            problems.append(f"mis-shaped: {name} is {published_shape(dotted, array.shape)}, the config wants {expected}")
+        array, expected = by_name.pop(name), published_shape(dotted, leaf.shape)
+        if array.shape != expected:
+            problems.append(f"mis-shaped: {name} is {array.shape}, the config wants {expected}")
         elif not jnp.issubdtype(array.dtype, jnp.floating):
             problems.append(f"wrong dtype: {name} is {array.dtype}, not a floating-point type")
         else:
-            values.append((path, leaf.replace(place(array, dotted, dtype, mesh))))
+            found.append((path, leaf, to_ours(dotted, array)))
     problems += [f"extra: {name} {tuple(array.shape)}" for name, array in by_name.items()]
     if problems:
         raise ValueError(f"{source} does not fit its config.json:\n  " + "\n  ".join(problems))
+    values = [(path, leaf.replace(place(array, ".".join(map(str, path)), dtype, mesh))) for path, leaf, array in found]
     return nnx.merge(graph, nnx.from_flat_state(values))
 
 
 def place(array: np.ndarray, path: str, dtype, mesh) -> jax.Array:
     """A memory-mapped array on the device, or each shard of it on its own."""
     if mesh is None:
-        return jnp.asarray(np.ascontiguousarray(array), dtype)
+        # A copy: on CPU `asarray` may lend JAX the mapped pages, and a file rewritten later would change the model.
+        return jnp.array(np.ascontiguousarray(array), dtype)
     sharding = parameter_sharding(mesh, path, array.shape)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].astype(dtype))
 
 
 def published_shape(path: str, shape: Iterable[int]) -> tuple[int, ...]:
-    return tuple(np.broadcast_to(0, tuple(shape)).T.shape) if path.endswith("kernel") else tuple(shape)
+    return to_published(path, np.broadcast_to(0, tuple(shape))).shape
 
 
 def to_tensors(module: nnx.Module, table: NameTable, dtype=None) -> dict[str, np.ndarray]:

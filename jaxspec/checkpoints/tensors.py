@@ -5,6 +5,7 @@ front ends load whole tensors onto a device.
 """
 
 import json
+import math
 from pathlib import Path
 
 import ml_dtypes
@@ -26,6 +27,17 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises ValueError, naming the file, if it is anything else."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:  # also what is no text at all
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
 def read_file(path: Path) -> dict[str, np.ndarray]:
     """Memory-mapped tensors of one safetensors file. Raises ValueError if the file is truncated or no safetensors."""
     size = path.stat().st_size
@@ -36,20 +48,23 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{path} is not a complete safetensors file ({size} bytes, header wants {header_size})")
         try:
             header = json.loads(file.read(header_size))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from error
-    header.pop("__metadata__", None)
+            header.pop("__metadata__", None)
+            entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a safetensors file: its header is no JSON table of tensors") from error
     start = 8 + header_size
-    needed = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    needed = start + max((last for _, _, _, last in entries.values()), default=0)
     if needed > size:
         raise ValueError(f"{path} is truncated: {size} bytes of {needed}")
     data = np.memmap(path, np.uint8, "r")
     tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: tensor {name} has dtype {entry['dtype']}; readable: {', '.join(DTYPES)}")
-        first, last = entry["data_offsets"]
-        tensors[name] = data[start + first : start + last].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    for name, (dtype, shape, first, last) in entries.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"{path}: tensor {name} has dtype {dtype}; readable: {', '.join(DTYPES)}")
+        expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        if last - first != expected:
+            raise ValueError(f"{path}: tensor {name} has {last - first} bytes, {dtype} {shape} takes {expected}")
+        tensors[name] = data[start + first : start + last].view(DTYPES[dtype]).reshape(shape)
     return tensors
 
 
@@ -60,7 +75,9 @@ def read_folder(folder: Path) -> dict[str, np.ndarray]:
     """
     index = folder / INDEX
     if index.exists():
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map")
         shards = sorted(set(weight_map.values()))
         missing = [shard for shard in shards if not (folder / shard).exists()]
         if missing:

@@ -67,6 +67,10 @@ class ConversationEncoder:
             "pixel_values": self._pixels(images),
         }
 
+    def encode_record(self, record: dict) -> dict[str, np.ndarray]:
+        """A record of a data source with `images` and `conversations`."""
+        return self(record["images"], record["conversations"])
+
     def _text_and_answers(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """The whole text with its image markers, and the (start, stop) characters of each answer."""
         end = self.processor.tokenizer.eos_token

@@ -7,7 +7,7 @@ replaying what came before, and gives each process of a multi-host run its own s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -66,8 +66,9 @@ class Pipeline:
     """Batches of conversations, for ever.
 
     Args:
-      source: random access to records with `images` (encoded bytes) and `conversations` (LLaVA-style turns).
-      encoder: (images, conversations) -> encoded conversation, as `jaxspec.data.conversations.ConversationEncoder`.
+      source: random access to records.
+      encoder: `encode_record(record)` gives `input_ids`, `loss_mask` and `pixel_values` of one record, and `processor`
+        is the target's (`jaxspec.data.conversations.ConversationEncoder`, `jaxspec.data.answers.AnswerEncoder`).
       sequence_length: tokens per row.
       batch_size: rows per batch over all processes together.
       seed: decides the order; each epoch has its own.
@@ -81,7 +82,7 @@ class Pipeline:
     def __init__(
         self,
         source: Sequence[dict[str, Any]],
-        encoder: Callable[..., dict[str, np.ndarray]],
+        encoder: Any,
         *,
         sequence_length: int,
         batch_size: int,
@@ -147,7 +148,7 @@ class Pipeline:
         return iter(dataset)
 
     def _encode(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
-        return self.padder(self._encoder(record["images"], record["conversations"]))
+        return self.padder(self._encoder.encode_record(record))
 
 
 def _stack(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

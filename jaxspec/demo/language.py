@@ -56,6 +56,17 @@ def ask_kind(scene: Scene, kind: str, rng: np.random.Generator) -> Turn | None:
     return None if made is None else Turn(kind, *made)
 
 
+def inventory(scene: Scene, rng: np.random.Generator) -> Turn:
+    """A terse list of every place (or bar) and what it holds: dense supervision for a model that learns to see."""
+    question = _pick(rng, ("List every place of the picture.", "What is in each place?", "Make a list of the picture."))
+    if scene.kind == "chart":
+        entries = [f"{ORDINALS[index]} bar: {bar.colour} {NUMBERS[bar.value]}" for index, bar in enumerate(scene.items)]
+    else:
+        held = {item.place: item for item in scene.items}
+        entries = [f"{place}: {_full(held[place]) if place in held else 'nothing'}" for place in PLACES]
+    return Turn("inventory", question, ". ".join(entries) + ".")
+
+
 def describe_question(rng: np.random.Generator) -> str:
     """One of the phrasings of "describe the picture"; the same ones serve shapes and charts."""
     return _say(rng, (

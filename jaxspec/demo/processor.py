@@ -7,10 +7,11 @@ demo never says. It still encodes any text, byte by byte where it must.
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from jaxspec.demo.generation import conversation_of, numbered_scene
 
@@ -55,6 +56,13 @@ def build_processor(folder: str | os.PathLike[str], scenes: int = 6000) -> Llava
     )
     processor.save_pretrained(folder)
     return processor
+
+
+def processor_at(folder: str | os.PathLike[str]) -> LlavaProcessor:
+    """The demo's processor in `folder`, built there first where it is missing."""
+    if not pathlib.Path(folder, "processor_config.json").exists():
+        build_processor(folder)
+    return AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 
 def train_tokenizer(scenes: int = 6000) -> Tokenizer:

@@ -117,6 +117,38 @@ def render(scene: Scene) -> Image.Image:
     return image
 
 
+def patch_labels(scene: Scene, side: int) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """What each of `side` x `side` patches belongs to, and how many classes each kind of label has.
+
+    int32 [side * side] each: `colour`, `shape`, `size` and `value` of the object whose cell (or the bar whose slot) the
+    middle of the patch lies in, 0 for none; `background` and `count` are the scene's.
+    """
+    classes = {
+        "colour": len(COLOURS) + 1,
+        "shape": len(SHAPES) + 2,  # a bar is one more shape
+        "size": len(SIZES) + 1,
+        "value": MAX_VALUE + 1,
+        "background": len(BACKGROUNDS),
+        "count": 6,
+    }
+    labels = {name: np.zeros((side, side), np.int32) for name in classes}
+    labels["background"][:] = tuple(BACKGROUNDS).index(scene.background)
+    labels["count"][:] = len(scene.items)
+    middles = (np.arange(side) + 0.5) * FRAME / side
+    rows, columns = np.meshgrid(middles, middles, indexing="ij")
+    for index, item in enumerate(scene.items):
+        if scene.kind == "shapes":
+            inside = (rows * 3 // FRAME) * 3 + columns * 3 // FRAME == PLACES.index(item.place)
+            labels["shape"][inside] = SHAPES.index(item.shape) + 1
+            labels["size"][inside] = SIZES.index(item.size) + 1
+        else:
+            inside = (columns - _CHART_LEFT) * len(scene.items) // (_CHART_RIGHT - _CHART_LEFT) == index
+            labels["shape"][inside] = len(SHAPES) + 1
+            labels["value"][inside] = item.value
+        labels["colour"][inside] = tuple(COLOURS).index(item.colour) + 1
+    return {name: label.reshape(-1) for name, label in labels.items()}, classes
+
+
 def _sample_shapes(rng: np.random.Generator) -> Scene:
     count = int(rng.integers(2, 6))
     places = sorted(rng.choice(len(PLACES), size=count, replace=False).tolist())

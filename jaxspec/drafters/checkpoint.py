@@ -18,13 +18,14 @@ from safetensors.numpy import save_file
 
 from jaxspec.checkpoints.configs import llama_text_config
 from jaxspec.checkpoints.names import NameTable, fill, to_tensors
-from jaxspec.checkpoints.tensors import read_folder
+from jaxspec.checkpoints.tensors import read_folder, read_json
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.speculation.tree import TreeConfig
 
 EMBEDDING = "embed_tokens.weight"
 NAMES = NameTable(ignored=(r".*\.rotary_emb\.inv_freq",))
+METHODS = {"eagle2": EagleHead, "vispec": ViSpecHead}
 PUBLISHED_TREES = {"eagle2": TreeConfig(5, 10, 60), "vispec": TreeConfig(3, 8, 30)}  # arXiv 2406.16858; 2509.15235
 
 
@@ -37,9 +38,9 @@ def load_drafter_folder(folder: Path, target, dtype=jnp.float32) -> tuple[EagleH
     embedding = tensors.pop(EMBEDDING, None)
     if embedding is not None:
         check_embedding(embedding, target, folder)
-    head_type = ViSpecHead if isinstance(config, ViSpecConfig) else EagleHead
-    head = nnx.eval_shape(lambda: head_type(config, rngs=nnx.Rngs(0)))
-    return fill(head, tensors, NAMES, str(folder), dtype), tree_of(raw, method_of(raw))
+    method = method_of(raw)
+    head = nnx.eval_shape(lambda: METHODS[method](config, rngs=nnx.Rngs(0)))
+    return fill(head, tensors, NAMES, str(folder), dtype), tree_of(raw, method)
 
 
 def save_drafter_folder(
@@ -90,14 +91,14 @@ def read_drafter_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"no config.json in {folder}: not a drafter folder")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def method_of(raw: dict) -> str:
     """`jaxspec.method` where we wrote it; else ViSpec's files are known by their `num_q`."""
     method = raw.get("jaxspec", {}).get("method") or ("vispec" if raw.get("num_q") else "eagle2")
-    if method not in PUBLISHED_TREES:
-        raise ValueError(f"drafter method {method!r} is not known; known: {', '.join(PUBLISHED_TREES)}")
+    if method not in METHODS:
+        raise ValueError(f"drafter method {method!r} is not known; known: {', '.join(METHODS)}")
     return method
 
 

@@ -19,7 +19,7 @@ class Drafter:
     tree: TreeConfig
     method: str
     about: dict
-    """The `jaxspec` entry of config.json: how the drafter was trained and what it accepted then; {} if published elsewhere."""
+    """The `jaxspec` entry of config.json: how the drafter was trained, what it accepted; {} if published elsewhere."""
 
 
 def load_drafter(path_or_repo_id: str | Path, target) -> Drafter:

@@ -1,4 +1,4 @@
-"""EAGLE-2's draft head: one decoder layer on [embedding of the next token ; target feature] (arXiv 2401.15077, 2406.16858).
+"""EAGLE-2's draft head (arXiv 2401.15077, 2406.16858): one decoder layer on token embeddings and target features.
 
 Row i of the head reads `fc([embedding of token i+1 ; feature of position i])` and predicts the feature of position i+1;
 the target's LM head turns that into the distribution of token i+2. ViSpec (vispec.py) changes how the rows of a prompt
@@ -138,7 +138,9 @@ class EagleHead(nnx.Module):
         x = self.step_inputs(target, tokens, features, state)
         mask = causal_mask(steps < count[:, None])
         positions = state.next_position[:, None] + steps
-        output, kv = self.run(x, positions, mask, [Segment(state.kv, caches.filled(state.rows, state.kv.keys.shape[2]))])
+        output, kv = self.run(
+            x, positions, mask, [Segment(state.kv, caches.filled(state.rows, state.kv.keys.shape[2]))]
+        )
         last = jnp.take_along_axis(output, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         return dataclasses.replace(
             state,

@@ -57,4 +57,3 @@ def attend(query: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     total = reduce(jnp.add, [part.sum(-1, keepdims=True) for part in weights])
     out = reduce(jnp.add, [mix(part / total, segment) for part, segment in zip(weights, segments, strict=True)])
     return out.reshape(batch, heads, length, head_dim).astype(query.dtype)
-

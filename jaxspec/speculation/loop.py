@@ -206,7 +206,7 @@ def is_stop(tokens: jax.Array, request: Request) -> jax.Array:
 
 
 def noise_at(sampling: BatchSampling, first: jax.Array, count: int, vocab_size: int) -> jax.Array:
-    """Noise f32 `[B, count, V]` of the tokens at positions `first`, `first + 1`, ..; zeros where all rows are greedy."""
+    """Noise f32 `[B, count, V]` of the tokens at positions `first`, `first + 1`, ..; zeros if all rows are greedy."""
     positions = first[:, None] + jnp.arange(count)
     zeros = jnp.zeros((*positions.shape, vocab_size), jnp.float32)
     draw = lambda: gumbel_noise(sampling.seed, positions, vocab_size)  # noqa: E731

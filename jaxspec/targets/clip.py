@@ -48,7 +48,7 @@ class ClipAttention(nnx.Module):
         self.q_proj = linear(width, width, bias=True, rngs=rngs)
         self.k_proj = linear(width, width, bias=True, rngs=rngs)
         self.v_proj = linear(width, width, bias=True, rngs=rngs)
-        self.out_proj = linear(width, width, bias=True, rngs=rngs)
+        self.out_proj = linear(width, width, bias=True, rngs=rngs, zero=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [n, T, D]
         split = (*x.shape[:2], self.num_heads, -1)
@@ -60,7 +60,7 @@ class ClipMLP(nnx.Module):
     def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
         self.activation = config.hidden_act
         self.fc1 = linear(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
-        self.fc2 = linear(config.intermediate_size, config.hidden_size, bias=True, rngs=rngs)
+        self.fc2 = linear(config.intermediate_size, config.hidden_size, bias=True, rngs=rngs, zero=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
@@ -82,7 +82,7 @@ class ClipEmbeddings(nnx.Module):
     """Patches and a class token, with learned positions."""
 
     def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
-        width, init = config.hidden_size, nnx.initializers.normal(0.02)
+        width, init = config.hidden_size, nnx.initializers.normal(1.0)  # as large as the patches, or places drown
         self.patch_size = config.patch_size
         self.class_embedding = nnx.Param(init(rngs.params(), (width,)))
         self.patch_embedding = linear(3 * config.patch_size**2, width, bias=False, rngs=rngs)

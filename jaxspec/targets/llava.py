@@ -31,7 +31,9 @@ class LlavaConfig:
         """From a transformers `LlavaConfig` (which understands every published spelling of config.json)."""
         vision = config.vision_config
         if vision.model_type != "clip_vision_model":
-            raise ValueError(f"vision model_type {vision.model_type!r} is not supported in LLaVA; only clip_vision_model")
+            raise ValueError(
+                f"vision model_type {vision.model_type!r} is not supported in LLaVA; only clip_vision_model"
+            )
         if config.projector_hidden_act != "gelu":
             raise ValueError(f"projector_hidden_act {config.projector_hidden_act!r} is not supported; only 'gelu'")
         layers = config.vision_feature_layer
@@ -42,7 +44,10 @@ class LlavaConfig:
                     f"vision_feature_layer {layer} does not exist: the tower has {vision.num_hidden_layers} layers"
                 )
         return cls(
-            text=llama_text_config(config.text_config),
+            # transformers reads the key here and in text_config, and lets either tie.
+            text=dataclasses.replace(
+                llama_text_config(config.text_config), tie_word_embeddings=config.tie_word_embeddings
+            ),
             vision=ClipVisionConfig(
                 hidden_size=vision.hidden_size,
                 intermediate_size=vision.intermediate_size,

@@ -1,19 +1,19 @@
 """The target families by `model_type`, and Hugging Face folders in and out of them."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import transformers
 from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxspec.checkpoints.names import NameTable, fill, to_tensors
-from jaxspec.checkpoints.tensors import read_folder
+from jaxspec.checkpoints.tensors import read_folder, read_json
 from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.llava import LLAVA_NAMES, Llava, LlavaConfig
 
@@ -40,7 +40,7 @@ def read_config(folder: Path):
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"no config.json in {folder}")
-    model_type = json.loads(path.read_text()).get("model_type")
+    model_type = read_json(path).get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -50,9 +50,22 @@ def load_model(folder: Path, dtype=jnp.float32, mesh=None) -> VisionLanguageMode
     """The model of a Hugging Face folder with parameters in `dtype`, sharded where there is a mesh."""
     hf_config = read_config(folder)
     family = family_of(hf_config)
-    config = family.config_from_hf(hf_config)
+    config, tensors = settle_tying(family.config_from_hf(hf_config), read_folder(folder), family.names)
     model = nnx.eval_shape(lambda: family.model(config, rngs=nnx.Rngs(0)))
-    return fill(model, read_folder(folder), family.names, str(folder), dtype, mesh)
+    return fill(model, tensors, family.names, str(folder), dtype, mesh)
+
+
+def settle_tying(config, tensors: dict[str, np.ndarray], names: NameTable):
+    """Config and tensors where a tied config meets a folder that holds a head all the same: as in transformers, the
+    head counts if it differs from the embedding."""
+    by_name = {names.canonical(name): name for name in tensors}
+    head = by_name.get(names.published("language_model.lm_head.kernel"))
+    embedding = by_name.get(names.published("language_model.embed_tokens.embedding"))
+    if not config.text.tie_word_embeddings or head is None or embedding is None:
+        return config, tensors
+    if np.array_equal(tensors[head], tensors[embedding]):
+        return config, {name: array for name, array in tensors.items() if name != head}
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, tie_word_embeddings=False)), tensors
 
 
 def save_model(model: VisionLanguageModel, hf_config, processor_folder: Path, folder: Path, dtype) -> None:
@@ -61,10 +74,9 @@ def save_model(model: VisionLanguageModel, hf_config, processor_folder: Path, fo
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(processor_folder, temporary)
     hf_config.dtype = jnp.dtype(dtype).name
+    hf_config.tie_word_embeddings = hf_config.text_config.tie_word_embeddings = model.config.text.tie_word_embeddings
     hf_config.save_pretrained(temporary)
     tensors = to_tensors(model, family_of(hf_config).names, dtype)
-    if hf_config.text_config.tie_word_embeddings:
-        tensors.pop("language_model.lm_head.weight", None)
     save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

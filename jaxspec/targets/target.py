@@ -40,7 +40,7 @@ class Target:
         return self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
 
     def fingerprint(self) -> str:
-        """Names the weights: a hash over every tensor's name, shape, dtype and first values, whatever dtype is in use."""
+        """Names the weights: a hash over every tensor's name, shape, dtype and first values in the files."""
         digest = hashlib.sha256()
         for name, array in sorted(read_folder(self.path).items()):
             digest.update(f"{name} {array.shape} {array.dtype}".encode())

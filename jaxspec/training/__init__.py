@@ -1,9 +1,27 @@
-"""Training: recipes, tasks, losses and the loop."""
+"""Training: recipes, tasks, losses and the loop. `run` does whatever a recipe of `configs/` describes."""
 
+from jaxspec.training.answers import AnswersRecipe, generate_answers
+from jaxspec.training.drafter import DrafterRecipe, drafter_task
 from jaxspec.training.loop import Stopped, train
 from jaxspec.training.recipe import Recipe, Task
 from jaxspec.training.target import TargetRecipe, target_task
+from jaxspec.training.vision import VisionRecipe, vision_task
 
-TASKS = {TargetRecipe: target_task}
+__all__ = ["AnswersRecipe", "DrafterRecipe", "Recipe", "Stopped", "TargetRecipe", "Task", "VisionRecipe", "run"]
 
-__all__ = ["TASKS", "Recipe", "Stopped", "TargetRecipe", "Task", "train"]
+
+def run(recipe: AnswersRecipe | Recipe) -> None:
+    """Run or resume. Raises Stopped after a signal, with everything saved."""
+    match recipe:
+        case AnswersRecipe():
+            generate_answers(recipe)
+        case DrafterRecipe():
+            train(recipe, drafter_task(recipe))
+        case TargetRecipe():
+            train(recipe, target_task(recipe))
+        case VisionRecipe():
+            train(recipe, vision_task(recipe))
+        case _:
+            raise ValueError(
+                f"a config file's `recipe` must be a recipe of jaxspec.training, got {type(recipe).__name__}"
+            )

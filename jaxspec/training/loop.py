@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxspec.training.recipe import Recipe, Task, optimizer
+from jaxspec.training.recipe import Recipe, Task, optimizer, write_text
 
 
 class TrainState(NamedTuple):
@@ -112,7 +112,9 @@ class Log:
     def __init__(self, path: Path, console: Console, recipe: Recipe):
         self.path, self.console, self.recipe = path, console, recipe
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        self.bar = Progress(*columns, TextColumn("{task.fields[rate]}"), console=console, disable=not console.is_terminal)
+        self.bar = Progress(
+            *columns, TextColumn("{task.fields[rate]}"), console=console, disable=not console.is_terminal
+        )
 
     def __enter__(self):
         self.file = self.path.open("a")
@@ -167,10 +169,3 @@ class CatchSignals:
     def __exit__(self, *exc):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -14,3 +14,33 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.
     """Mean negative log-likelihood of `labels` i32 `[B, S]` under `logits` `[B, S, V]`."""
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return -masked_mean(jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0], mask)
+
+
+def smooth_l1(output: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Huber loss with threshold 1 between features `[B, S, D]`, mean over D (EAGLE's feature loss)."""
+    error = jnp.abs(output.astype(jnp.float32) - target.astype(jnp.float32))
+    loss = jnp.where(error < 1, 0.5 * error**2, error - 0.5)
+    return masked_mean(loss.mean(axis=-1), mask)
+
+
+def soft_cross_entropy(logits: jax.Array, target_logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """Cross-entropy of the draft distribution against the target's, logits `[B, S, V]`."""
+    target = jax.nn.softmax(target_logits.astype(jnp.float32), axis=-1)
+    return -masked_mean(jnp.sum(target * jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), axis=-1), mask)
+
+
+def probability_l1(logits: jax.Array, target_logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """L1 distance of the two distributions, summed over the vocabulary: twice the probability that an optimal coupling
+    of draft and target disagrees (ViSpec stage 2)."""
+    difference = jax.nn.softmax(logits.astype(jnp.float32), axis=-1) - jax.nn.softmax(
+        target_logits.astype(jnp.float32), axis=-1
+    )
+    return masked_mean(jnp.abs(difference).sum(axis=-1), mask)
+
+
+def ranking(logits: jax.Array, target_logits: jax.Array, mask: jax.Array, top: int = 10) -> jax.Array:
+    """Negative Plackett-Luce log-likelihood of the target's order of its `top` tokens under the draft's logits."""
+    order = jax.lax.top_k(target_logits, top)[1]  # [B, S, top]
+    chosen = jnp.take_along_axis(logits.astype(jnp.float32), order, axis=-1)
+    remaining = jnp.flip(jax.lax.cumlogsumexp(jnp.flip(chosen, -1), axis=chosen.ndim - 1), -1)
+    return -masked_mean(jnp.sum(chosen - remaining, axis=-1), mask)

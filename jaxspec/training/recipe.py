@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -22,9 +22,15 @@ class Recipe:
     learning_rate: float = 1e-3
     final_learning_rate_ratio: float = 0.05
     warmup_steps: int = 100
+    decay: Literal["cosine", "linear"] = "cosine"
+    vision_learning_rate_ratio: float = 1.0
+    """Learning rate of vision tower and projector, relative to the rest."""
     adam_b2: float = 0.95
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    """Largest global norm of the gradients; 0 is off."""
+    clip_value: float = 0.0
+    """Largest absolute gradient value (EAGLE: 0.5); 0 is off."""
     log_every: int = 20
     eval_every: int = 250
     eval_batches: int = 8
@@ -41,6 +47,11 @@ class Recipe:
     def folder(self) -> Path:
         """Checkpoints, logs and the exported model of this run."""
         return Path(self.run_dir) / self.name
+
+    @property
+    def processor_folder(self) -> Path:
+        """The demo's processor, which all runs under one `run_dir` share."""
+        return Path(self.run_dir) / "processor"
 
     @property
     def export_folder(self) -> Path:
@@ -61,16 +72,23 @@ class Task:
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """AdamW, linear warm-up then cosine decay, global-norm clip; no decay on vectors (norms, biases)."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=recipe.learning_rate,
-        warmup_steps=recipe.warmup_steps,
-        decay_steps=recipe.steps,
-        end_value=recipe.learning_rate * recipe.final_learning_rate_ratio,
+    """AdamW, linear warm-up then cosine or linear decay, gradients clipped; no decay on vectors (norms, biases)."""
+    peak, end = recipe.learning_rate, recipe.learning_rate * recipe.final_learning_rate_ratio
+    decay_steps = max(recipe.steps - recipe.warmup_steps, 1)
+    if recipe.decay == "cosine":
+        decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=recipe.final_learning_rate_ratio)
+    else:
+        decay = optax.linear_schedule(peak, end, decay_steps)
+    schedule = optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, recipe.warmup_steps), decay], [recipe.warmup_steps]
+    )
+    slow = optax.masked(
+        optax.scale(recipe.vision_learning_rate_ratio),
+        lambda params: jax.tree_util.tree_map_with_path(lambda path, _: is_vision(path), params),
     )
     return optax.chain(
-        optax.clip_by_global_norm(recipe.clip_norm),
+        optax.clip_by_global_norm(recipe.clip_norm) if recipe.clip_norm else optax.identity(),
+        optax.clip(recipe.clip_value) if recipe.clip_value else optax.identity(),
         optax.adamw(
             schedule,
             b1=0.9,
@@ -78,5 +96,17 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
             weight_decay=recipe.weight_decay,
             mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
         ),
+        slow if recipe.vision_learning_rate_ratio != 1.0 else optax.identity(),
     )
 
+
+def is_vision(path) -> bool:
+    """Whether a parameter's path lies in a vision tower or the projector behind it."""
+    return any(str(getattr(key, "key", "")) in ("vision_tower", "multi_modal_projector") for key in path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -4,17 +4,22 @@ import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import transformers
 from flax import nnx
 
 from jaxspec.data.conversations import ConversationEncoder
 from jaxspec.data.pipeline import Pipeline
 from jaxspec.data.scenes import load_scenes
-from jaxspec.demo.processor import build_processor
+from jaxspec.demo.generation import conversation_of
+from jaxspec.demo.language import inventory
+from jaxspec.demo.processor import processor_at
+from jaxspec.demo.scenes import scene_from_json
 from jaxspec.targets.llava import Llava, LlavaConfig
 from jaxspec.targets.registry import load_model, save_model
 from jaxspec.training.losses import cross_entropy, masked_mean
 from jaxspec.training.recipe import Recipe, Task
+from jaxspec.training.vision import load_tower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,10 @@ class TargetRecipe(Recipe):
     patch_size: int = 16
     dataset_size: int = 40000
     dataset_dir: str = "runs/data"
+    inventory_share: float = 0.0
+    """Share of the training scenes whose question is to list all places."""
+    vision_from: str | None = None
+    """A trained vision tower (VisionRecipe)."""
     init_from: str | None = None
     """A trained target of the same widths with fewer layers; the added layers start as the identity."""
     save_dtype: str = "float16"
@@ -68,15 +77,32 @@ class TargetRecipe(Recipe):
         )
 
 
+class SingleQuestions:
+    """Scenes with one question each: the first of the record (later answers could be copied from earlier ones,
+    unseen), or for a share of the scenes the list of all places, which teaches to look."""
+
+    def __init__(self, source, inventory_share: float):
+        self.source, self.inventory_share = source, inventory_share
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self.source[index]
+        rng = np.random.default_rng(record["index"])
+        if rng.random() < self.inventory_share:
+            return {**record, "conversations": conversation_of([inventory(scene_from_json(record["scene"]), rng)])}
+        return {**record, "conversations": record["conversations"][:2]}
+
+
 def target_task(recipe: TargetRecipe) -> Task:
     """Scenes, processor and a fresh (or grown) LLaVA."""
-    processor_folder = recipe.folder / "processor"
-    if not (processor_folder / "tokenizer.json").exists():
-        build_processor(processor_folder)
-    processor = transformers.AutoProcessor.from_pretrained(processor_folder, local_files_only=True)
+    processor = processor_at(recipe.processor_folder)
     hf_config = recipe.hf_config(processor.tokenizer)
     config = LlavaConfig.from_hf(hf_config)
     model = Llava(config, rngs=nnx.Rngs(recipe.seed))
+    if recipe.vision_from is not None:
+        model.vision_tower = load_tower(model.vision_tower, Path(recipe.vision_from))
     if recipe.init_from is not None:
         model = grow(model, load_model(Path(recipe.init_from)))
     graph, params = nnx.split(model)
@@ -84,7 +110,10 @@ def target_task(recipe: TargetRecipe) -> Task:
 
     def pipeline(split: str, shuffle: bool) -> Pipeline:
         return Pipeline(
-            load_scenes(recipe.dataset_dir, split, train_size=recipe.dataset_size),
+            SingleQuestions(
+                load_scenes(recipe.dataset_dir, split, train_size=recipe.dataset_size),
+                recipe.inventory_share,
+            ),
             encoder,
             sequence_length=recipe.sequence_length,
             batch_size=recipe.batch_size,
@@ -110,7 +139,7 @@ def target_task(recipe: TargetRecipe) -> Task:
         batches=training.batches,
         validation=lambda: (validation[index] for index in range(recipe.eval_batches)),
         export=lambda params, folder: save_model(
-            nnx.merge(graph, params), hf_config, processor_folder, folder, recipe.save_dtype
+            nnx.merge(graph, params), hf_config, recipe.processor_folder, folder, recipe.save_dtype
         ),
     )
 

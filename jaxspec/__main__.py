@@ -1,0 +1,6 @@
+"""`python -m jaxspec {generate,bench} --help`."""
+
+from jaxspec.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Measuring: interleaved arms, token identity, answer quality, and their report (`python -m jaxspec bench`)."""

@@ -1,0 +1,42 @@
+"""Token identity: whether two answers are the same, where they part, and how near a tie the target was there."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.generator import bucket
+from jaxspec.prompting import encode_prompt
+from jaxspec.speculation.sampling import BatchSampling, SamplingParams, gumbel_noise, warp
+
+
+def first_difference(ours: Sequence[int], reference: Sequence[int]) -> int | None:
+    """The first position at which two token sequences differ (or one of them ends), None where they are equal."""
+    ours, reference = np.asarray(ours), np.asarray(reference)
+    common = min(len(ours), len(reference))
+    different = np.flatnonzero(ours[:common] != reference[:common])
+    if len(different):
+        return int(different[0])
+    return None if len(ours) == len(reference) else common
+
+
+def choice_margin(target, question, sampling: SamplingParams, tokens: Sequence[int], position: int) -> float:
+    """By how much the target's best token leads the second at `position` of the answer `tokens`.
+
+    In units of the logits at temperature 0, else of the warped logits plus noise that choose the token. A margin of
+    rounding size says that two orders of summation may choose differently; a large one would be an error.
+    """
+    encoded = encode_prompt(target, question.prompt, question.images)
+    ids = np.concatenate([encoded.input_ids, np.asarray(tokens[:position], np.int32)])
+    padded, mask = np.zeros((2, 1, bucket(len(ids))), np.int32)
+    padded[0, : len(ids)], mask[0, : len(ids)] = ids, 1
+    inputs = {"input_ids": padded, "attention_mask": mask}
+    if len(encoded.pixel_values):
+        inputs["pixel_values"] = encoded.pixel_values
+    scores = target.logits(inputs)[:, len(ids) - 1 : len(ids)]  # [1, 1, V]
+    rows = BatchSampling.from_params([sampling])
+    if sampling.temperature > 0:
+        scores = warp(scores, rows) + gumbel_noise(rows.seed, jnp.array([[len(ids)]]), scores.shape[-1])
+    best, second = np.asarray(jax.lax.top_k(scores[0, 0], 2)[0])
+    return float(best - second)

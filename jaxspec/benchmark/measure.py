@@ -1,0 +1,168 @@
+"""How arms are timed: warm-up of every compiled shape, interleaved runs, medians, acceptance pooled over prompts."""
+
+import dataclasses
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from jaxspec.generator import Generator, bucket
+from jaxspec.metrics import Acceptance, GenerationStats
+from jaxspec.prompting import encode_prompt
+from jaxspec.speculation.sampling import SamplingParams
+
+WARM_UPS = 3
+
+
+class Question(NamedTuple):
+    """One request of a benchmark."""
+
+    prompt: Any
+    images: tuple = ()
+
+
+class Answer(Protocol):
+    """What timing needs of a result: `jaxspec.Result`, and what other implementations' arms return."""
+
+    tokens: np.ndarray  # i32 [n]
+    text: str
+    stats: GenerationStats
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to answer. `answer(question, sampling)` returns an `Answer`; `warm_up(question, sampling)` compiles."""
+
+    name: str
+    answer: Callable[[Question, SamplingParams], Answer]
+    warm_up: Callable[[Question, SamplingParams], None]
+    generator: Generator | None = None
+
+    @classmethod
+    def of(cls, name: str, generator: Generator, max_new_tokens: int) -> "Arm":
+        def answer(question, sampling):
+            return generator.generate(question.prompt, question.images, sampling, max_new_tokens)
+
+        def warm_up(question, sampling):
+            """One prefill and two rounds: all programs of a request, without its length."""
+            stream = generator.stream(question.prompt, question.images, sampling, max_new_tokens, rounds_per_piece=1)
+            for _ in itertools.islice(stream, 3):
+                pass
+
+        return cls(name, answer, warm_up, generator)
+
+    @property
+    def compilations(self) -> int:
+        return self.generator.compilations if self.generator else 0
+
+
+def distinct_shapes(target, questions: Sequence[Question]) -> list[Question]:
+    """One question for each combination of shapes that a generator compiles for."""
+    seen = {}
+    for question in questions:
+        encoded = encode_prompt(target, question.prompt, question.images)
+        shape = bucket(len(encoded.input_ids)), encoded.pixel_values.shape, encoded.image_tokens
+        seen.setdefault(shape, question)
+    return list(seen.values())
+
+
+def warm_up(arms: Sequence[Arm], questions: Sequence[Question], sampling: SamplingParams) -> None:
+    """Every arm on every question, `WARM_UPS` times."""
+    for arm, question, _ in itertools.product(arms, questions, range(WARM_UPS)):
+        arm.warm_up(question, sampling)
+
+
+def interleaved(
+    arms: Sequence[Arm],
+    question: Question,
+    sampling: SamplingParams,
+    runs: int,
+    after_each: Callable[[], None] = lambda: None,
+) -> dict[str, list[Answer]]:
+    """`runs` answers of every arm in the order A B C A B C ..: a machine that slows down slows all arms alike."""
+    answers: dict[str, list[Answer]] = {arm.name: [] for arm in arms}
+    for _ in range(runs):
+        for arm in arms:
+            answers[arm.name].append(arm.answer(question, sampling))
+            after_each()
+    return answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One arm's runs of one question, in seconds."""
+
+    tokens: int
+    decode_seconds: tuple[float, ...]
+    prefill_seconds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer]) -> "Timing":
+        return cls(
+            tokens=len(answers[0].tokens),
+            decode_seconds=tuple(answer.stats.decode_seconds for answer in answers),
+            prefill_seconds=tuple(answer.stats.prefill_seconds for answer in answers),
+        )
+
+    @property
+    def decode(self) -> float:
+        return statistics.median(self.decode_seconds)
+
+    @property
+    def time_to_first_token(self) -> float:
+        return statistics.median(self.prefill_seconds)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """After the first token; nan where nothing was decoded."""
+        return (self.tokens - 1) / self.decode if self.decode else math.nan
+
+    @property
+    def end_to_end_tokens_per_second(self) -> float:
+        return self.tokens / (self.decode + self.time_to_first_token)
+
+
+def speedup(baseline: Sequence[Timing], timings: Sequence[Timing]) -> float:
+    """Ratio of decode tokens per second, summed over questions.
+
+    Where both arms gave the same tokens, as they must but for floating-point ties, it is the ratio of decode times.
+    """
+    ours, theirs = tokens_per_second(timings), tokens_per_second(baseline)
+    return ours / theirs if theirs else math.nan
+
+
+def tokens_per_second(timings: Sequence[Timing]) -> float:
+    """Decoded tokens of all questions over the sum of their median decode times; nan where nothing was decoded."""
+    seconds = sum(timing.decode for timing in timings)
+    return sum(timing.tokens - 1 for timing in timings) / seconds if seconds else math.nan
+
+
+def speedup_of_run(baseline: Sequence[Timing], timings: Sequence[Timing], run: int) -> float:
+    """The same from the run with that number alone."""
+
+    def only(timing: Timing) -> Timing:
+        return Timing(timing.tokens, (timing.decode_seconds[run],), (timing.prefill_seconds[run],))
+
+    return speedup([*map(only, baseline)], [*map(only, timings)])
+
+
+def pooled(stats: Sequence[Acceptance]) -> Acceptance:
+    """The acceptance of all rounds of several requests together; all with the same tree."""
+    # `acceptance_at_position` times `rounds` are whole numbers: rounds that emitted at least i + 2 tokens.
+    reached = sum(np.rint(np.array([1.0, *each.acceptance_at_position]) * each.rounds) for each in stats if each.rounds)
+    if np.ndim(reached) == 0:
+        return Acceptance.from_histogram(np.zeros(1))
+    return Acceptance.from_histogram(reached - np.append(reached[1:], 0))
+
+
+def acceptance_warning(recorded: float | None, live: float, share: float = 0.6) -> str | None:
+    """A sentence where a drafter accepts far less at temperature 0 than its folder recorded after training."""
+    if not isinstance(recorded, int | float) or not live < share * recorded:
+        return None
+    return (
+        f"mean_acceptance_length is {live:.2f}, but this drafter recorded {recorded:.2f} after its training; "
+        "does it belong to this target, and is the picture of the kind it was trained on?"
+    )

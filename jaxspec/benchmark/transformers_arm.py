@@ -1,0 +1,94 @@
+"""transformers' own greedy `generate` as an arm of the benchmark. The only place of the library that imports torch."""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+
+from jaxspec.benchmark.measure import WARM_UPS, Arm
+from jaxspec.metrics import GenerationStats
+from jaxspec.prompting import normalise_messages, open_image
+from jaxspec.targets.target import Target
+
+NAME = "transformers generate"
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformersAnswer:
+    tokens: np.ndarray  # i32 [n]
+    text: str
+    stats: GenerationStats
+
+
+class Clock:
+    """A streamer that notes when the first token came."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value) -> None:
+        del value
+        self.times.append(time.perf_counter())  # the prompt first, then token by token
+
+    def end(self) -> None:
+        pass
+
+
+def transformers_arm(target: Target, dtype: str, max_new_tokens: int) -> tuple[Arm, dict]:
+    """The arm, and what a report must say about it. Raises ValueError where torch is not installed."""
+    try:
+        import torch
+        from transformers import AutoModelForImageTextToText
+    except ImportError as error:
+        raise ValueError(
+            "--transformers compares with transformers' models, which need torch; install it with: "
+            "pip install 'jaxspec[test]'"
+        ) from error
+    device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+    model = AutoModelForImageTextToText.from_pretrained(target.path, dtype=getattr(torch, dtype)).to(device).eval()
+
+    def run(question, limit: int) -> TransformersAnswer:
+        messages, images = normalise_messages(question.prompt, list(question.images))
+        text = target.processor.apply_chat_template(messages, add_generation_prompt=True)
+        pictures = [open_image(image) for image in images]
+        inputs = target.processor(text=[text], images=pictures or None, return_tensors="pt").to(device)
+        inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        clock = Clock()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=limit,
+                eos_token_id=list(target.stop_token_ids) or None,
+                pad_token_id=0,
+                streamer=clock,
+            )
+        ended = time.perf_counter()
+        prompt_tokens = inputs["input_ids"].shape[1]
+        tokens = output[0, prompt_tokens:].cpu().numpy().astype(np.int32)
+        first = clock.times[1]
+        stats = GenerationStats.of(
+            [len(tokens) - 1],
+            prompt_tokens=prompt_tokens,
+            generated_tokens=len(tokens),
+            prefill_seconds=first - started,
+            decode_seconds=ended - first,
+        )
+        return TransformersAnswer(tokens, target.tokenizer.decode(tokens, skip_special_tokens=True).lstrip(" "), stats)
+
+    arm = Arm(
+        NAME,
+        answer=lambda question, sampling: run(question, max_new_tokens),
+        warm_up=lambda question, sampling: run(question, min(max_new_tokens, WARM_UPS)),
+    )
+    about = {
+        "torch": torch.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype),
+    }
+    return arm, about

@@ -1,0 +1,34 @@
+"""The command line: one file per command, each a frozen dataclass of its options with a `run(console)`.
+
+The library raises ValueError and OSError (a missing file) with one clear sentence for whatever a user can get wrong;
+here those sentences become the last line on stderr and exit status 2.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from jaxspec.cli.bench import Bench
+from jaxspec.cli.generate import Generate
+from jaxspec.cli.output import make_console
+
+Command = Annotated[Generate, tyro.conf.subcommand("generate")] | Annotated[Bench, tyro.conf.subcommand("bench")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 2 for input that cannot be used, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        command = tyro.cli(Command, args=arguments, prog="python -m jaxspec")
+        command.run(make_console(), arguments)
+    except SystemExit as stop:  # tyro: 0 after --help, 2 after printing what is wrong with the flags
+        return stop.code or 0
+    except (ValueError, OSError) as error:
+        print(f"jaxspec: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxspec: interrupted", file=sys.stderr)
+        return 130
+    return 0

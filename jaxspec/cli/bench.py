@@ -1,0 +1,126 @@
+"""`python -m jaxspec bench`: how much faster, how often accepted, how identical, and how right."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from jaxspec.benchmark.plot import write_plot
+from jaxspec.benchmark.quality import score_answers
+from jaxspec.benchmark.report import (
+    QUALITY_COLUMNS,
+    SPEED_COLUMNS,
+    TEMPLATED,
+    environment,
+    quality_rows,
+    speed_rows,
+    write_report,
+)
+from jaxspec.benchmark.run import BASELINE, SpeedBenchmark, example_prompts, settings_of
+from jaxspec.cli.options import ModelOptions, TreeOptions, load_named_drafter
+from jaxspec.cli.output import ProgressLines, table, waiting
+from jaxspec.generator import Generator
+
+SHOWN = {
+    "arm": "",
+    "temperature": "temp.",
+    "decode tokens/s": "decode tokens/s",
+    "speed-up": "speed-up",
+    "efficiency": "efficiency",
+    "mean_acceptance_length (with bonus)": "mean acceptance length (with bonus)",
+    "mean_accepted_draft_tokens (without)": "mean accepted draft tokens (without)",
+    "identical": "identical tokens",
+}
+"""Columns of the report that fit a terminal, and what they are called there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure drafters against autoregressive decoding on held-out scenes.
+
+    Writes results.json, results.md and (with matplotlib) results.png.
+    """
+
+    model: Annotated[ModelOptions, tyro.conf.arg(name="")] = ModelOptions()
+    tree: Annotated[TreeOptions, tyro.conf.arg(name="")] = TreeOptions()
+    drafters: tuple[str, ...] = ("eagle2", "vispec")
+    """Methods of the embedded model, folders or repo ids."""
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    num_prompts: int = 20
+    """Questions about test scenes."""
+    max_new_tokens: int = 160
+    runs: int = 3
+    """Timed runs of every arm on every question, interleaved; the median counts."""
+    seed: int = 0
+    """Of scenes and sampling."""
+    transformers: bool = False
+    """Also compare autoregressive decoding with transformers' greedy generate (needs torch)."""
+    score_prompts: int = 100
+    """Scenes whose greedy descriptions are scored object by object; 0 is off."""
+    output: Path = Path("runs/bench")
+    """Folder for the results."""
+
+    def run(self, console: Console, arguments: list[str]) -> None:
+        for field, least in (("num_prompts", 1), ("score_prompts", 0)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field} must be at least {least}, got {getattr(self, field)}")
+        with waiting(console, "loading ..."):
+            target = self.model.load()
+            drafters = {}
+            for given in self.drafters:
+                drafter = load_named_drafter(given, target)
+                name = Path(given).name
+                if name in drafters:
+                    raise ValueError(f"two drafters are called {name}; their folders need different names")
+                drafters[name] = drafter, self.tree.applied(drafter.tree)
+            others, about_transformers = [], None
+            if self.transformers:
+                from jaxspec.benchmark.transformers_arm import transformers_arm
+
+                arm, about_transformers = transformers_arm(target, self.model.dtype, self.max_new_tokens)
+                others.append(arm)
+            benchmark = SpeedBenchmark(
+                target=target,
+                drafters=drafters,
+                examples=example_prompts(self.num_prompts, self.seed),
+                temperatures=self.temperatures,
+                runs=self.runs,
+                max_new_tokens=self.max_new_tokens,
+                max_length=self.model.max_length,
+                seed=self.seed,
+                others=others,
+            )
+        progress = partial(ProgressLines, console)
+        results = {
+            "environment": environment(target, self.model.dtype, self.model.target_name, arguments),
+            "settings": settings_of(benchmark),
+            "transformers": about_transformers,
+            "speed": benchmark.run(progress),
+            "quality": [],
+        }
+        if self.score_prompts:
+            generators = {BASELINE: Generator(target, max_length=self.model.max_length)}
+            for name, (drafter, tree) in drafters.items():
+                generators[name] = Generator(target, drafter, tree, self.model.max_length)
+            results["quality"] = score_answers(generators, self.score_prompts, self.seed, self.max_new_tokens, progress)
+        write_report(results, self.output)
+        self.show(console, results)
+
+    def show(self, console: Console, results: dict) -> None:
+        chosen = [SPEED_COLUMNS.index(column) for column in SHOWN]
+        rows = [[row[index] for index in chosen] for row in speed_rows(results)]
+        console.print(table(console, list(SHOWN.values()), rows))
+        if results["quality"]:
+            console.print(table(console, QUALITY_COLUMNS, quality_rows(results)))
+        for entry in results["speed"]:
+            if entry["warning"]:
+                console.print(f"warning: {entry['arm']}: {entry['warning']}", style="yellow", markup=False)
+        console.print(TEMPLATED)
+        drawn = write_plot(results, self.output / "results.png")
+        wrote = ", ".join(["results.json", "results.md", *(["results.png"] if drawn else [])])
+        console.print(f"wrote {wrote} to {self.output}", markup=False, soft_wrap=True)
+        if not drawn and self.drafters:
+            console.print("no results.png: matplotlib is not installed (pip install 'jaxspec[plot]')", markup=False)

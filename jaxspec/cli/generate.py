@@ -1,0 +1,163 @@
+"""`python -m jaxspec generate`: a question about a picture, and what speculation did for the answer."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.text import Text
+
+from jaxspec import demo
+from jaxspec.benchmark.identity import choice_margin, first_difference
+from jaxspec.benchmark.measure import Arm, Question, Timing, acceptance_warning, interleaved, speedup, warm_up
+from jaxspec.benchmark.report import number
+from jaxspec.cli.options import ModelOptions, TreeOptions, load_named_drafter
+from jaxspec.cli.output import ACCEPTED_STYLE, TokenColours, coloured, table, waiting
+from jaxspec.drafters.drafter import Drafter
+from jaxspec.generator import Generator, Result
+from jaxspec.prompting import open_image
+from jaxspec.speculation.sampling import SamplingParams
+
+AUTOREGRESSIVE, SPECULATIVE = "autoregressive", "speculative"
+RUNS = 3
+COLUMNS = (
+    "",
+    "tokens",
+    "time to first token, ms",
+    "decode tokens/s",
+    "speed-up",
+    "mean acceptance length (with bonus)",
+    "mean accepted draft tokens (without)",
+    "identical tokens",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Answer a question about pictures, with and without speculation.
+
+    Without options: the embedded model and its ViSpec drafter describe the packaged picture.
+    """
+
+    image: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATH")] = ()
+    """A picture. The packaged one by default, with the embedded target or without a prompt."""
+    prompt: str | None = None
+    """The question; "Describe the picture." by default."""
+    model: Annotated[ModelOptions, tyro.conf.arg(name="")] = ModelOptions()
+    drafter: Annotated[str | None, tyro.conf.arg(metavar="METHOD|PATH|REPO")] = None
+    """A method of the embedded model (vispec, its default, or eagle2), a folder or a repo id. Another target without a
+    drafter decodes autoregressively."""
+    tree: Annotated[TreeOptions, tyro.conf.arg(name="")] = TreeOptions()
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """Of sampling; 0 is off. For the tree see tree-top-k."""
+    min_p: float = 0.0
+    seed: int = 0
+    stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
+    """A text that ends the answer."""
+    max_new_tokens: int = 256
+    stream: bool = True
+    """Show the answer as it comes."""
+
+    def run(self, console: Console, arguments: list[str]) -> None:
+        del arguments
+        sampling = SamplingParams(self.temperature, self.top_p, self.top_k, self.min_p, self.seed, self.stop)
+        name = self.drafter or (None if self.model.target else "vispec")
+        if name is None and self.tree.given:
+            raise ValueError("a tree needs a drafter: give --drafter")
+        paths = self.image or self.default_images()
+        pictures = tuple(open_image(path, index) for index, path in enumerate(paths, 1))
+        question = Question(self.prompt or "Describe the picture.", pictures)
+        with waiting(console, "loading ..."):
+            target = self.model.load()
+            drafter = load_named_drafter(name, target) if name else None
+            arms = [self.arm(AUTOREGRESSIVE, Generator(target, max_length=self.model.max_length))]
+            if drafter:
+                tree = self.tree.applied(drafter.tree)
+                arms.append(self.arm(SPECULATIVE, Generator(target, drafter, tree, self.model.max_length)))
+        show_question(console, paths, pictures, question)
+        with waiting(console, "compiling ..."):
+            warm_up(arms, [question], sampling)
+        self.show_answer(console, arms[-1].generator, question, sampling)
+        with waiting(console, "measuring ..."):
+            answers = interleaved(arms, question, sampling, RUNS)
+        console.print(
+            table(console, COLUMNS, [self.row(arm.name, answers, target, question, sampling) for arm in arms])
+        )
+        if drafter is None:
+            console.print("No drafter was given (--drafter): autoregressive decoding only.")
+        else:
+            self.warn(console, drafter, arms[-1].generator, answers[SPECULATIVE][0])
+
+    def default_images(self) -> tuple[Path, ...]:
+        return () if self.model.target and self.prompt else (demo.picture_path(),)
+
+    def arm(self, name: str, generator: Generator) -> Arm:
+        return Arm.of(name, generator, self.max_new_tokens)
+
+    def show_answer(
+        self, console: Console, generator: Generator, question: Question, sampling: SamplingParams
+    ) -> Result:
+        """The answer, with the draft's share in colour."""
+        target = generator.target
+        colours = TokenColours(lambda ids: target.tokenizer.decode(ids, skip_special_tokens=True).lstrip(" "))
+        request = question.prompt, question.images, sampling, self.max_new_tokens
+        if self.stream:
+            for piece in generator.stream(*request):
+                colours.add(piece.tokens, piece.accepted)
+                console.print(coloured(colours.split(piece.text)), end="", soft_wrap=True)
+            result = piece.result
+        else:
+            result = generator.generate(*request)
+            colours.add(result.tokens, result.accepted)
+            console.print(coloured(colours.split(result.text)), end="", soft_wrap=True)
+        console.print("\n")
+        if generator.drafter:
+            legend = f"{int(result.accepted.sum())} of {len(result.tokens)} tokens came from the drafter"
+            if console.color_system and not console.no_color:
+                console.print(
+                    Text.assemble((ACCEPTED_STYLE, ACCEPTED_STYLE), f": {legend}; the others from the target.")
+                )
+            else:
+                console.print(f"{legend}, the others from the target.")
+        return result
+
+    def row(self, name: str, answers, target, question: Question, sampling: SamplingParams) -> list[str]:
+        timing, baseline = Timing.of(answers[name]), Timing.of(answers[AUTOREGRESSIVE])
+        stats, identical = answers[name][0].stats, "-"
+        if name != AUTOREGRESSIVE:
+            reference = answers[AUTOREGRESSIVE][0].tokens
+            position = first_difference(answers[name][0].tokens, reference)
+            identical = "yes"
+            if position is not None:
+                margin = choice_margin(target, question, sampling, reference, position)
+                identical = f"no: first at {position}, top-2 margin {margin:.2g}"
+        return [
+            name,
+            str(timing.tokens),
+            number(1000 * timing.time_to_first_token, 1),
+            number(timing.decode_tokens_per_second, 1),
+            number(speedup([baseline], [timing])),
+            number(stats.mean_acceptance_length),
+            number(stats.mean_accepted_draft_tokens),
+            identical,
+        ]
+
+    def warn(self, console: Console, drafter: Drafter, generator: Generator, answer: Result) -> None:
+        """Where the drafter accepts far less than it recorded under the same conditions: greedy, its own tree."""
+        if self.temperature > 0 or generator.tree != drafter.tree:
+            return
+        warning = acceptance_warning(drafter.about.get("mean_acceptance_length"), answer.stats.mean_acceptance_length)
+        if warning:
+            console.print(f"warning: {warning}", style="yellow", markup=False)
+
+
+def show_question(console: Console, paths, pictures: tuple[Image.Image, ...], question: Question) -> None:
+    for path, picture in zip(paths, pictures, strict=True):
+        console.print(f"{Path(path).name}, {picture.width} x {picture.height} pixels", style="dim", markup=False)
+    console.print(question.prompt, style="bold", markup=False)
+    console.print()

@@ -1,0 +1,76 @@
+"""Options that commands share, and what they stand for: models, tree, cache of compiled programs."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+from jaxspec import demo
+from jaxspec.drafters.drafter import Drafter, load_drafter
+from jaxspec.speculation.tree import TreeConfig
+from jaxspec.targets.target import Target, load_target
+
+EMBEDDED_DRAFTERS = ("eagle2", "vispec")
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeOptions:
+    """Draft tree; what is not given stays as the drafter's folder says."""
+
+    depth: Annotated[int | None, tyro.conf.arg(aliases=("--speculative-num-steps",), metavar="INT")] = None
+    """Times the frontier is expanded after the first level."""
+    tree_top_k: Annotated[int | None, tyro.conf.arg(aliases=("--speculative-eagle-topk",), metavar="INT")] = None
+    """Children per expanded node, and nodes per frontier."""
+    total_tokens: Annotated[int | None, tyro.conf.arg(aliases=("--speculative-num-draft-tokens",), metavar="INT")] = (
+        None
+    )
+    """Nodes that the target verifies at once, the root included."""
+
+    def applied(self, tree: TreeConfig) -> TreeConfig:
+        """Raises ValueError for a tree that cannot be."""
+        given = {"depth": self.depth, "top_k": self.tree_top_k, "total_tokens": self.total_tokens}
+        return dataclasses.replace(tree, **{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def given(self) -> bool:
+        return any(value is not None for value in dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Target, precision, compiled programs."""
+
+    target: Annotated[str | None, tyro.conf.arg(metavar="PATH|REPO")] = None
+    """Hugging Face folder or repo id of the target; the embedded model by default."""
+    dtype: str = "float32"
+    """Of parameters and computation: float32, bfloat16 or float16."""
+    max_length: int = 4096
+    """Most tokens of prompt and answer together."""
+    compilation_cache: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Where compiled programs are kept for the next run; the user's cache folder by default, "" for nowhere."""
+
+    def load(self) -> Target:
+        use_compilation_cache(self.compilation_cache)
+        return load_target(self.target or demo.target_path(), dtype=self.dtype)
+
+    @property
+    def target_name(self) -> str:
+        return self.target or "embedded target"
+
+
+def load_named_drafter(name: str, target: Target) -> Drafter:
+    """A drafter from a folder, the hub, or the package (by method)."""
+    if name in EMBEDDED_DRAFTERS and not Path(name).is_dir():
+        return load_drafter(demo.drafter_path(name), target)
+    return load_drafter(name, target)
+
+
+def use_compilation_cache(folder: str | None) -> None:
+    """Keep compiled programs in `folder`; by default where JAX was told to, else in the user's cache folder."""
+    if folder is None:
+        user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = jax.config.jax_compilation_cache_dir or str(user_cache / "jaxspec" / "xla")
+    jax.config.update("jax_compilation_cache_dir", folder or None)

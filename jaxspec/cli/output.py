@@ -1,0 +1,121 @@
+"""What commands print: a rich console that is plain text when piped, waiting signs, a progress bar, coloured tokens."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+PIPED_WIDTH = 160
+ACCEPTED_STYLE = "green"
+CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
+    code: 0x2421 for code in range(0x7F, 0xA0)
+}
+
+
+def make_console() -> Console:
+    """On stdout: colours on a terminal, else plain text that is wide enough for the tables."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+
+
+def waiting(console: Console, what: str):
+    """A context with a spinner on a terminal; nothing elsewhere."""
+    return console.status(Text(what)) if console.is_terminal else contextlib.nullcontext()
+
+
+def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Names to the left, numbers to the right; closer together where the terminal is narrow."""
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if console.width >= 110 else 0))
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made
+
+
+class ProgressLines:
+    """A progress bar with the time left on a terminal; a plain line every tenth of the way when piped."""
+
+    def __init__(self, console: Console, name: str, total: int):
+        self.console, self.name, self.total, self.done = console, name, total, 0
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "ProgressLines":
+        self.bar.start()
+        self.row = self.bar.add_task(self.name, total=self.total)
+        self.started = time.perf_counter()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.bar.stop()
+
+    def advance(self) -> None:
+        self.done += 1
+        self.bar.advance(self.row)
+        if self.console.is_terminal or self.done * 10 // self.total == (self.done - 1) * 10 // self.total:
+            return
+        left = (time.perf_counter() - self.started) / self.done * (self.total - self.done)
+        self.console.print(f"{self.name}: {self.done}/{self.total}, {left:.0f} s left")
+
+
+class TokenColours:
+    """Says which characters of a growing text came from accepted draft tokens.
+
+    A character belongs to the token that completes it, found by decoding the tokens one by one. Pieces are cut from the
+    text itself, so they join to it exactly, whatever a tokenizer does at the seams.
+
+    Args:
+      decode: from token ids to the text they stand for.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]):
+        self.decode = decode
+        self.ids: list[int] = []
+        self.ends: list[int] = []  # characters that are complete after each token
+        self.accepted: list[bool] = []
+        self.shown = 0
+
+    def add(self, tokens: Sequence[int], accepted: Sequence[bool]) -> None:
+        for token, drafted in zip(tokens, accepted, strict=True):
+            self.ids.append(int(token))
+            complete = self.decode(self.ids).rstrip("\N{REPLACEMENT CHARACTER}")
+            self.ends.append(max(len(complete), self.ends[-1] if self.ends else 0))
+            self.accepted.append(bool(drafted))
+
+    def split(self, text: str) -> list[tuple[str, bool]]:
+        """The next piece of the text as runs of (characters, from the draft)."""
+        runs: list[tuple[str, bool]] = []
+        owner = 0
+        for position, character in enumerate(text, self.shown):
+            while owner < len(self.ends) - 1 and self.ends[owner] <= position:
+                owner += 1
+            drafted = bool(self.accepted) and self.accepted[owner]
+            if runs and runs[-1][1] == drafted:
+                runs[-1] = (runs[-1][0] + character, drafted)
+            else:
+                runs.append((character, drafted))
+        self.shown += len(text)
+        return runs
+
+
+def coloured(runs: Sequence[tuple[str, bool]]) -> Text:
+    return Text.assemble(*((visible(part), ACCEPTED_STYLE if drafted else "") for part, drafted in runs))
+
+
+def visible(text: str) -> str:
+    """Control characters but newline and tab as pictures of themselves: a model must not steer the terminal."""
+    return text.translate(CONTROL_PICTURES)

@@ -1,0 +1,293 @@
+"""A folder that does not fit is refused in one sentence that names the file, the value and what would be right."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxspec.drafters.checkpoint import load_drafter_folder
+from jaxspec.targets.registry import load_model
+from tests.folders import write_llava
+from tests.helpers import tiny_llava
+
+REFERENCE = Path(__file__).parent.parent / "reference"
+QUERY = "language_model.model.layers.0.self_attn.q_proj.weight"
+PATCHES = "vision_tower.vision_model.embeddings.patch_embedding.weight"
+NORM = "language_model.model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return write_llava(tmp_path_factory.mktemp("llava") / "original")
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "llava")
+
+
+@pytest.fixture(params=["eagle2", "vispec"])
+def drafter_folder(request, tmp_path):
+    return shutil.copytree(REFERENCE / request.param, tmp_path / "drafter")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llava(vocab_size=199, hidden_size=64, image_token_id=198, layers=1)
+
+
+@pytest.fixture
+def target(model, drafter_folder):
+    """The target that the drafter was made for, as far as a loader can see."""
+    embedding = load_file(drafter_folder / "model.safetensors")["embed_tokens.weight"]
+    model.language_model.embed_tokens.embedding[...] = jnp.asarray(embedding)
+    return model
+
+
+def edit_tensors(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder, section=None, **values):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    (config if section is None else config[section]).update(values)
+    path.write_text(json.dumps(config))
+
+
+def error_of(load, kind=ValueError) -> str:
+    with pytest.raises(kind) as caught:
+        load()
+    return str(caught.value)
+
+
+def assert_names(message: str, *parts):
+    assert not [part for part in map(str, parts) if part not in message], message
+
+
+# Tensors
+
+
+def test_all_tensor_problems_at_once(folder):
+    def edit(tensors):
+        del tensors[QUERY], tensors["multi_modal_projector.linear_1.bias"]
+        tensors["language_model.model.layers.7.mlp.up_proj.weight"] = np.zeros((48, 32), np.float32)
+        tensors["language_model.lm_head.weight"] = np.zeros((98, 32), np.float32)
+        tensors[PATCHES] = tensors[PATCHES].swapaxes(1, 3).copy()  # as many values, but no convolution over 3 channels
+        tensors[NORM] = np.ones(32, np.int32)
+        tensors["model.multi_modal_projector.linear_2.bias"] = tensors["multi_modal_projector.linear_2.bias"]
+
+    edit_tensors(folder, edit)
+    message = error_of(lambda: load_model(folder))
+    assert_names(
+        message,
+        folder,
+        f"missing: {QUERY} (32, 32)",
+        "missing: multi_modal_projector.linear_1.bias (32,)",
+        "extra: language_model.model.layers.7.mlp.up_proj.weight (48, 32)",
+        "mis-shaped: language_model.lm_head.weight is (98, 32), the config wants (99, 32)",
+        f"mis-shaped: {PATCHES} is (24, 8, 8, 3), the config wants (24, 3, 8, 8)",
+        f"wrong dtype: {NORM} is int32, not a floating-point type",
+        "doubled: ",
+        "multi_modal_projector.linear_2.bias",
+    )
+    assert len(message.splitlines()) == 8
+
+
+@pytest.mark.parametrize("shape", [(), (1024,), (32, 32, 1)])
+def test_a_matrix_of_another_rank(folder, shape):
+    size = np.prod(shape, dtype=int)
+    edit_tensors(folder, lambda tensors: tensors.update({QUERY: np.zeros(size, np.float32).reshape(shape)}))
+    assert_names(error_of(lambda: load_model(folder)), f"{QUERY} is {shape}, the config wants (32, 32)")
+
+
+# Files
+
+
+def test_no_files(folder, tmp_path):
+    assert_names(error_of(lambda: load_model(tmp_path), FileNotFoundError), "config.json", tmp_path)
+    (folder / "model.safetensors").unlink()
+    assert_names(error_of(lambda: load_model(folder), FileNotFoundError), "model.safetensors", folder)
+
+
+@pytest.mark.parametrize("lost", [1, 5000])
+def test_truncated_file(folder, lost):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-lost])
+    assert_names(error_of(lambda: load_model(folder)), path, "truncated", len(whole) - lost, len(whole))
+
+
+def test_truncated_header(folder):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    path.write_bytes(whole[:100])
+    assert_names(error_of(lambda: load_model(folder)), path, "not a complete safetensors file", 100, header)
+
+
+def table(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"short",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        table(b"\x80\x02 pickled"),
+        table(b"[1, 2]"),
+        table(b'{"a": 1}'),
+        table(b'{"a": {"dtype": "F32"}}'),
+    ],
+)
+def test_no_safetensors_file(folder, content):
+    path = folder / "model.safetensors"
+    path.write_bytes(content)
+    message = error_of(lambda: load_model(folder))
+    assert_names(message, path, "safetensors file")
+    assert message.startswith(f"{path} is not a ")
+
+
+def test_tensor_that_does_not_fill_its_shape(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(table(b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}') + bytes(8))
+    assert_names(error_of(lambda: load_model(folder)), path, "tensor a has 8 bytes", "F32 (3,) takes 12")
+
+
+def test_unreadable_dtype(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(table(b'{"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}') + bytes(2))
+    assert_names(error_of(lambda: load_model(folder)), path, "tensor a", "F8_E4M3", "BF16")
+
+
+def test_index_without_its_files(folder):
+    index = folder / "model.safetensors.index.json"
+    shards = {NORM: "model.safetensors", QUERY: "model-00002-of-00003.safetensors"}
+    index.write_text(json.dumps({"weight_map": shards}))
+    message = error_of(lambda: load_model(folder), FileNotFoundError)
+    assert_names(message, index, "model-00002-of-00003.safetensors")
+    index.write_text(json.dumps({"weight_map": {NORM: "model.safetensors", "absent.weight": "model.safetensors"}}))
+    assert_names(error_of(lambda: load_model(folder)), index, "absent.weight")
+    index.write_text(json.dumps({"metadata": {}}))
+    assert_names(error_of(lambda: load_model(folder)), index, "weight_map")
+    index.write_text("{")
+    assert_names(error_of(lambda: load_model(folder)), index, "not JSON")
+
+
+# Configs
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "parts"),
+    [
+        (None, {"model_type": "qwen9_vl"}, ["config.json", "'qwen9_vl'", "llava"]),
+        (None, {"model_type": None}, ["config.json", "None", "llava"]),
+        (None, {"vision_feature_layer": 3}, ["vision_feature_layer 3", "2 layers"]),
+        (None, {"vision_feature_layer": [-1, -4]}, ["vision_feature_layer -4", "2 layers"]),
+        (None, {"projector_hidden_act": "relu"}, ["'relu'", "'gelu'"]),
+        ("vision_config", {"model_type": "siglip_vision_model"}, ["'siglip_vision_model'", "clip_vision_model"]),
+        ("vision_config", {"hidden_act": "relu"}, ["'relu'", "quick_gelu", "gelu"]),
+        ("vision_config", {"image_size": 17}, ["image_size (17)", "patch_size (8)"]),
+        ("text_config", {"model_type": "mistral"}, ["'mistral'", "llama"]),
+        ("text_config", {"hidden_act": "gelu"}, ["'gelu'", "silu"]),
+        ("text_config", {"rope_parameters": YARN}, ["'yarn'", "default, linear, llama3"]),
+        ("text_config", {"num_key_value_heads": 3}, ["num_attention_heads (4)", "num_key_value_heads (3)"]),
+    ],
+)
+def test_unsupported_configs(folder, section, values, parts):
+    edit_config(folder, section, **values)
+    assert_names(error_of(lambda: load_model(folder)), *parts)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"llava"'])
+def test_config_that_is_no_object(folder, text):
+    (folder / "config.json").write_text(text)
+    assert_names(error_of(lambda: load_model(folder)), folder / "config.json", "JSON")
+
+
+def test_rope_scaling_of_older_files(folder):
+    """`rope_scaling` with `type`, as transformers 4 wrote it, is understood."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["text_config"]["rope_parameters"]
+    config["text_config"] |= {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    path.write_text(json.dumps(config))
+    rope = load_model(folder).config.text.rope
+    assert (rope.type, rope.theta, rope.factor) == ("linear", 5000.0, 2.0)
+
+
+# Drafters
+
+
+def test_drafter_for_other_widths(drafter_folder, target):
+    edit_config(drafter_folder, hidden_size=32, vocab_size=97)
+    message = error_of(lambda: load_drafter_folder(drafter_folder, target))
+    assert_names(
+        message, drafter_folder, "another target", "hidden_size 32 (target: 64)", "vocab_size 97 (target: 199)"
+    )
+
+
+def test_drafter_for_another_embedding(drafter_folder, target):
+    embedding = target.language_model.embed_tokens.embedding
+    embedding[...] = embedding[...][::-1]  # the same values in another order
+    message = error_of(lambda: load_drafter_folder(drafter_folder, target))
+    assert_names(message, drafter_folder, "another target", "embed_tokens.weight")
+    edit_tensors(drafter_folder, lambda tensors: tensors.update({"embed_tokens.weight": np.ones((9, 64), np.float32)}))
+    message = error_of(lambda: load_drafter_folder(drafter_folder, target))
+    assert_names(message, drafter_folder, "embed_tokens.weight", "(9, 64)", "(199, 64)")
+
+
+def test_drafter_embedding_in_another_dtype(drafter_folder, target):
+    def edit(tensors):
+        tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"].astype(np.float16)
+
+    edit_tensors(drafter_folder, edit)
+    load_drafter_folder(drafter_folder, target)
+
+
+def test_drafter_tensors(drafter_folder, target):
+    def edit(tensors):
+        del tensors["fc.weight"], tensors["layers.0.mlp.up_proj.weight"]
+        tensors["layers.0.input_layernorm.weight"] = np.ones(64, np.float32)
+        tensors["fc.bias"] = np.zeros(63, np.float32)
+
+    edit_tensors(drafter_folder, edit)
+    assert_names(
+        error_of(lambda: load_drafter_folder(drafter_folder, target)),
+        drafter_folder,
+        "missing: fc.weight (64, 128)",
+        "missing: layers.0.mlp.up_proj.weight",
+        "extra: layers.0.input_layernorm.weight (64,)",
+        "mis-shaped: fc.bias is (63,), the config wants (64,)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"jaxspec": {"method": "medusa"}}, ["'medusa'", "eagle2, vispec"]),
+        ({"num_hidden_layers": 2}, ["1 layer", "2"]),
+        ({"hidden_act": "gelu"}, ["'gelu'", "silu"]),
+    ],
+)
+def test_drafter_configs(drafter_folder, target, values, parts):
+    edit_config(drafter_folder, **values)
+    assert_names(error_of(lambda: load_drafter_folder(drafter_folder, target)), *parts)
+
+
+def test_no_drafter_folder(drafter_folder, target, folder):
+    (drafter_folder / "config.json").write_text("{")
+    assert_names(error_of(lambda: load_drafter_folder(drafter_folder, target)), "config.json", "not JSON")
+    (drafter_folder / "config.json").unlink()
+    message = error_of(lambda: load_drafter_folder(drafter_folder, target), FileNotFoundError)
+    assert_names(message, "config.json", drafter_folder, "drafter")

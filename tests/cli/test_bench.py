@@ -1,0 +1,113 @@
+"""`python -m jaxspec bench`: the report's fields, and the arithmetic behind them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from jaxspec.benchmark.identity import first_difference
+from jaxspec.benchmark.measure import Timing, acceptance_warning, pooled, speedup, speedup_of_run
+from jaxspec.cli import main
+from jaxspec.metrics import Acceptance
+from tests.cli.models import models  # noqa: F401  a fixture
+
+PROMPTS, SCORED = 2, 3
+
+
+@pytest.fixture(scope="module")
+def output(models, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("bench")
+    target, drafter = map(str, models)
+    numbers = ["--num-prompts", str(PROMPTS), "--score-prompts", str(SCORED), "--runs", "2", "--max-new-tokens", "12"]
+    files = ["--target", target, "--drafters", drafter, "--output", str(folder), "--compilation-cache", ""]
+    assert main(["bench", *files, *numbers, "--temperatures", "0", "1"]) == 0
+    return folder
+
+
+def test_json_has_every_number(output):
+    results = json.loads((output / "results.json").read_text())
+    arms = [(entry["temperature"], entry["arm"]) for entry in results["speed"]]
+    assert arms == [
+        (0, "autoregressive"),
+        (0, "vispec"),
+        (1, "autoregressive"),
+        (1, "vispec"),
+        (1, "vispec (coupled off)"),
+    ]
+    for entry in results["speed"]:
+        assert entry["identical"] == len(entry["prompts"]) == PROMPTS and entry["differences"] == []
+        assert entry["compilations_while_measuring"] == 0 < entry["compilations"]
+        assert entry["decode_tokens_per_second"] > 0 and entry["end_to_end_tokens_per_second"] > 0
+        assert entry["time_to_first_token"] > 0
+        assert math.isclose(entry["efficiency"], entry["speedup"] / entry["mean_acceptance_length"])
+        assert math.isclose(entry["mean_acceptance_length"], entry["mean_accepted_draft_tokens"] + 1)
+        assert len(entry["speedup_runs"]) == 2
+        assert len(entry["acceptance_at_position"]) == (0 if entry["arm"] == "autoregressive" else 2)
+        for prompt in entry["prompts"]:
+            assert len(prompt["decode_seconds"]) == len(prompt["prefill_seconds"]) == 2
+            assert prompt["tokens"] == 12 and prompt["kind"] and prompt["speedup"] > 0
+    assert results["speed"][0]["speedup"] == 1 and results["speed"][0]["mean_acceptance_length"] == 1
+    assert results["speed"][1]["warning"] and not results["speed"][3]["warning"]
+    for entry in results["quality"]:
+        assert entry["identical"] == SCORED and entry["scenes"]["all"]["scenes"] == SCORED
+        assert set(entry["scenes"]["all"]["main"]) == {"precision", "recall", "f1"}
+    facts = results["environment"]
+    assert len(facts["target_fingerprint"]) == 16 and facts["command"].startswith("python -m jaxspec bench --target")
+    assert facts["dtype"] == "float32" and facts["versions"]["jax"] and facts["device"]
+
+
+def test_markdown_and_plot(output):
+    text = (output / "results.md").read_text()
+    for heading in ("## Speed", "## Acceptance by position", "## Quality", "templated text"):
+        assert heading in text
+    pytest.importorskip("matplotlib")
+    assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--temperatures", "1", "--drafters", "DRAFTER", "DRAFTER"], "two drafters are called vispec"),
+        (["--drafters", "DRAFTER", "--runs", "0"], "runs must be at least 1"),
+        (["--drafters", "DRAFTER", "--num-prompts", "0"], "num_prompts must be at least 1"),
+        (["--drafters", "DRAFTER", "--temperatures", "-1"], "temperature must be finite"),
+    ],
+)
+def test_bad_input_is_one_sentence(models, capsys, arguments, sentence):  # noqa: F811
+    target, drafter = map(str, models)
+    arguments = [drafter if argument == "DRAFTER" else argument for argument in arguments]
+    assert main(["bench", "--target", target, "--compilation-cache", "", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+def test_help_and_unknown_flags(capsys):
+    assert main(["bench", "--help"]) == 0
+    assert "--drafters" in capsys.readouterr().out
+    assert main(["bench", "--fast"]) == 2
+
+
+def test_pooled_acceptance_is_that_of_all_rounds():
+    histograms = np.random.default_rng(0).integers(0, 40, (7, 5))
+    one_by_one = [Acceptance.from_histogram(each) for each in histograms]
+    assert pooled(one_by_one) == Acceptance.from_histogram(histograms.sum(axis=0))
+
+
+def test_speedup_sums_before_it_divides():
+    baseline = [Timing(11, (1.0, 2.0, 3.0), (0.1,) * 3), Timing(21, (4.0,) * 3, (0.1,) * 3)]
+    timings = [Timing(11, (1.0,) * 3, (0.1,) * 3), Timing(21, (1.0,) * 3, (0.1,) * 3)]
+    assert speedup(baseline, timings) == pytest.approx((2 + 4) / 2)
+    assert speedup_of_run(baseline, timings, 0) == pytest.approx((1 + 4) / 2)
+    assert timings[0].decode_tokens_per_second == 10
+    assert math.isnan(Timing(1, (0.0,), (0.1,)).decode_tokens_per_second)
+
+
+def test_first_difference():
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 5, 3]) == 1
+    assert first_difference([1, 2], [1, 2, 3]) == 2
+
+
+def test_acceptance_warning():
+    assert acceptance_warning(3.0, 1.7) and not acceptance_warning(3.0, 1.9) and not acceptance_warning(None, 1.0)

@@ -1,0 +1,111 @@
+"""`python -m jaxspec generate`: what it prints, and what it refuses."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import jaxspec
+from jaxspec import demo
+from jaxspec.cli import main
+from jaxspec.cli.output import TokenColours, coloured, visible
+from tests.cli.models import models  # noqa: F401  a fixture
+
+LIMIT = "24"
+
+
+def run(models, *arguments) -> int:  # noqa: F811
+    target, drafter = models
+    common = ["--target", str(target), "--compilation-cache", "", "--max-new-tokens", LIMIT]
+    return main(
+        ["generate", *common, *(["--drafter", str(drafter)] if "--drafter" not in arguments else []), *arguments]
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(models):  # noqa: F811
+    target = jaxspec.load_target(models[0])
+    return jaxspec.Generator(target).generate("Describe the picture.", [demo.picture_path()], max_new_tokens=int(LIMIT))
+
+
+def test_answer_table_and_warning(models, expected, capsys):  # noqa: F811
+    assert run(models) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    shown = "scene.png, 256 x 256 pixels\nDescribe the picture.\n\n" + visible(expected.text)
+    assert out.split()[: len(shown.split())] == shown.split()  # but for tabs, which a console expands
+    assert re.search(rf"autoregressive\D+{len(expected.tokens)} .* 1\.00 .* 1\.00 .* 0\.00 ", out)
+    assert re.search(rf"speculative\D+{len(expected.tokens)} .* yes ", out)
+    assert re.search(r"\d+ of \d+ tokens came from the drafter", out)
+    assert "warning: mean_acceptance_length is" in out  # the head is random, its record is not
+
+
+def test_without_a_drafter_it_says_so(models, capsys):  # noqa: F811
+    target = str(models[0])
+    arguments = ["--no-stream", "--max-new-tokens", "4", "--compilation-cache", ""]
+    assert main(["generate", "--target", target, "--prompt", "Hello?", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "autoregressive decoding only" in out
+    assert "scene.png" not in out and "speculative" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--image", "missing.png"], "image 1 (missing.png) does not exist"),
+        (["--temperature", "-1"], "temperature must be finite and at least 0"),
+        (["--dtype", "int8"], "dtype must be one of"),
+        (["--drafter", "/nowhere/drafter"], "no folder /nowhere/drafter"),
+        (["--speculative-num-draft-tokens", "1000"], "total_tokens must lie in"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(models, capsys, arguments, sentence):  # noqa: F811
+    assert run(models, *arguments) == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err and "Traceback" not in captured.err
+    assert captured.err.startswith("jaxspec: ") and captured.err.count("\n") == 1
+
+
+def test_help_and_unknown_flags(capsys):
+    assert main(["generate", "--help"]) == 0
+    out = capsys.readouterr().out
+    for flag in ("--image", "--speculative-num-steps", "--depth", "--tree-top-k", "--total-tokens", "--no-stream"):
+        assert flag in out
+    assert main(["generate", "--colour", "red"]) == 2
+    assert "--colour" in capsys.readouterr().err
+    assert main([]) == 2
+
+
+def test_coloured_pieces_join_to_the_text():
+    """Tokens that are half a character, and a text that is shown later than its tokens are known."""
+    tokens = [b"A", "é".encode()[:1], "é".encode()[1:], b"", b" bc"]
+
+    def decode(ids):
+        return b"".join(tokens[i] for i in ids).decode(errors="replace")
+
+    colours = TokenColours(decode)
+    colours.add([0, 1], [True, False])
+    assert colours.split("A") == [("A", True)]
+    colours.add([2, 3, 4], [True, False, False])
+    assert colours.split("é b") == [("é", True), (" b", False)]
+    assert colours.split("c") == [("c", False)]
+
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, color_system="standard", no_color=False, highlight=False)
+    console.print(coloured([("[red]", True), ("b", False)]), end="")
+    assert file.getvalue() == "\x1b[32m[red]\x1b[0mb"
+    assert visible("a\x1b[31m\r\x9b\n") == "a␛[31m␍␡\n"
+
+
+def test_colours_follow_a_real_tokenizer(models):  # noqa: F811
+    """Random bytes of a byte-level tokenizer: every character has an owner and none is lost."""
+    tokenizer = jaxspec.load_target(models[0]).tokenizer
+    rng = np.random.default_rng(0)
+    ids, accepted = rng.integers(5, len(tokenizer), 200), rng.integers(0, 2, 200).astype(bool)
+    colours = TokenColours(tokenizer.decode)
+    colours.add(ids, accepted)
+    text = tokenizer.decode(ids)
+    assert "".join(part for part, _ in colours.split(text)) == text

@@ -1,0 +1,161 @@
+"""A tiny target and drafters of known quality for tests of decoding.
+
+Equality of speculative and autoregressive decoding says little where every draft is rejected. `linked_target` is
+random, but its first layer does most of the work, and `linked_head` builds draft heads around a copy of that layer, so
+they agree with it often. `SelfDrafter` is the target drafting for itself with noisy logits, so it agrees as often as
+its noise allows, at every temperature.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+from flax import nnx
+
+from jaxspec import Drafter, Target, TreeConfig, load_target
+from jaxspec import cache as caches
+from jaxspec.demo.processor import IMAGE_SIZE, PATCH_SIZE, build_processor
+from jaxspec.drafters.eagle import EagleConfig, EagleHead
+from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
+from jaxspec.kernels.attention import LayerKV
+from jaxspec.speculation.tree import grow_tree
+from jaxspec.targets.llava import Llava, LlavaConfig
+from jaxspec.targets.registry import save_model
+from tests.helpers import randomized
+
+
+def linked_target(folder: Path) -> Target:
+    """A two-layer LLaVA with grouped query heads and the demo's processor, saved to `folder` and loaded from it."""
+    processor = build_processor(folder / "processor", scenes=300)
+    tokenizer = processor.tokenizer
+    hf_config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            projection_dim=16,
+        ),
+        text_config=transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        architectures=["LlavaForConditionalGeneration"],
+    )
+    model = randomized(Llava(LlavaConfig.from_hf(hf_config), rngs=nnx.Rngs(0)), seed=5, scale=1.0)
+    language = model.language_model
+    language.embed_tokens.embedding[...] *= np.sqrt(language.config.vocab_size)  # entries near 1
+    language.lm_head.kernel[...] *= 4.0  # some tokens are clearly preferred
+    language.layers[0].self_attn.o_proj.kernel[...] *= 2.0  # and which ones depends on everything before
+    for projection in (language.layers[1].self_attn.o_proj, language.layers[1].mlp.down_proj):
+        projection.kernel[...] *= 0.3
+    save_model(model, hf_config, folder / "processor", folder / "target", jnp.float32)
+    return load_target(folder / "target")
+
+
+def linked_head(target: Target, method: str, seed: int = 1) -> EagleHead:
+    """A head that runs the target's first layer on the token's embedding, with small random weights everywhere else."""
+    text = dataclasses.replace(target.config.text, num_layers=1)
+    if method == "vispec":
+        head = ViSpecHead(ViSpecConfig(text, num_q=3), rngs=nnx.Rngs(seed))
+        passed_on = head.img_fc.kernel[...]
+        head = randomized(head, seed, scale=0.1)
+        head.img_fc.kernel[...] += passed_on
+    else:
+        head = randomized(EagleHead(EagleConfig(text), rngs=nnx.Rngs(seed)), seed, scale=0.1)
+    width, first = text.hidden_size, target.model.language_model.layers[0]
+    head.fc.kernel[...] += jnp.eye(2 * width, width)
+    nnx.update(head.layers[0].self_attn, nnx.state(first.self_attn))
+    nnx.update(head.layers[0].mlp, nnx.state(first.mlp))
+    return head
+
+
+def random_head(target: Target, seed: int = 2) -> EagleHead:
+    """A head that knows nothing of its target."""
+    text = dataclasses.replace(target.config.text, num_layers=1)
+    return randomized(EagleHead(EagleConfig(text), rngs=nnx.Rngs(seed)), seed, scale=1.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SelfState:
+    cache: tuple[LayerKV, ...]
+    rows: jax.Array  # i32 [B]
+    root: jax.Array  # i32 [B]
+
+
+class SelfDrafter(nnx.Module):
+    """The target as its own drafter. Standard normal noise times `disturbance`, the same for all tokens at a position,
+    is added to its logits: the larger, the shorter the accepted paths."""
+
+    def __init__(self, disturbance: float):
+        self.disturbance = disturbance
+
+    def prefill(self, target, context, capacity: int) -> SelfState:
+        _, kv = target.prefill(context.embeds, context.lengths)
+        return SelfState(tuple(caches.extend(layer, capacity) for layer in kv), context.lengths, context.root)
+
+    def propose(self, target, config: TreeConfig, state: SelfState, root, noise, sampling) -> tuple[Any, SelfState]:
+        batch, k = root.shape[0], config.top_k
+        committed = caches.filled(state.rows, state.cache[0].keys.shape[2])  # [B, 1, S]
+
+        def run(tokens, positions, cache, seen):
+            own = jnp.broadcast_to(jnp.eye(tokens.shape[1], dtype=bool), (batch, tokens.shape[1], tokens.shape[1]))
+            features, new = target.forward(target.embed(tokens), positions, own, cache, seen)
+            pairs = zip(cache, new, strict=True)
+            cache = tuple(LayerKV(*(jnp.concatenate(two, axis=2) for two in zip(*pair, strict=True))) for pair in pairs)
+            return self.disturb(target.unembed(features), positions), cache, jnp.concatenate([seen, own], axis=2)
+
+        def expand(carry, tokens, parent, level):
+            cache, seen = carry
+            seen = jnp.take_along_axis(seen, parent[..., None], axis=1)  # [B, k, S + T]
+            positions = jnp.broadcast_to((state.rows + 1 + level)[:, None], (batch, k))
+            logits, cache, seen = run(tokens, positions, cache, seen)
+            return (cache, seen), logits
+
+        first, cache, seen = run(root[:, None], state.rows[:, None], state.cache, committed)
+        return grow_tree(config, root, first[:, 0], noise, sampling, expand, (cache, seen)), state
+
+    def disturb(self, logits, positions):
+        draw = lambda position: jax.random.normal(jax.random.fold_in(jax.random.key(0), position), logits.shape[-1:])  # noqa: E731
+        return logits + self.disturbance * jax.vmap(jax.vmap(draw))(positions)
+
+    def advance(self, target, state: SelfState, tokens, features, count) -> SelfState:
+        length = tokens.shape[1]
+        nodes = jnp.concatenate([state.root[:, None], tokens[:, :-1]], axis=1)
+        steps = jnp.arange(length)
+        causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (tokens.shape[0], length, length))
+        committed = caches.filled(state.rows, state.cache[0].keys.shape[2])
+        _, new = target.forward(target.embed(nodes), state.rows[:, None] + steps, causal, state.cache, committed)
+        last = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+        return SelfState(
+            cache=tuple(caches.write(old, kv, state.rows) for old, kv in zip(state.cache, new, strict=True)),
+            rows=state.rows + count,
+            root=jnp.where(count > 0, last, state.root),
+        )
+
+
+TREE = TreeConfig(depth=2, top_k=3, total_tokens=10)
+DRAFTERS = {
+    "eagle2": lambda target: Drafter(linked_head(target, "eagle2"), TREE, "eagle2", {}),
+    "vispec": lambda target: Drafter(linked_head(target, "vispec"), TREE, "vispec", {}),
+    "chain": lambda target: Drafter(linked_head(target, "eagle2"), TreeConfig.chain(3), "eagle2", {}),
+    "random": lambda target: Drafter(random_head(target), TREE, "eagle2", {}),
+    "self": lambda target: Drafter(SelfDrafter(1.5), TreeConfig(3, 2, 9), "self", {}),
+}

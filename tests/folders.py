@@ -1,0 +1,105 @@
+"""Small LLaVA folders, as transformers writes them and as jaxspec does, and prompts for them."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+import transformers
+from flax import nnx
+
+from jaxspec.targets.llava import Llava, LlavaConfig
+from jaxspec.targets.registry import save_model
+
+VOCAB, IMAGE_TOKEN, IMAGE_SIZE = 99, 98, 16
+TOKENS_PER_IMAGE = 4
+
+
+def llava_config(text: dict | None = None, vision: dict | None = None, **top) -> transformers.LlavaConfig:
+    """Two text layers with 4:2 heads, two vision layers, images of 16 x 16 in 4 patches, unless said otherwise."""
+    vision_config = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+    }
+    text_config = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    return transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision_config | (vision or {})),
+        text_config=transformers.LlamaConfig(**text_config | (text or {})),
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=TOKENS_PER_IMAGE,
+        **top,
+    )
+
+
+def torch_llava(config: transformers.LlavaConfig, seed: int = 0) -> transformers.LlavaForConditionalGeneration:
+    """transformers' model, redrawn so that every matrix, bias and norm shows in the logits."""
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            draw = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(draw / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.2 * draw + ("norm" in name and name.endswith("weight")))
+    return model
+
+
+def write_llava(folder: Path, config: transformers.LlavaConfig | None = None, dtype=np.float32) -> Path:
+    """A folder of random weights, without transformers' model."""
+    config = config or llava_config()
+    empty = folder.with_name(folder.name + "_processor")
+    empty.mkdir()
+    graph, state = nnx.split(nnx.eval_shape(lambda: Llava(LlavaConfig.from_hf(config), rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        values = rng.normal(size=leaf.shape)
+        return (values / leaf.shape[0] ** 0.5 if values.ndim > 1 else 1 + 0.2 * values).astype(np.float32)
+
+    save_model(nnx.merge(graph, jax.tree.map(draw, state)), config, empty, folder, dtype)
+    return folder
+
+
+def batch_of(*rows, tokens_per_image: int = TOKENS_PER_IMAGE, side: str = "right", seed: int = 0) -> dict:
+    """Processor outputs for `rows` of pieces: a number is that many text tokens, "i" is an image."""
+    rng = np.random.default_rng(seed)
+    sequences = []
+    for row in rows:
+        pieces = [[IMAGE_TOKEN] * tokens_per_image if p == "i" else rng.integers(3, IMAGE_TOKEN, p) for p in row]
+        sequences.append(np.concatenate(pieces).astype(np.int64))
+    length = max(map(len, sequences))
+    ids, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), np.int64)
+    for index, sequence in enumerate(sequences):
+        real = slice(0, len(sequence)) if side == "right" else slice(length - len(sequence), length)
+        ids[index, real], mask[index, real] = sequence, 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    images = sum(row.count("i") for row in rows)
+    if images:
+        inputs["pixel_values"] = rng.normal(size=(images, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
+    return inputs
+
+
+def torch_logits(model: transformers.LlavaForConditionalGeneration, inputs: dict) -> np.ndarray:
+    """transformers' logits `[B, S, V]`, with positions that count from the first real token of each row."""
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    position_ids = (tensors["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return model(**tensors, position_ids=position_ids).logits.numpy()
+
+
+def relative_error(ours, theirs) -> float:
+    """Largest difference over the largest value."""
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())

@@ -1,0 +1,244 @@
+"""Bad input is one clear sentence, before anything is compiled; images of every mode open as RGB."""
+
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxspec import Generator, SamplingParams
+from jaxspec.prompting import encode_prompt, open_image
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+
+
+def encoded(picture=PICTURE, kind="PNG") -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def data_url(payload: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(payload).decode()
+
+
+@pytest.fixture(scope="module")
+def generator(target):
+    return Generator(target, max_length=256)
+
+
+@pytest.fixture
+def refuses(generator):
+    """Checks that a request is refused with exactly these words, with nothing compiled."""
+
+    def check(message, prompt="Hello", images=(), **options):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            generator.generate(prompt, images, **options)
+        assert generator.compilations == 0
+
+    return check
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"not a picture", b"", encoded()[:60], encoded()[: len(encoded()) // 2]])
+def test_unreadable_image(refuses, tmp_path, content):
+    path = tmp_path / "bad.png"
+    path.write_bytes(content)
+    refuses(f"image 1 ({path}) cannot be read: ", images=[path])
+    refuses(f"image 2 ({path}) cannot be read: ", images=[PICTURE, str(path)])
+    refuses("image 1 cannot be read: ", images=[content])
+    refuses("image 1 cannot be read: ", [user({"type": "image_url", "image_url": {"url": data_url(content)}})])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
+def test_every_damaged_file_is_refused_by_name_or_opened(kind):
+    content = encoded(PICTURE, kind)
+    refused = 0
+    for at in range(0, len(content), max(1, len(content) // 40)):
+        flipped = bytes([*content[:at], content[at] ^ 0xFF, *content[at + 1 :]])
+        for damaged in (content[:at], flipped):
+            try:
+                assert open_image(damaged, 3).mode == "RGB"
+            except ValueError as error:
+                assert str(error).startswith("image 3 "), error
+                refused += 1
+    assert refused
+
+
+def test_missing_image(refuses, tmp_path):
+    refuses(f"image 1 ({tmp_path / 'none.png'}) does not exist", images=[tmp_path / "none.png"])
+    refuses(f"image 1 ({tmp_path}) does not exist", images=[tmp_path])  # a folder is no image
+    refuses("image 1 (https://example.org/cat.png) does not exist", images=["https://example.org/cat.png"])
+
+
+def test_empty_image(refuses):
+    refuses("image 1 is empty: shape (0, 5, 3)", images=[np.zeros((0, 5, 3), np.uint8)])
+    refuses("image 1 is empty: shape (5, 0, 3)", images=[np.zeros((5, 0, 3), np.uint8)])
+    refuses("image 2 is empty: 0 x 4 pixels", images=[PICTURE, Image.new("RGB", (0, 4))])
+
+
+def test_too_large_image(refuses):
+    refuses("image 1 has 8001 x 8000 pixels; the limit is 64000000", images=[Image.new("1", (8001, 8000))])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint16), np.zeros((4, 4, 3), np.int64)],
+    ids=lambda a: str(a.dtype),
+)
+def test_array_of_another_dtype(refuses, array):
+    refuses(f"image 1 has dtype {array.dtype}; give uint8", images=[array])
+
+
+def test_array_of_another_shape(refuses):
+    for shape in ((), (4,), (1, 4, 4, 3)):
+        refuses(f"image 1 has shape {shape}; give [H, W, 3]", images=[np.zeros(shape, np.uint8)])
+    refuses("image 1 cannot be read: ", images=[np.zeros((4, 4, 5), np.uint8)])
+
+
+def test_image_of_another_type(refuses):
+    refuses("image 1 has type int; give a PIL image, a path, bytes or an array", images=[7])
+    refuses("image 1 has type NoneType; give a PIL image, a path, bytes or an array", images=[None])
+
+
+def test_bad_data_url(refuses):
+    def message(url):
+        return [user({"type": "image_url", "image_url": {"url": url}})]
+
+    refuses("image 1 is a data: URL that is not base64", message("data:image/png,abc"))
+    refuses("image 1 is not valid base64: ", message("data:image/png;base64,@@@"))
+    refuses("image 1 cannot be read: ", message("data:image/png;base64,"))
+
+
+@pytest.mark.parametrize("url", ["https://example.org/cat.png", "/etc/hostname", "file:///etc/hostname", ""])
+def test_messages_open_no_files(refuses, url):
+    """Messages come from clients of a server; a path in them must not open the server's files."""
+    refuses(
+        "image_url must hold a data: URL",
+        [user({"type": "image_url", "image_url": {"url": url}})],
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "1", "P", "CMYK", "YCbCr", "I;16"])
+def test_every_mode_opens_as_rgb(mode):
+    if mode == "I;16":
+        grey = np.asarray(PICTURE.convert("L"))
+        picture = Image.fromarray(grey.astype(np.uint16) * 257)
+        expected = np.repeat(grey[..., None], 3, axis=2)
+    else:
+        picture = PICTURE.convert(mode)
+        expected = np.asarray(picture.convert("RGB"))
+    assert picture.mode == mode
+    opened = [picture]
+    if mode != "YCbCr":  # TIFF keeps every other mode
+        opened += [encoded(picture, "TIFF")]
+    if mode in ("RGBA", "LA", "P", "I;16"):
+        opened += [encoded(picture, "PNG"), data_url(encoded(picture, "PNG"))]
+    for image in opened:
+        result = open_image(image)
+        assert result.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(result), expected)
+
+
+def test_every_source_gives_the_same_pixels(target, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded())
+    sources = [PICTURE, np.asarray(PICTURE), path, str(path), encoded(), data_url(encoded())]
+    results = [encode_prompt(target, "What is this?", [source]) for source in sources]
+    url = [user({"type": "image_url", "image_url": {"url": data_url(encoded())}}, text("What is this?"))]
+    results += [
+        encode_prompt(target, url),
+        encode_prompt(target, [user({"type": "image"}, text("What is this?"))], [PICTURE]),
+        encode_prompt(target, [user({"type": "image", "image": PICTURE}, text("What is this?"))]),
+        encode_prompt(target, "USER: <image>\nWhat is this? ASSISTANT:", [PICTURE], raw=True),
+    ]
+    for result in results:
+        np.testing.assert_array_equal(result.input_ids, results[0].input_ids)
+        np.testing.assert_array_equal(result.pixel_values, results[0].pixel_values)
+        assert result.image_tokens == 64
+
+
+# -- messages ----------------------------------------------------------------------------------------------------------
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def user(*parts):
+    return {"role": "user", "content": list(parts)}
+
+
+def test_marks_and_images_that_do_not_match(refuses):
+    refuses("the prompt has 2 <image> marks but 1 images were given", "<image><image> a", [PICTURE], raw=True)
+    refuses("the prompt has 1 <image> marks but 2 images were given", "<image> a", [PICTURE] * 2, raw=True)
+    refuses("the prompt has 0 <image> marks but 1 images were given", "a", [PICTURE], raw=True)
+    refuses("the prompt has 1 <image> marks but 0 images were given", "what does <image> mean?")
+    image = {"type": "image"}
+    refuses("the messages have more image parts than the 1 images given", [user(image, image)], [PICTURE])
+    refuses("3 images were given but the messages have 1 for them", [user(image, text("a"))], [PICTURE] * 3)
+
+
+def test_malformed_messages(refuses):
+    refuses("content part type 'video' is not supported; use text, image or image_url", [user({"type": "video"})])
+    refuses("content part type None is not supported; use text, image or image_url", [user({"text": "a"})])
+    refuses("a message needs role and content, got keys role", [{"role": "user"}])
+    refuses("a raw prompt must be a string, got list", [user(text("a"))], raw=True)
+
+
+def test_turns_keep_their_order(target):
+    messages = [
+        user(text("First?"), {"type": "image"}),
+        {"role": "assistant", "content": "Yes."},
+        user({"type": "image", "image": PICTURE}, text("Second?")),
+    ]
+    other = PICTURE.rotate(90)
+    result = encode_prompt(target, messages, [other])
+    words = target.tokenizer.decode(result.input_ids).replace("<image>" * 64, "<image>")
+    assert words == "<s>USER: <image>\nFirst? ASSISTANT: Yes.</s>USER: <image>\nSecond? ASSISTANT:"
+    for pixels, picture in zip(result.pixel_values, (other, PICTURE), strict=True):
+        np.testing.assert_array_equal(pixels, encode_prompt(target, "a", [picture]).pixel_values[0])
+
+
+# -- limits ------------------------------------------------------------------------------------------------------------
+
+
+def test_prompt_longer_than_max_length(refuses):
+    message = "prompt 0 has 256 tokens; with max_length 256 it may have at most 255"
+    refuses(message, "~" * 255, raw=True)  # one token each, after the first
+    refuses("prompt 0 has 277 tokens; with max_length 256", "<image>" * 4 + "~" * 20, [PICTURE] * 4, raw=True)
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_no_new_tokens(refuses, count):
+    refuses(f"max_new_tokens must be at least 1, got {count}", max_new_tokens=count)
+
+
+def test_lists_that_do_not_match(generator):
+    cases = [
+        ("generate_batch needs at least one prompt, got none", {"prompts": []}),
+        ("images has 1 entries for 2 prompts", {"prompts": ["a", "b"], "images": [[PICTURE]]}),
+        ("sampling has 3 entries for 2 prompts", {"prompts": ["a", "b"], "sampling": [SamplingParams()] * 3}),
+        ("max_new_tokens has 1 entries for 2 prompts", {"prompts": ["a", "b"], "max_new_tokens": [5]}),
+        ("prompt 1 has 301 tokens; with max_length 256", {"prompts": ["a", "~" * 300], "raw": True}),
+        ("max_new_tokens must be at least 1, got 0", {"prompts": ["a", "b"], "max_new_tokens": [5, 0]}),
+    ]
+    for message, arguments in cases:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            generator.generate_batch(**arguments)
+    assert generator.compilations == 0
+
+
+def test_max_length_of_one(target):
+    with pytest.raises(ValueError, match="max_length must be at least 2, got 1"):
+        Generator(target, max_length=1)
+
+
+def test_bad_stream_fails_at_its_first_piece(generator):
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        next(generator.stream("a", max_new_tokens=0))
+    assert generator.compilations == 0

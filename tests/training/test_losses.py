@@ -1,0 +1,54 @@
+"""Losses against their definitions, written out in numpy."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.training.losses import cross_entropy, probability_l1, ranking, smooth_l1, soft_cross_entropy
+
+RNG = np.random.default_rng(0)
+DRAFT, TARGET = (RNG.normal(size=(2, 3, 17)).astype(np.float32) * 2 for _ in range(2))
+MASK = np.array([[True, False, True], [False, True, True]])
+
+
+def softmax(x):
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def masked(values):
+    return values[MASK].mean()
+
+
+def test_cross_entropy():
+    labels = RNG.integers(0, 17, size=(2, 3))
+    expected = masked(-np.log(np.take_along_axis(softmax(DRAFT), labels[..., None], -1)[..., 0]))
+    np.testing.assert_allclose(cross_entropy(DRAFT, jnp.asarray(labels), MASK), expected, rtol=1e-5)
+
+
+def test_soft_cross_entropy():
+    expected = masked(-(softmax(TARGET) * np.log(softmax(DRAFT))).sum(-1))
+    np.testing.assert_allclose(soft_cross_entropy(DRAFT, TARGET, MASK), expected, rtol=1e-5)
+
+
+def test_probability_l1_is_twice_the_total_variation():
+    expected = masked(np.abs(softmax(TARGET) - softmax(DRAFT)).sum(-1))
+    np.testing.assert_allclose(probability_l1(DRAFT, TARGET, MASK), expected, rtol=1e-5)
+
+
+def test_smooth_l1():
+    error = np.abs(DRAFT - TARGET)
+    expected = masked(np.where(error < 1, 0.5 * error**2, error - 0.5).mean(-1))
+    np.testing.assert_allclose(smooth_l1(DRAFT, TARGET, MASK), expected, rtol=1e-5)
+
+
+def test_ranking_is_plackett_luce_over_the_targets_top_tokens():
+    def negative_log_likelihood(draft, target, top=10):
+        z = draft[np.argsort(-target)[:top]].astype(np.float64)
+        return -sum(z[j] - np.log(np.exp(z[j:]).sum()) for j in range(top))
+
+    values = np.array([[negative_log_likelihood(DRAFT[i, j], TARGET[i, j]) for j in range(3)] for i in range(2)])
+    np.testing.assert_allclose(ranking(DRAFT, TARGET, MASK), masked(values), rtol=1e-5)
+
+
+def test_nothing_selected_gives_zero():
+    assert float(probability_l1(DRAFT, TARGET, np.zeros_like(MASK))) == 0.0
