@@ -10,7 +10,7 @@ from jaxspec.training import DrafterRecipe
 recipe = DrafterRecipe(
     name="demo_eagle2",
     method="eagle2",
-    steps=380,
+    steps=260,
     batch_size=16,
     sequence_length=192,
     learning_rate=1e-3,
@@ -24,5 +24,5 @@ recipe = DrafterRecipe(
     probability_l1_weight=0.0,
     ranking_weight=0.01,
     mtp_steps=0,
-    eval_every=100,
+    eval_every=130,
 )

@@ -13,7 +13,7 @@ recipe = TargetRecipe(
     num_layers=12,
     init_from="runs/demo_target_shallow/export",
     inventory_share=0.05,
-    steps=480,
+    steps=400,
     batch_size=8,
     sequence_length=192,
     learning_rate=7e-4,
@@ -22,6 +22,6 @@ recipe = TargetRecipe(
     warmup_steps=20,
     adam_b2=0.98,
     seed=2,
-    eval_every=120,
+    eval_every=100,
     checkpoint_every=60,
 )

@@ -10,7 +10,7 @@ from jaxspec.training import DrafterRecipe
 recipe = DrafterRecipe(
     name="demo_vispec",
     method="vispec",
-    steps=380,
+    steps=260,
     batch_size=16,
     sequence_length=192,
     learning_rate=1e-3,
@@ -21,5 +21,5 @@ recipe = DrafterRecipe(
     probability_l1_weight=10.0,
     ranking_weight=0.1,
     mtp_steps=1,
-    eval_every=100,
+    eval_every=130,
 )

@@ -157,5 +157,5 @@ DRAFTERS = {
     "vispec": lambda target: Drafter(linked_head(target, "vispec"), TREE, "vispec", {}),
     "chain": lambda target: Drafter(linked_head(target, "eagle2"), TreeConfig.chain(3), "eagle2", {}),
     "random": lambda target: Drafter(random_head(target), TREE, "eagle2", {}),
-    "self": lambda target: Drafter(SelfDrafter(1.5), TreeConfig(3, 2, 9), "self", {}),
+    "self": lambda target: Drafter(SelfDrafter(1.0), TreeConfig(2, 2, 8), "self", {}),
 }

@@ -13,6 +13,7 @@ def write_plot(results: dict, path: Path) -> bool:
         return False
     try:
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError:
         return False
     temperatures = list(dict.fromkeys(entry["temperature"] for entry in entries))
@@ -42,7 +43,7 @@ def write_plot(results: dict, path: Path) -> bool:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9")
         axes.set_axisbelow(True)
-    handles = [speed.patches[names.index(name)] for name in names]
+    handles = [Patch(color=colour[name]) for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4), frameon=False)
     figure.savefig(path, dpi=130)
     return True
@@ -53,11 +54,11 @@ def bars(axes, entries, names, temperatures, colour, field: str, title: str) -> 
     width = 0.8 / len(names)
     values = {(entry["arm"], entry["temperature"]): entry[field] for entry in entries}
     for group, temperature in enumerate(temperatures):
-        for place, name in enumerate(names):
-            value = values.get((name, temperature), 0.0)
-            bar = axes.bar(group - 0.4 + (place + 0.5) * width, value, 0.92 * width, color=colour[name])
-            if value:
-                axes.bar_label(bar, fmt="%.2f", padding=2, fontsize=9)
+        present = [name for name in names if (name, temperature) in values]
+        for place, name in enumerate(present):
+            middle = group + (place - (len(present) - 1) / 2) * width
+            bar = axes.bar(middle, values[name, temperature], 0.92 * width, color=colour[name])
+            axes.bar_label(bar, fmt="%.2f", padding=2, fontsize=9)
     axes.axhline(1.0, color="0.35", linewidth=1, linestyle="--")
     axes.set_xticks(range(len(temperatures)), [f"temperature {each:g}" for each in temperatures])
     axes.set_title(title)

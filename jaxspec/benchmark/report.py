@@ -20,8 +20,8 @@ TEMPLATED = (
 LEGEND = (
     "`mean_acceptance_length` counts the tokens of a verification step with the bonus token, "
     "`mean_accepted_draft_tokens` without it. `efficiency` is speed-up / mean_acceptance_length. Speed-up compares "
-    "decoding after the first token with autoregressive decoding by the same code in the same run; in brackets the "
-    "smallest and largest over the runs, then the 10th to 90th percentile over the prompts. `identical` counts the "
+    "decoding after the first token with autoregressive decoding by the same code in the same run; `over runs` is "
+    "the smallest to the largest of the runs, `over prompts` the 10th to the 90th percentile. `identical` counts the "
     "answers that equal autoregressive decoding token for token."
 )
 PACKAGES = ("jaxspec", "jax", "jaxlib", "flax", "transformers", "numpy")

@@ -62,6 +62,8 @@ class Generate:
     max_new_tokens: int = 256
     stream: bool = True
     """Show the answer as it comes."""
+    save_svg: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Also draw what was printed."""
 
     def run(self, console: Console, arguments: list[str]) -> None:
         del arguments
@@ -92,6 +94,8 @@ class Generate:
             console.print("No drafter was given (--drafter): autoregressive decoding only.")
         else:
             self.warn(console, drafter, arms[-1].generator, answers[SPECULATIVE][0])
+        if self.save_svg:
+            console.save_svg(self.save_svg, title="python -m jaxspec generate")
 
     def default_images(self) -> tuple[Path, ...]:
         return () if self.model.target and self.prompt else (demo.picture_path(),)

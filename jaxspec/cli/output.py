@@ -20,7 +20,7 @@ CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not i
 
 def make_console() -> Console:
     """On stdout: colours on a terminal, else plain text that is wide enough for the tables."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH, record=True)
 
 
 def waiting(console: Console, what: str):
@@ -30,9 +30,11 @@ def waiting(console: Console, what: str):
 
 def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Names to the left, numbers to the right; closer together where the terminal is narrow."""
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if console.width >= 110 else 0))
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1 if console.width >= 110 else 0))
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        cells = [column, *(row[index] for row in rows)]
+        longest_word = max(len(word) for cell in cells for word in [*cell.split(), ""])
+        made.add_column(column, justify="right" if index else "left", overflow="fold", min_width=longest_word)
     for row in rows:
         made.add_row(*map(Text, row))
     return made

@@ -70,7 +70,8 @@ def train(recipe: Recipe, task: Task) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.json", json.dumps(dataclasses.asdict(recipe), indent=2, default=str))
     console = Console()
-    state = TrainState(jnp.zeros((), jnp.int32), task.params, optimizer(recipe).init(task.params))
+    params = jax.tree.map(jnp.copy, task.params)  # each step donates the state: no buffer may serve twice
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer(recipe).init(params))
     step_fn, loss_fn = make_step(recipe, task), jax.jit(task.loss)
 
     with (

@@ -10,13 +10,12 @@ from jaxspec.benchmark.identity import first_difference
 from jaxspec.benchmark.measure import Timing, acceptance_warning, pooled, speedup, speedup_of_run
 from jaxspec.cli import main
 from jaxspec.metrics import Acceptance
-from tests.cli.models import models  # noqa: F401  a fixture
 
 PROMPTS, SCORED = 2, 3
 
 
 @pytest.fixture(scope="module")
-def output(models, tmp_path_factory):  # noqa: F811
+def output(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     target, drafter = map(str, models)
     numbers = ["--num-prompts", str(PROMPTS), "--score-prompts", str(SCORED), "--runs", "2", "--max-new-tokens", "12"]
@@ -74,7 +73,7 @@ def test_markdown_and_plot(output):
         (["--drafters", "DRAFTER", "--temperatures", "-1"], "temperature must be finite"),
     ],
 )
-def test_bad_input_is_one_sentence(models, capsys, arguments, sentence):  # noqa: F811
+def test_bad_input_is_one_sentence(models, capsys, arguments, sentence):
     target, drafter = map(str, models)
     arguments = [drafter if argument == "DRAFTER" else argument for argument in arguments]
     assert main(["bench", "--target", target, "--compilation-cache", "", *arguments]) == 2

@@ -11,12 +11,11 @@ import jaxspec
 from jaxspec import demo
 from jaxspec.cli import main
 from jaxspec.cli.output import TokenColours, coloured, visible
-from tests.cli.models import models  # noqa: F401  a fixture
 
 LIMIT = "24"
 
 
-def run(models, *arguments) -> int:  # noqa: F811
+def run(models, *arguments) -> int:
     target, drafter = models
     common = ["--target", str(target), "--compilation-cache", "", "--max-new-tokens", LIMIT]
     return main(
@@ -25,12 +24,12 @@ def run(models, *arguments) -> int:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def expected(models):  # noqa: F811
+def expected(models):
     target = jaxspec.load_target(models[0])
     return jaxspec.Generator(target).generate("Describe the picture.", [demo.picture_path()], max_new_tokens=int(LIMIT))
 
 
-def test_answer_table_and_warning(models, expected, capsys):  # noqa: F811
+def test_answer_table_and_warning(models, expected, capsys):
     assert run(models) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out
@@ -42,7 +41,7 @@ def test_answer_table_and_warning(models, expected, capsys):  # noqa: F811
     assert "warning: mean_acceptance_length is" in out  # the head is random, its record is not
 
 
-def test_without_a_drafter_it_says_so(models, capsys):  # noqa: F811
+def test_without_a_drafter_it_says_so(models, capsys):
     target = str(models[0])
     arguments = ["--no-stream", "--max-new-tokens", "4", "--compilation-cache", ""]
     assert main(["generate", "--target", target, "--prompt", "Hello?", *arguments]) == 0
@@ -62,7 +61,7 @@ def test_without_a_drafter_it_says_so(models, capsys):  # noqa: F811
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
     ],
 )
-def test_bad_input_is_one_sentence(models, capsys, arguments, sentence):  # noqa: F811
+def test_bad_input_is_one_sentence(models, capsys, arguments, sentence):
     assert run(models, *arguments) == 2
     captured = capsys.readouterr()
     assert sentence in captured.err and "Traceback" not in captured.err
@@ -100,7 +99,7 @@ def test_coloured_pieces_join_to_the_text():
     assert visible("a\x1b[31m\r\x9b\n") == "a␛[31m␍␡\n"
 
 
-def test_colours_follow_a_real_tokenizer(models):  # noqa: F811
+def test_colours_follow_a_real_tokenizer(models):
     """Random bytes of a byte-level tokenizer: every character has an owner and none is lost."""
     tokenizer = jaxspec.load_target(models[0]).tokenizer
     rng = np.random.default_rng(0)

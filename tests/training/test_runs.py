@@ -17,7 +17,14 @@ from jaxspec.training import AnswersRecipe, DrafterRecipe, Recipe, Stopped, Targ
 from jaxspec.training.target import grow
 from tests.helpers import tiny_llava
 
-SHORT = {"dataset_size": 24, "log_every": 1, "eval_every": 3, "eval_batches": 1, "checkpoint_every": 2, "warmup_steps": 1}
+SHORT = {
+    "dataset_size": 24,
+    "log_every": 1,
+    "eval_every": 3,
+    "eval_batches": 1,
+    "checkpoint_every": 2,
+    "warmup_steps": 1,
+}
 TINY_VISION = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2}
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "vision_hidden_size": 16}
 TINY |= {"vision_intermediate_size": 32, "vision_layers": 2, "vision_heads": 2, "vision_from": None}
@@ -192,7 +199,10 @@ def test_grown_target_computes_what_the_shallow_one_does():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"steps": 0}, "steps must be at least 1, got 0"), ({"warmup_steps": 9}, r"warmup_steps must lie in 0..steps \(8\), got 9")],
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"warmup_steps": 9}, r"warmup_steps must lie in 0..steps \(8\), got 9"),
+    ],
 )
 def test_impossible_recipes(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):

@@ -54,9 +54,18 @@ def write_models(folder: Path) -> tuple[Path, Path]:
     return folder / "target", folder / "vispec"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package", autouse=True)
+def jax_settings():
+    """Quick compilation; and the commands' setting of the compilation cache is undone."""
+    names = ("jax_compilation_cache_dir", "jax_disable_most_optimizations")
+    before = {name: jax.config.read(name) for name in names}
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="package")
 def models(tmp_path_factory):
-    """(target folder, drafter folder); the commands' setting of the compilation cache is undone."""
-    cache = jax.config.jax_compilation_cache_dir
-    yield write_models(tmp_path_factory.mktemp("models"))
-    jax.config.update("jax_compilation_cache_dir", cache)
+    """(target folder, drafter folder)."""
+    return write_models(tmp_path_factory.mktemp("models"))
