@@ -5,13 +5,16 @@
 A config file holds one recipe; every field can be overridden. Runs resume by themselves and stop cleanly on Ctrl-C.
 """
 
+import os
 import runpy
 import sys
 from pathlib import Path
 
-import tyro
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces that torch is missing, which nobody needs
 
-from jaxspec.training import Recipe, Stopped, run
+import tyro  # noqa: E402
+
+from jaxspec.training import Recipe, Stopped, run  # noqa: E402
 
 
 def read_recipe(arguments: list[str]) -> Recipe:

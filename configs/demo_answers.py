@@ -1,5 +1,5 @@
-"""The self-distilled set of the embedded target: its own answers to the questions of 2,560 training scenes."""
+"""The self-distilled set of the embedded target: its own answers to the questions of 1,024 training scenes."""
 
 from jaxspec.training import AnswersRecipe
 
-recipe = AnswersRecipe(name="demo_answers", target="runs/demo_target/export", count=2560)
+recipe = AnswersRecipe(name="demo_answers", target="runs/demo_target/export", count=1024)

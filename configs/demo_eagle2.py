@@ -10,11 +10,11 @@ from jaxspec.training import DrafterRecipe
 recipe = DrafterRecipe(
     name="demo_eagle2",
     method="eagle2",
-    steps=260,
+    steps=150,
     batch_size=16,
     sequence_length=192,
     learning_rate=1e-3,
-    warmup_steps=50,
+    warmup_steps=20,
     decay="linear",
     clip_norm=0.0,
     clip_value=0.5,
@@ -24,5 +24,5 @@ recipe = DrafterRecipe(
     probability_l1_weight=0.0,
     ranking_weight=0.01,
     mtp_steps=0,
-    eval_every=130,
+    eval_every=50,
 )

@@ -30,11 +30,13 @@ def waiting(console: Console, what: str):
 
 def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Names to the left, numbers to the right; closer together where the terminal is narrow."""
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1 if console.width >= 110 else 0))
+    narrow = console.width < 110
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0 if narrow else (0, 1))
     for index, column in enumerate(columns):
         cells = [column, *(row[index] for row in rows)]
         longest_word = max(len(word) for cell in cells for word in [*cell.split(), ""])
-        made.add_column(column, justify="right" if index else "left", overflow="fold", min_width=longest_word)
+        width = longest_word if narrow else None
+        made.add_column(column, justify="right" if index else "left", overflow="fold", width=width)
     for row in rows:
         made.add_row(*map(Text, row))
     return made

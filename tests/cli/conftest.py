@@ -57,12 +57,11 @@ def write_models(folder: Path) -> tuple[Path, Path]:
 @pytest.fixture(scope="package", autouse=True)
 def jax_settings():
     """Quick compilation; and the commands' setting of the compilation cache is undone."""
-    names = ("jax_compilation_cache_dir", "jax_disable_most_optimizations")
-    before = {name: jax.config.read(name) for name in names}
+    cache, plain = jax.config.jax_compilation_cache_dir, jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_disable_most_optimizations", plain)
 
 
 @pytest.fixture(scope="package")
