@@ -1,8 +1,8 @@
 """Pre-training the embedded target's vision tower: what stands where, patch by patch.
 
-LLaVA starts from a tower that CLIP has taught to see; a tower from scratch, taught through a language model, stays blind
-for thousands of steps (docs/LOG.md). So ours first learns from the scenes' own truth: from every patch a linear
-layer reads the colour, shape, size and value of what its cell or bar holds. The linear layers are thrown away.
+LLaVA starts from a tower that CLIP has taught to see; teaching one from scratch through a language model takes far
+longer (docs/LOG.md). So ours first learns from the scenes' own truth: from every patch a linear layer reads the colour,
+shape, size and value of what its cell or bar holds. The linear layers are thrown away.
 """
 
 import dataclasses
