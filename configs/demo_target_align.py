@@ -1,7 +1,8 @@
 """The embedded target, second step: 4 layers of text model learn to find in the picture what a word names.
 
 LLaVA's feature alignment in small: the answers are bare lists of what each place holds, so that every token but the
-syntax has to be looked up. Steps: demo_vision -> demo_target_align -> demo_target_shallow -> demo_target.
+syntax has to be looked up. The committed weights come from the first
+400 steps of a schedule of 600. Steps: demo_vision -> demo_target_align -> demo_target_shallow -> demo_target.
 """
 
 from jaxspec.training import TargetRecipe
