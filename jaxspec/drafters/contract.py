@@ -13,7 +13,7 @@ from jaxspec.speculation.sampling import BatchSampling
 from jaxspec.speculation.tree import Tree, TreeConfig
 
 
-class Drafter(Protocol):
+class DraftModel(Protocol):
     def prefill(self, target, context: DrafterContext, capacity: int) -> Any:
         """The state after the prompt and the first chosen token; caches hold `capacity` positions."""
 

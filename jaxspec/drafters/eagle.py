@@ -89,7 +89,7 @@ class EagleHead(nnx.Module):
         """What decoding steps set beside their features; `last` i32 `[B]` is the last row."""
         return None
 
-    # -- decoding (jaxspec.drafters.contract.Drafter) ------------------------------------------------------------
+    # -- decoding (jaxspec.drafters.contract.DraftModel) ---------------------------------------------------------
 
     def prefill(self, target, context: DrafterContext, capacity: int) -> EagleState:
         batch = jnp.arange(context.lengths.shape[0])

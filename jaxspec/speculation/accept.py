@@ -1,7 +1,7 @@
 """Acceptance: which path of the tree the target would have generated itself.
 
 The same rule at every temperature: a node is accepted iff its parent is and its token is the one the target chose at
-its parent. No pointer walk: the ancestor matrix and one argmax (DESIGN 1).
+its parent. No pointer walk: the ancestor matrix and one argmax.
 """
 
 from typing import NamedTuple

@@ -21,7 +21,7 @@ class TreeConfig:
     depth: how many times the frontier is expanded after the first level, so a path has up to `depth + 1` draft tokens.
     top_k: tokens per expanded node, and nodes per frontier.
     total_tokens: nodes kept, root included; 1 is autoregressive decoding.
-    coupled: let the drafter see the target's sampling noise (DESIGN: coupled sampling). Off only for comparison.
+    coupled: let the drafter see the target's sampling noise (see sampling.py). Off only for comparison.
     noise_temperature: scale of the perturbed draft logits when candidates are ranked at temperature > 0; below 1 trusts
       the drafter's own winner more.
 
