@@ -18,15 +18,22 @@ def extend(kv: LayerKV, capacity: int) -> LayerKV:
     return LayerKV(*(jnp.pad(part, ((0, 0), (0, 0), (0, missing), (0, 0))) for part in kv))
 
 
-def write(kv: LayerKV, new: LayerKV, start: jax.Array) -> LayerKV:
-    """`new` `[B, Hkv, P, Dh]` written from row `start` i32 `[B]` of each batch entry on; rows past S are dropped."""
+def write(kv: LayerKV, new: LayerKV, start: jax.Array, count: jax.Array) -> LayerKV:
+    """The first `count` i32 `[B]` rows of `new` `[B, Hkv, P, Dh]`, written from row `start` i32 `[B]` of each batch
+    entry on; rows past S are dropped.
+
+    `count` must come from what was computed with `kv`: only then does XLA see that nobody reads the old cache any more
+    and writes in place instead of copying it (docs/LOG.md).
+    """
     batch, _, length, _ = new.keys.shape
-    entries, rows = jnp.arange(batch)[:, None], start[:, None] + jnp.arange(length)  # [B, 1], [B, P]
+    capacity, steps = kv.keys.shape[2], jnp.arange(length)
+    rows = jnp.where(steps < count[:, None], start[:, None] + steps, capacity)  # [B, P]
+    entries = jnp.arange(batch)[:, None]
 
     def update(part, block):
         # A scatter: slice updates row by row were 24 times slower at batch 32 on CPU (docs/LOG.md).
         block = block.swapaxes(1, 2).astype(part.dtype)  # [B, P, Hkv, Dh]
-        return part.at[entries, :, rows].set(block, mode="drop", unique_indices=True)
+        return part.at[entries, :, rows].set(block, mode="drop")
 
     return LayerKV(update(kv.keys, new.keys), update(kv.values, new.values))
 

@@ -13,50 +13,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import transformers
 from flax import nnx
 
 from jaxspec import Drafter, Target, TreeConfig, load_target
 from jaxspec import cache as caches
-from jaxspec.demo.processor import IMAGE_SIZE, PATCH_SIZE, build_processor
+from jaxspec.demo.processor import build_processor
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.kernels.attention import LayerKV
 from jaxspec.speculation.tree import grow_tree
 from jaxspec.targets.llava import Llava, LlavaConfig
 from jaxspec.targets.registry import save_model
-from tests.helpers import randomized
+from tests.helpers import config_for, randomized
 
 
 def linked_target(folder: Path) -> Target:
     """A two-layer LLaVA with grouped query heads and the demo's processor, saved to `folder` and loaded from it."""
     processor = build_processor(folder / "processor", scenes=300)
-    tokenizer = processor.tokenizer
-    hf_config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE,
-            projection_dim=16,
-        ),
-        text_config=transformers.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
-        architectures=["LlavaForConditionalGeneration"],
+    hf_config = config_for(
+        processor,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
     )
     model = randomized(Llava(LlavaConfig.from_hf(hf_config), rngs=nnx.Rngs(0)), seed=5, scale=1.0)
     language = model.language_model
@@ -145,7 +126,7 @@ class SelfDrafter(nnx.Module):
         _, new = target.forward(target.embed(nodes), state.rows[:, None] + steps, causal, state.cache, committed)
         last = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
         return SelfState(
-            cache=tuple(caches.write(old, kv, state.rows) for old, kv in zip(state.cache, new, strict=True)),
+            cache=tuple(caches.write(old, kv, state.rows, count) for old, kv in zip(state.cache, new, strict=True)),
             rows=state.rows + count,
             root=jnp.where(count > 0, last, state.root),
         )

@@ -3,11 +3,39 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import transformers
 from flax import nnx
 
+from jaxspec.demo.processor import IMAGE_SIZE, PATCH_SIZE
 from jaxspec.layers import TextConfig
 from jaxspec.targets.clip import ClipVisionConfig
 from jaxspec.targets.llava import Llava, LlavaConfig
+
+
+def config_for(processor, **text) -> transformers.LlavaConfig:
+    """A small LLaVA for the demo's processor; `text` holds the fields of its text model."""
+    tokenizer = processor.tokenizer
+    return transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            projection_dim=16,
+        ),
+        text_config=transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **text,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        architectures=["LlavaForConditionalGeneration"],
+    )
 
 
 def tiny_llava(

@@ -144,7 +144,7 @@ class EagleHead(nnx.Module):
         last = jnp.take_along_axis(output, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         return dataclasses.replace(
             state,
-            kv=caches.write(state.kv, kv, state.rows),
+            kv=caches.write(state.kv, kv, state.rows, count),
             rows=state.rows + count,
             next_position=state.next_position + count,
             output=jnp.where((count > 0)[:, None], last, state.output),

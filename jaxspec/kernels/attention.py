@@ -36,6 +36,8 @@ def attend(query: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     nothing returns some finite average (rows of padding).
     """
     batch, heads, length, head_dim = query.shape
+    # The first segment is the long one (a cache, never copied); what follows is a few tokens and cheaper as one.
+    segments = [*segments[:1], *([join(segments[1:], length)] if len(segments) > 1 else [])]
     kv_heads = segments[0].kv.keys.shape[1]
     groups = heads // kv_heads
     # Query heads that share a key head become extra rows of one matrix product.
@@ -57,3 +59,12 @@ def attend(query: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     total = reduce(jnp.add, [part.sum(-1, keepdims=True) for part in weights])
     out = reduce(jnp.add, [mix(part / total, segment) for part, segment in zip(weights, segments, strict=True)])
     return out.reshape(batch, heads, length, head_dim).astype(query.dtype)
+
+
+def join(segments: Sequence[Segment], length: int) -> Segment:
+    """Several segments as one, for a query of `length` tokens."""
+    if len(segments) == 1:
+        return segments[0]
+    kv = LayerKV(*(jnp.concatenate(parts, axis=2) for parts in zip(*(each.kv for each in segments), strict=True)))
+    masks = [jnp.broadcast_to(each.mask, (each.mask.shape[0], length, each.mask.shape[2])) for each in segments]
+    return Segment(kv, jnp.concatenate(masks, axis=2))

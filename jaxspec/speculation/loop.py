@@ -94,8 +94,7 @@ def prefill(target, drafter, tree: TreeConfig, prompt: Prompt, request: Request,
     sampling = request.sampling
     warped = warp(target.unembed(last), sampling)
     root = choose(warped, noise_at(sampling, prompt.lengths, 1, warped.shape[-1]), sampling)[:, 0]
-    # A commit always writes a whole path, accepted or not, so the last one needs room behind the last token.
-    cache = tuple(caches.extend(kv, capacity + room) for kv in new_kv)
+    cache = tuple(caches.extend(kv, capacity) for kv in new_kv)
     drafter_state = None
     if drafter is not None:
         context = DrafterContext(
@@ -109,15 +108,15 @@ def prefill(target, drafter, tree: TreeConfig, prompt: Prompt, request: Request,
             min_image_tokens=prompt.min_image_tokens,
         )
         with jax.named_scope("draft_prefill"):
-            drafter_state = drafter.prefill(target, context, capacity + room)
+            drafter_state = drafter.prefill(target, context, capacity)
     return DecodeState(
         cache=cache,
         lengths=prompt.lengths,
         root=root,
         drafter=drafter_state,
         request=request,
-        tokens=jnp.zeros((batch, max_new + room), jnp.int32).at[:, 0].set(root),
-        from_draft=jnp.zeros((batch, max_new + room), bool),
+        tokens=jnp.zeros((batch, max_new), jnp.int32).at[:, 0].set(root),
+        from_draft=jnp.zeros((batch, max_new), bool),
         counts=jnp.ones((batch,), jnp.int32),
         done=is_stop(root[:, None], request)[:, 0] | (request.max_new_tokens <= 1),
         rounds=jnp.zeros((batch,), jnp.int32),
@@ -157,13 +156,12 @@ def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> Dec
     with jax.named_scope("commit"):
         emit = emission(accepted.tokens, accepted.length, state)  # [B], 0 for rows that are done
         cache = tuple(
-            caches.write(old, caches.take(new, accepted.path), state.lengths)
+            caches.write(old, caches.take(new, accepted.path), state.lengths, emit)
             for old, new in zip(state.cache, new_kv, strict=True)
         )
         if drafter is not None:
             path_features = jnp.take_along_axis(features, accepted.path[..., None], axis=1)  # [B, P, D]
-            count = jnp.where(state.done, 0, accepted.length)
-            drafter_state = drafter.advance(target, drafter_state, accepted.tokens, path_features, count)
+            drafter_state = drafter.advance(target, drafter_state, accepted.tokens, path_features, emit)
     last = jnp.take_along_axis(accepted.tokens, jnp.maximum(emit - 1, 0)[:, None], axis=1)[:, 0]
     counts = state.counts + emit
     stopped = is_stop(last[:, None], state.request)[:, 0] | (counts >= state.request.max_new_tokens)
@@ -172,7 +170,7 @@ def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> Dec
     drafted = levels < (accepted.length - 1)[:, None]
     return DecodeState(
         cache=cache,
-        lengths=jnp.where(state.done, state.lengths, state.lengths + accepted.length),
+        lengths=state.lengths + emit,
         root=jnp.where(state.done, state.root, accepted.root),
         drafter=drafter_state,
         request=state.request,

@@ -5,7 +5,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import transformers
 from flax import nnx
 
 from jaxspec.demo.processor import build_processor
@@ -14,7 +13,7 @@ from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.llava import Llava, LlavaConfig
 from jaxspec.targets.registry import save_model
-from tests.helpers import randomized
+from tests.helpers import config_for, randomized
 
 RECORDED = 9.0  # more than a random head can accept, so that its warning shows
 
@@ -22,29 +21,14 @@ RECORDED = 9.0  # more than a random head can accept, so that its warning shows
 def write_models(folder: Path) -> tuple[Path, Path]:
     """Folders of the target and of the drafter `vispec`."""
     processor = build_processor(folder / "processor", scenes=300)
-    tokenizer = processor.tokenizer
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=128,
-            patch_size=16,
-        ),
-        text_config=transformers.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
-            eos_token_id=tokenizer.eos_token_id,
-        ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=64,
-        architectures=["LlavaForConditionalGeneration"],
+    config = config_for(
+        processor,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
     )
     target = randomized(Llava(LlavaConfig.from_hf(config), rngs=nnx.Rngs(0)), seed=0, scale=1.0)
     save_model(target, config, folder / "processor", folder / "target", np.float32)

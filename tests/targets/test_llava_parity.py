@@ -119,7 +119,9 @@ def test_cached_decoding(default):
         past = caches.filled(lengths, 40)
         own = causal_mask(jnp.ones((len(rows), 1), bool))
         features, new_kv = model.forward(model.embed(token[:, None]), lengths[:, None], own, cache, past)
-        cache = tuple(caches.write(old, new, lengths) for old, new in zip(cache, new_kv, strict=True))
+        cache = tuple(
+            caches.write(old, new, lengths, jnp.ones_like(lengths)) for old, new in zip(cache, new_kv, strict=True)
+        )
         return model.unembed(features)[:, 0], cache
 
     logits, cache = prefill(target.model, ids[:, : lengths.max()], whole["pixel_values"], jnp.asarray(lengths))
