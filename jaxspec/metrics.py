@@ -1,6 +1,7 @@
 """The numbers of speculative decoding, defined once for training, benchmark and server."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,6 +22,8 @@ class Acceptance:
     """Entry i: the same, given that i were accepted; nan where that never happened."""
     draft_acceptance_rate: float
     """Accepted draft tokens over drafted depth; nan without a drafter."""
+    emitted: tuple[int, ...]
+    """Entry i: how many rounds emitted i + 1 tokens, from which all the rest follows."""
 
     @classmethod
     def from_histogram(cls, emitted) -> "Acceptance":
@@ -45,6 +48,7 @@ class Acceptance:
             acceptance_at_position=tuple(joint.tolist()),
             conditional_acceptance=tuple(conditional.tolist()),
             draft_acceptance_rate=(tokens - rounds) / (rounds * depth) if rounds and depth else float("nan"),
+            emitted=tuple(emitted.tolist()),
         )
 
 
@@ -74,3 +78,8 @@ class GenerationStats(Acceptance):
     @property
     def time_to_first_token(self) -> float:
         return self.prefill_seconds
+
+
+def pooled(stats: Sequence[Acceptance]) -> Acceptance:
+    """The acceptance of all rounds of several requests together; all with the same tree."""
+    return Acceptance.from_histogram(np.sum([each.emitted for each in stats], axis=0))

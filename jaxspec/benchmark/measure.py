@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jaxspec.generator import Generator, bucket
-from jaxspec.metrics import Acceptance, GenerationStats
+from jaxspec.metrics import GenerationStats
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.sampling import SamplingParams
 
@@ -147,15 +147,6 @@ def speedup_of_run(baseline: Sequence[Timing], timings: Sequence[Timing], run: i
         return Timing(timing.tokens, (timing.decode_seconds[run],), (timing.prefill_seconds[run],))
 
     return speedup([*map(only, baseline)], [*map(only, timings)])
-
-
-def pooled(stats: Sequence[Acceptance]) -> Acceptance:
-    """The acceptance of all rounds of several requests together; all with the same tree."""
-    # `acceptance_at_position` times `rounds` are whole numbers: rounds that emitted at least i + 2 tokens.
-    reached = sum(np.rint(np.array([1.0, *each.acceptance_at_position]) * each.rounds) for each in stats if each.rounds)
-    if np.ndim(reached) == 0:
-        return Acceptance.from_histogram(np.zeros(1))
-    return Acceptance.from_histogram(reached - np.append(reached[1:], 0))
 
 
 def acceptance_warning(recorded: float | None, live: float, share: float = 0.6) -> str | None:

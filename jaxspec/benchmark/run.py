@@ -20,7 +20,6 @@ from jaxspec.benchmark.measure import (
     acceptance_warning,
     distinct_shapes,
     interleaved,
-    pooled,
     speedup,
     speedup_of_run,
     tokens_per_second,
@@ -28,13 +27,13 @@ from jaxspec.benchmark.measure import (
 )
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.generator import Generator
-from jaxspec.metrics import Acceptance
+from jaxspec.metrics import Acceptance, pooled
 from jaxspec.speculation.sampling import SamplingParams
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.target import Target
 
 BASELINE = "autoregressive"
-UNCOUPLED = "{} (coupled off)"
+UNCOUPLED = "{} (noise off)"
 ACCEPTANCE_FIELDS = tuple(field.name for field in dataclasses.fields(Acceptance))
 
 
@@ -66,8 +65,12 @@ class SpeedBenchmark:
         for temperature in self.temperatures:
             SamplingParams(temperature=temperature, seed=self.seed)
 
-    def arms(self) -> dict[float, list[Arm]]:
-        """The arms of every temperature, the baseline first. Generators are shared between temperatures."""
+    def arms(self) -> dict[float, list[list[Arm]]]:
+        """Groups of arms for every temperature, the baseline first in each. Generators are shared between temperatures.
+
+        Another library's arm is a group of its own: its idle threads still spin for a while after it has answered
+        and would slow down whoever comes next (docs/LOG.md).
+        """
 
         def arm(name, drafter=None, tree=None):
             generator = Generator(self.target, drafter, tree, self.max_length)
@@ -77,11 +80,12 @@ class SpeedBenchmark:
         uncoupled = []
         if any(temperature > 0 for temperature in self.temperatures):
             uncoupled = [
-                arm(UNCOUPLED.format(name), drafter, dataclasses.replace(tree, coupled=False))
+                arm(UNCOUPLED.format(name), drafter, dataclasses.replace(tree, noise_weight=0.0))
                 for name, (drafter, tree) in self.drafters.items()
             ]
+        others = [[common[0], *self.others]] if self.others else []
         return {
-            temperature: [*common, *(uncoupled if temperature > 0 else self.others)]
+            temperature: [[*common, *uncoupled]] if temperature > 0 else [common, *others]
             for temperature in self.temperatures
         }
 
@@ -90,7 +94,8 @@ class SpeedBenchmark:
         arms = self.arms()
         questions = [Question(example.question, (example.image,)) for example in self.examples]
         shapes = distinct_shapes(self.target, questions)
-        every_arm = list({arm.name: arm for some in arms.values() for arm in some}.values())
+        groups = [(temperature, group) for temperature, some in arms.items() for group in some]
+        every_arm = list({arm.name: arm for _, group in groups for arm in group}.values())
         with progress("warm-up", len(every_arm)) as bar:
             for arm in every_arm:
                 # One program serves all temperatures, but only sampling draws noise: warm up with it where it is used.
@@ -98,14 +103,16 @@ class SpeedBenchmark:
                 bar.advance()
         compiled = {arm.name: arm.compilations for arm in every_arm}
         results = []
-        with progress("measuring", len(questions) * self.runs * sum(map(len, arms.values()))) as bar:
-            for temperature, some in arms.items():
+        with progress("measuring", len(questions) * self.runs * sum(len(group) for _, group in groups)) as bar:
+            for temperature, group in groups:
                 answers = []  # per question: arm -> runs
                 for index, question in enumerate(questions):
                     answers.append(
-                        interleaved(some, question, self.sampling(temperature, index), self.runs, bar.advance)
+                        interleaved(group, question, self.sampling(temperature, index), self.runs, bar.advance)
                     )
-                for arm in some:
+                for arm in group:
+                    if (temperature, arm.name) in {(entry["temperature"], entry["arm"]) for entry in results}:
+                        continue  # the baseline of a second group
                     entry = self.summary(temperature, arm, [each[arm.name] for each in answers], answers, questions)
                     entry["compilations"] = compiled[arm.name]
                     entry["compilations_while_measuring"] = arm.compilations - compiled[arm.name]

@@ -21,9 +21,9 @@ class TreeConfig:
     depth: how many times the frontier is expanded after the first level, so a path has up to `depth + 1` draft tokens.
     top_k: tokens per expanded node, and nodes per frontier.
     total_tokens: nodes kept, root included; 1 is autoregressive decoding.
-    coupled: let the drafter see the target's sampling noise (see sampling.py). Off only for comparison.
-    noise_temperature: scale of the perturbed draft logits when candidates are ranked at temperature > 0; below 1 trusts
-      the drafter's own winner more.
+    noise_weight: how much of the target's sampling noise (see sampling.py) the drafter adds to its own logits when it
+      ranks candidates at temperature > 0: 1 for a drafter as sharp as its target, less for a flatter one, 0 for
+      drafting without the noise.
 
     Raises ValueError for values a tree cannot have.
     """
@@ -31,8 +31,7 @@ class TreeConfig:
     depth: int
     top_k: int
     total_tokens: int
-    coupled: bool = True
-    noise_temperature: float = 1.0
+    noise_weight: float = 1.0
 
     def __post_init__(self):
         if self.depth < 0:
@@ -44,8 +43,8 @@ class TreeConfig:
                 f"total_tokens must lie in 1..{self.num_candidates + 1}, all that a tree of depth {self.depth} and "
                 f"top_k {self.top_k} can hold, got {self.total_tokens}"
             )
-        if not self.noise_temperature > 0:
-            raise ValueError(f"noise_temperature must be greater than 0, got {self.noise_temperature}")
+        if not 0 <= self.noise_weight <= 1:
+            raise ValueError(f"noise_weight must lie in 0..1, got {self.noise_weight}")
 
     @classmethod
     def chain(cls, num_speculative_tokens: int, **options) -> "TreeConfig":
@@ -105,13 +104,15 @@ def draft_scores(config: TreeConfig, logits: jax.Array, noise: jax.Array, sampli
     """Log-score f32 `[B, k, V]` of every next token: how much the drafter believes the target will choose it.
 
     At temperature 0 the draft log-probabilities, as published. At other temperatures the target will choose
-    `argmax(warped + noise)`; the drafter ranks by the same perturbed logits of its own, as log-probabilities so that
-    scores add up along a path. `noise` f32 `[B, 1, V]` is that of the position the tokens would stand at.
+    `argmax(warped + noise)`; the drafter ranks by its own logits plus the same noise, as log-probabilities so that
+    scores add up along a path. The noise has the weight w = `config.noise_weight`: where the target's logits are the
+    draft's divided by w (a drafter that is too flat), `draft + w * noise` orders the tokens as the target does. `noise`
+    f32 `[B, 1, V]` is that of the position the tokens would stand at.
     """
     warped = warp(logits, sampling)
-    if config.coupled:
-        perturbed = (warped + noise) / config.noise_temperature
-        warped = jnp.where(sampling.temperature[:, None, None] > 0, perturbed, warped)
+    if config.noise_weight:
+        sampled = sampling.temperature[:, None, None] > 0
+        warped = jnp.where(sampled, warped + config.noise_weight * noise, warped)
     return jax.nn.log_softmax(warped, axis=-1)
 
 

@@ -33,7 +33,7 @@ def test_answer_table_and_warning(models, expected, capsys):
     assert run(models) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out
-    shown = "scene.png, 256 x 256 pixels\nDescribe the picture.\n\n" + visible(expected.text)
+    shown = "scene.png, 288 x 288 pixels\nDescribe the picture.\n\n" + visible(expected.text)
     assert out.split()[: len(shown.split())] == shown.split()  # but for tabs, which a console expands
     assert re.search(rf"autoregressive\D+{len(expected.tokens)} .* 1\.00 .* 1\.00 .* 0\.00 ", out)
     assert re.search(rf"speculative\D+{len(expected.tokens)} .* yes ", out)

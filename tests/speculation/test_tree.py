@@ -37,8 +37,8 @@ def test_impossible_trees_are_refused(values, message):
 def test_impossible_options_are_refused():
     with pytest.raises(ValueError, match="a chain needs at least 1 speculative token, got 0"):
         TreeConfig.chain(0)
-    with pytest.raises(ValueError, match="noise_temperature must be greater than 0, got 0"):
-        TreeConfig(2, 3, 8, noise_temperature=0)
+    with pytest.raises(ValueError, match=r"noise_weight must lie in 0..1, got 1.5"):
+        TreeConfig(2, 3, 8, noise_weight=1.5)
     with pytest.raises(ValueError, match=r"top_k \(14\) is larger than the vocabulary \(13\)"):
         TreeConfig(2, 14, 8).check_vocabulary(13)
     TreeConfig(2, 13, 8).check_vocabulary(13)
@@ -89,8 +89,7 @@ def slow_tree(config, table, root, noise, temperature):
         logits = table[node["state"]].astype(np.float64)
         if temperature > 0:
             logits = logits / temperature
-            if config.coupled:
-                logits = (logits + noise[node["depth"]]) / config.noise_temperature
+            logits = logits + config.noise_weight * noise[node["depth"]]
         scores = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
         return [
             {
@@ -159,11 +158,10 @@ def test_grown_tree_is_the_published_one(config, temperature):
         check_growth(config, temperature, seed)
 
 
-@pytest.mark.parametrize("options", [{"coupled": False}, {"noise_temperature": 0.5}])
-def test_noise_options_reach_the_scores(options):
-    check_growth(TreeConfig(3, 4, 20, **options), 0.8, 0)
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_noise_weight_reaches_the_scores(weight):
     coupled = check_growth(TreeConfig(3, 4, 20), 0.8, 0)
-    other = check_growth(TreeConfig(3, 4, 20, **options), 0.8, 0)
+    other = check_growth(TreeConfig(3, 4, 20, noise_weight=weight), 0.8, 0)
     assert (np.asarray(coupled.tokens) != np.asarray(other.tokens)).any()
 
 
