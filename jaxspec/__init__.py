@@ -1,7 +1,12 @@
 """jaxspec: lossless speculative decoding for vision-language models, in JAX."""
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 
+# jaxspec takes processors and configs from transformers, never a model: its advice to install PyTorch is not for users.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+# ruff: noqa: E402
 from jaxspec.drafters.drafter import Drafter, load_drafter
 from jaxspec.generator import Generator, Piece, Result
 from jaxspec.speculation.sampling import SamplingParams

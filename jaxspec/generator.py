@@ -4,6 +4,7 @@ Shapes are bucketed, so a service compiles a handful of programs: one per (batch
 """
 
 import dataclasses
+import numbers
 import time
 from collections.abc import Iterator, Sequence
 
@@ -140,12 +141,14 @@ class Generator:
             state = batch.advance(state, rounds_per_piece)
 
     def _prepare(self, prompts, images, sampling, max_new_tokens, raw) -> "Batch":
+        if isinstance(prompts, str):
+            raise ValueError("generate_batch needs a list of prompts, got one string; generate takes a single prompt")
         count = len(prompts)
         if not count:
             raise ValueError("generate_batch needs at least one prompt, got none")
         images = [()] * count if images is None else images
         sampling = [sampling] * count if isinstance(sampling, SamplingParams) else list(sampling)
-        limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        limits = [max_new_tokens] * count if isinstance(max_new_tokens, numbers.Integral) else list(max_new_tokens)
         for name, values in (("images", images), ("sampling", sampling), ("max_new_tokens", limits)):
             if len(values) != count:
                 raise ValueError(f"{name} has {len(values)} entries for {count} prompts")
@@ -159,7 +162,7 @@ class Generator:
                     f"prompt {index} has {len(one.input_ids)} tokens; with max_length {self.max_length} it may have "
                     f"at most {self.max_length - 1}"
                 )
-            limits[index] = min(limits[index], self.max_length - len(one.input_ids))
+            limits[index] = min(int(limits[index]), self.max_length - len(one.input_ids))
             encoded.append(one)
         return Batch(self, encoded, sampling, limits)
 

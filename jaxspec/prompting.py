@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,37 +64,52 @@ def normalise_messages(prompt: Prompt, images: list) -> tuple[list[dict], list]:
         return [{"role": "user", "content": content}], images
     waiting, ordered, messages = list(images), [], []
     for message in prompt:
-        if "role" not in message or "content" not in message:
-            raise ValueError(f"a message needs role and content, got keys {', '.join(message)}")
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         kept = []
-        for part in parts:
-            kind = part.get("type")
-            if kind == "text":
+        for part in content_parts(message):
+            if part["type"] == "text":
                 kept.append({"type": "text", "text": part["text"]})
-            elif kind == "image":
-                if "image" in part:
-                    ordered.append(part["image"])
-                elif waiting:
-                    ordered.append(waiting.pop(0))
-                else:
-                    raise ValueError(f"the messages have more image parts than the {len(images)} images given")
-                kept.append({"type": "image"})
-            elif kind == "image_url":
+                continue
+            kept.append({"type": "image"})
+            if part["type"] == "image_url":
                 ordered.append(image_url(part))
-                kept.append({"type": "image"})
+            elif "image" in part:
+                ordered.append(part["image"])
+            elif waiting:
+                ordered.append(waiting.pop(0))
             else:
-                raise ValueError(f"content part type {kind!r} is not supported; use text, image or image_url")
+                raise ValueError(f"the messages have more image parts than the {len(images)} images given")
         messages.append({"role": message["role"], "content": kept})
     if waiting:
         raise ValueError(f"{len(images)} images were given but the messages have {len(images) - len(waiting)} for them")
     return messages, ordered
 
 
+def content_parts(message: dict) -> list[dict]:
+    """The parts of one message, each of a known type and with the fields that its type needs."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"a message must be a dict with role and content, got {type(message).__name__}")
+    if "role" not in message or "content" not in message:
+        raise ValueError(f"a message needs role and content, got keys {', '.join(map(str, message))}")
+    content = message["content"]
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, Sequence):
+        raise ValueError(f"a message's content must be a string or a list of parts, got {type(content).__name__}")
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        if kind not in ("text", "image", "image_url"):
+            raise ValueError(f"content part type {kind!r} is not supported; use text, image or image_url")
+        if kind == "text" and not isinstance(part.get("text"), str):
+            raise ValueError(f"a text part needs text, a string; got {part.get('text')!r}")
+    return list(content)
+
+
 def image_url(part: dict) -> str:
     """The data: URL of an `image_url` part. Anything else is refused: a client's message must not open local files."""
-    url = part["image_url"]["url"]
+    holder = part.get("image_url")
+    url = holder.get("url") if isinstance(holder, Mapping) else None
+    if not isinstance(url, str):
+        raise ValueError(f'an image_url part needs image_url: {{"url": "data:..."}}, got {str(holder)[:40]}')
     if not url.startswith("data:"):
         raise ValueError(f"image_url must hold a data: URL, got {url[:40]!r}")
     return url

@@ -159,7 +159,7 @@ def test_every_source_gives_the_same_pixels(target, tmp_path):
     for result in results:
         np.testing.assert_array_equal(result.input_ids, results[0].input_ids)
         np.testing.assert_array_equal(result.pixel_values, results[0].pixel_values)
-        assert result.image_tokens == 64
+        assert result.image_tokens == 36
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------
@@ -187,7 +187,23 @@ def test_malformed_messages(refuses):
     refuses("content part type 'video' is not supported; use text, image or image_url", [user({"type": "video"})])
     refuses("content part type None is not supported; use text, image or image_url", [user({"text": "a"})])
     refuses("a message needs role and content, got keys role", [{"role": "user"}])
+    refuses("a message must be a dict with role and content, got str", ["Hello"])
+    refuses("a message's content must be a string or a list of parts, got int", [{"role": "user", "content": 3}])
+    refuses("content part type 'Hello' is not supported; use text, image or image_url", [user("Hello")])
+    refuses("a text part needs text, a string; got None", [user({"type": "text"})])
+    refuses('an image_url part needs image_url: {"url": "data:..."}, got None', [user({"type": "image_url"})])
+    refuses("an image_url part needs image_url", [user({"type": "image_url", "image_url": "data:image/png;base64,"})])
     refuses("a raw prompt must be a string, got list", [user(text("a"))], raw=True)
+
+
+def test_a_batch_is_a_list(generator):
+    with pytest.raises(ValueError, match="generate_batch needs a list of prompts, got one string"):
+        generator.generate_batch("Hello")
+    assert generator.compilations == 0
+
+
+def test_limits_may_be_numpy_integers(generators):
+    assert len(generators("autoregressive").generate("Hello", max_new_tokens=np.int64(3)).tokens) <= 3
 
 
 def test_turns_keep_their_order(target):

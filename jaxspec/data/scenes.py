@@ -6,6 +6,7 @@ same pipeline serves the demo and anything else that tensorflow-datasets can pre
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 
 from jaxspec.demo.generation import conversation_of, numbered_scene
 from jaxspec.demo.scenes import FRAME, render
@@ -38,7 +40,7 @@ class JaxspecScenesConfig(tfds.core.BuilderConfig):
 class JaxspecScenes(tfds.core.GeneratorBasedBuilder):
     """Rendered scenes with questions and true answers.
 
-    Record number i of a split depends on (split, i) alone. Features: `index` int64; `image` PNG, uint8 [256, 256, 3];
+    Record number i of a split depends on (split, i) alone. Features: `index` int64; `image` PNG, uint8 [288, 288, 3];
     `scene` the truth as JSON (`jaxspec.demo.scenes.scene_from_json`); `conversations` LLaVA-style turns as JSON;
     `kinds` the kinds of the questions as JSON.
     """
@@ -128,6 +130,18 @@ def load_scenes(
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split must be one of train, validation, test; got {split!r}.")
     config = JaxspecScenesConfig(train_size=train_size, validation_size=validation_size, test_size=test_size)
-    builder = JaxspecScenes(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
+    with _quiet():
+        builder = JaxspecScenes(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
     builder.download_and_prepare()
     return _Records(builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()}))
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the warning that tensorflow-datasets gives for every configuration that is made by arguments."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

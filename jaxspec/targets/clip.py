@@ -26,6 +26,22 @@ class ClipVisionConfig:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"vision hidden_act {self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
 
+    @classmethod
+    def from_hf(cls, config) -> "ClipVisionConfig":
+        """From a transformers `CLIPVisionConfig`. Raises ValueError for another kind of tower."""
+        if config.model_type != "clip_vision_model":
+            raise ValueError(f"vision model_type {config.model_type!r} is not supported; only clip_vision_model")
+        return cls(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            layer_norm_eps=config.layer_norm_eps,
+            hidden_act=config.hidden_act,
+        )
+
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2

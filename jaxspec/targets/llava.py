@@ -29,35 +29,22 @@ class LlavaConfig:
     @classmethod
     def from_hf(cls, config) -> "LlavaConfig":
         """From a transformers `LlavaConfig` (which understands every published spelling of config.json)."""
-        vision = config.vision_config
-        if vision.model_type != "clip_vision_model":
-            raise ValueError(
-                f"vision model_type {vision.model_type!r} is not supported in LLaVA; only clip_vision_model"
-            )
+        vision = ClipVisionConfig.from_hf(config.vision_config)
         if config.projector_hidden_act != "gelu":
             raise ValueError(f"projector_hidden_act {config.projector_hidden_act!r} is not supported; only 'gelu'")
         layers = config.vision_feature_layer
         layers = (layers,) if isinstance(layers, int) else tuple(layers)
         for layer in layers:
-            if not -vision.num_hidden_layers - 1 <= layer <= vision.num_hidden_layers:
+            if not -vision.num_layers - 1 <= layer <= vision.num_layers:
                 raise ValueError(
-                    f"vision_feature_layer {layer} does not exist: the tower has {vision.num_hidden_layers} layers"
+                    f"vision_feature_layer {layer} does not exist: the tower has {vision.num_layers} layers"
                 )
         return cls(
             # transformers reads the key here and in text_config, and lets either tie.
             text=dataclasses.replace(
                 llama_text_config(config.text_config), tie_word_embeddings=config.tie_word_embeddings
             ),
-            vision=ClipVisionConfig(
-                hidden_size=vision.hidden_size,
-                intermediate_size=vision.intermediate_size,
-                num_layers=vision.num_hidden_layers,
-                num_heads=vision.num_attention_heads,
-                image_size=vision.image_size,
-                patch_size=vision.patch_size,
-                layer_norm_eps=vision.layer_norm_eps,
-                hidden_act=vision.hidden_act,
-            ),
+            vision=vision,
             image_token_id=config.image_token_index,
             vision_feature_layers=layers,
             drop_class_token=config.vision_feature_select_strategy == "default",

@@ -55,7 +55,7 @@ def test_a_template_without_end_of_text_still_trains_it(processor, monkeypatch):
 
 def test_text_alone_has_no_pixels(processor):
     conversation = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Yes."}]
-    assert ConversationEncoder(processor)([], conversation)["pixel_values"].shape == (0, 3, 128, 128)
+    assert ConversationEncoder(processor)([], conversation)["pixel_values"].shape == (0, 3, 144, 144)
 
 
 def test_bad_conversations_are_named():

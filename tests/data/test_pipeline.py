@@ -48,7 +48,7 @@ def test_shapes_and_padding(source, encoder):
         "input_ids": ((4, 448), np.int32),
         "attention_mask": ((4, 448), bool),
         "loss_mask": ((4, 448), bool),
-        "pixel_values": ((4, 1, 3, 128, 128), np.float32),
+        "pixel_values": ((4, 1, 3, 144, 144), np.float32),
     }
     assert (batch["input_ids"][~batch["attention_mask"]] == encoder.processor.tokenizer.pad_token_id).all()
     assert not batch["loss_mask"][~batch["attention_mask"]].any()
@@ -92,4 +92,4 @@ def test_bad_sizes_are_named(source, encoder):
     with pytest.raises(ValueError, match="multiple of process_count 2; got 3"):
         Pipeline(source, encoder, sequence_length=448, batch_size=3, process_count=2)
     with pytest.raises(ValueError, match="cuts image tokens"):
-        _ = Pipeline(source, encoder, sequence_length=40, batch_size=2)[0]
+        _ = Pipeline(source, encoder, sequence_length=24, batch_size=2)[0]
