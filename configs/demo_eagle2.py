@@ -1,8 +1,8 @@
-"""EAGLE-2 head of the embedded target: the loss of ViSpec's stage 1, on the self-distilled set with images.
+"""EAGLE-2 head of the embedded target, which ViSpec (demo_vispec) starts from: the loss of ViSpec's stage 1.
 
 Published (arXiv 2509.15235 and its code): SmoothL1 on features + 0.1 * (soft cross-entropy + 0.1 * ranking), uniform
 feature noise 0.1, AdamW(0.9, 0.95), linear decay, gradient value clip 0.5. Ours: learning rate, steps, batch (a small
-model from scratch), images in the training set.
+model from scratch), and images in the training set, where stage 1 is text only.
 """
 
 from jaxspec.training import DrafterRecipe
@@ -10,19 +10,23 @@ from jaxspec.training import DrafterRecipe
 recipe = DrafterRecipe(
     name="demo_eagle2",
     method="eagle2",
-    steps=150,
+    steps=400,
     batch_size=16,
     sequence_length=192,
     learning_rate=1e-3,
     warmup_steps=20,
     decay="linear",
+    final_learning_rate_ratio=0.5,
     clip_norm=0.0,
     clip_value=0.5,
     feature_noise=0.1,
     feature_weight=1.0,
     soft_cross_entropy_weight=0.1,
     probability_l1_weight=0.0,
+    depth=6,
+    top_k=2,
+    total_tokens=8,
     ranking_weight=0.01,
     mtp_steps=0,
-    eval_every=50,
+    eval_every=100,
 )

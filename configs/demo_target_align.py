@@ -1,8 +1,7 @@
 """The embedded target, second step: 4 layers of text model learn to find in the picture what a word names.
 
 LLaVA's feature alignment in small: the answers are bare lists of what each place holds, so that every token but the
-syntax has to be looked up. The committed weights come from the first
-400 steps of a schedule of 600. Steps: demo_vision -> demo_target_align -> demo_target_shallow -> demo_target.
+syntax has to be looked up. Steps: demo_vision -> demo_target_align -> demo_target_shallow -> demo_target.
 """
 
 from jaxspec.training import TargetRecipe
@@ -13,8 +12,8 @@ recipe = TargetRecipe(
     vision_from="runs/demo_vision/export",
     inventory_share=1.0,
     steps=400,
-    batch_size=8,
-    sequence_length=160,
+    batch_size=16,
+    sequence_length=144,
     learning_rate=1e-3,
     vision_learning_rate_ratio=0.1,
     final_learning_rate_ratio=0.5,

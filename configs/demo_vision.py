@@ -2,4 +2,4 @@
 
 from jaxspec.training import VisionRecipe
 
-recipe = VisionRecipe(name="demo_vision", steps=1000, batch_size=32, learning_rate=1e-3, adam_b2=0.98, eval_every=200)
+recipe = VisionRecipe(name="demo_vision", steps=1500, batch_size=32, learning_rate=7e-4, adam_b2=0.98, eval_every=250)

@@ -24,7 +24,7 @@ class Example:
     """One picture with one question.
 
     Attributes:
-      image: RGB picture, 256 x 256 pixels.
+      image: RGB picture, 288 x 288 pixels.
       question: the question in plain English, without a chat template.
       answer: a true answer; other wordings are true as well.
       objects: the scene's objects in raster order, or its bars from left to right.

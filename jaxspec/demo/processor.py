@@ -16,8 +16,8 @@ from transformers import AutoProcessor, CLIPImageProcessor, LlavaProcessor, PreT
 from jaxspec.demo.generation import conversation_of, numbered_scene
 
 VOCABULARY_SIZE = 640
-IMAGE_SIZE = 128
-PATCH_SIZE = 16
+IMAGE_SIZE = 144
+PATCH_SIZE = 24
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 
 CHAT_TEMPLATE = (

@@ -1,8 +1,8 @@
 """What a demo scene is, how one is sampled and how it is drawn.
 
 The embedded model needs pictures whose whole truth is known, so that its answers can be scored object by object, and
-which a small vision tower (128 pixels, 16-pixel patches) can really read. Two kinds of scene give that: a few plain
-shapes on a grid of nine named places, and a bar chart with whole-number values.
+which a small vision tower (144 pixels, 24-pixel patches: four to each place) can really read. Two kinds of scene give
+that: a few plain shapes on a grid of nine named places, and a bar chart with whole-number values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-FRAME = 256
+FRAME = 288
 """Side of a rendered picture in pixels."""
 
 PLACES = (
@@ -37,14 +37,17 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (255, 255, 255), "gray": (216, 218, 222), "cream": (253, 243, 210), "pink": (252, 221, 228)}
 
+MAX_ITEMS = 6
+"""Most shapes of a scene; a chart has at most one bar less."""
+
 MAX_VALUE = 8
 """Largest value of a bar; bars hold whole numbers from 1 to this."""
 
 # The two ranges are far apart, so that a size is never in doubt after the picture is halved for the vision tower.
-_EXTENTS = {"small": (31, 33, 35), "large": (58, 61, 64)}
-_JITTER = 6
+_EXTENTS = {"small": (42, 44, 46), "large": (72, 75, 78)}
+_JITTER = 7
 _OVERSAMPLING = 4
-_CHART_LEFT, _CHART_RIGHT, _BASELINE, _UNIT = 20, 236, 232, 26
+_CHART_LEFT, _CHART_RIGHT, _BASELINE, _UNIT = 22, 266, 260, 29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +132,7 @@ def patch_labels(scene: Scene, side: int) -> tuple[dict[str, np.ndarray], dict[s
         "size": len(SIZES) + 1,
         "value": MAX_VALUE + 1,
         "background": len(BACKGROUNDS),
-        "count": 6,
+        "count": MAX_ITEMS + 1,
     }
     labels = {name: np.zeros((side, side), np.int32) for name in classes}
     labels["background"][:] = tuple(BACKGROUNDS).index(scene.background)
@@ -150,7 +153,7 @@ def patch_labels(scene: Scene, side: int) -> tuple[dict[str, np.ndarray], dict[s
 
 
 def _sample_shapes(rng: np.random.Generator) -> Scene:
-    count = int(rng.integers(2, 6))
+    count = int(rng.integers(3, MAX_ITEMS + 1))
     places = sorted(rng.choice(len(PLACES), size=count, replace=False).tolist())
     colours, items, drawing = tuple(COLOURS), [], []
     for place in places:

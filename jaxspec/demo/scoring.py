@@ -11,8 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from jaxspec.demo.language import NUMBERS
 from jaxspec.demo.scenes import COLOURS, PLACES, SHAPES, SIZES, Bar, Scene, SceneObject
+from jaxspec.demo.wording import NUMBERS
 
 _COLOUR = "|".join(COLOURS)
 _OBJECT = re.compile(rf"\b({'|'.join(SIZES)}) ({_COLOUR}) ({'|'.join(SHAPES)})\b")

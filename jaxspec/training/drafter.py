@@ -5,6 +5,7 @@ further run reads the head's own outputs of the run before, shifted by one, as i
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -16,8 +17,10 @@ from jaxspec.data.answers import AnswerEncoder, AnswerSource
 from jaxspec.data.pipeline import Pipeline
 from jaxspec.data.scenes import load_scenes
 from jaxspec.drafters.checkpoint import METHODS, load_drafter_folder, save_drafter_folder
+from jaxspec.drafters.drafter import Drafter
 from jaxspec.drafters.eagle import EagleConfig
 from jaxspec.drafters.vispec import ViSpecConfig
+from jaxspec.metrics import Acceptance, pooled
 from jaxspec.speculation.loop import DrafterContext
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.training.losses import masked_mean, probability_l1, ranking, smooth_l1, soft_cross_entropy
@@ -49,6 +52,8 @@ class DrafterRecipe(Recipe):
     top_k: int = 3
     total_tokens: int = 8
     """The tree that the exported folder recommends."""
+    acceptance_prompts: int = 16
+    """Held-out questions that the trained head drafts for at temperature 0; what it accepted stands in its folder."""
     save_dtype: str = "float16"
 
     @property
@@ -89,6 +94,17 @@ def drafter_task(recipe: DrafterRecipe) -> Task:
         "seed": recipe.seed,
         "target_fingerprint": target.fingerprint(),
     }
+
+    def export(params, folder: Path) -> None:
+        trained = nnx.merge(graph, params)
+        questions = [answers[index] for index in range(min(recipe.acceptance_prompts, held_out))]
+        accepted = measured_acceptance(target, Drafter(trained, recipe.tree, recipe.method, {}), questions, pictures)
+        length, positions = accepted.mean_acceptance_length, accepted.acceptance_at_position
+        shares = " ".join(f"{share:.2f}" for share in positions)
+        print(f"{recipe.name}: mean acceptance length {length:.2f}, accepted at each position: {shares}")
+        recorded = {"mean_acceptance_length": length, "acceptance_at_position": positions} if questions else {}
+        save_drafter_folder(trained, recipe.tree, target.model, folder, recipe.save_dtype, about | recorded)
+
     return Task(
         params=params,
         constants=target_params,
@@ -97,10 +113,20 @@ def drafter_task(recipe: DrafterRecipe) -> Task:
         validation=lambda: (
             validation[index] for index in range(min(recipe.eval_batches, held_out // recipe.batch_size))
         ),
-        export=lambda params, folder: save_drafter_folder(
-            nnx.merge(graph, params), recipe.tree, target.model, folder, recipe.save_dtype, about
-        ),
+        export=export,
     )
+
+
+def measured_acceptance(target, drafter: Drafter, records: Sequence[dict], pictures: Sequence[dict]) -> Acceptance:
+    """What the drafter's greedy drafts earn on the questions of `records`, over all rounds of all of them."""
+    if not records:
+        return Acceptance.from_histogram([0])
+    generator = jaxspec.Generator(target, drafter)
+    scenes = [pictures[int(record["picture"])] for record in records]
+    questions = [scene["conversations"][0]["value"].removeprefix("<image>\n") for scene in scenes]
+    limit = max(len(record["answer_ids"]) for record in records)
+    results = generator.generate_batch(questions, [scene["images"] for scene in scenes], max_new_tokens=limit)
+    return pooled([result.stats for result in results])
 
 
 def new_head(recipe: DrafterRecipe, target):

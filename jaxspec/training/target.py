@@ -13,7 +13,7 @@ from jaxspec.data.pipeline import Pipeline
 from jaxspec.data.scenes import load_scenes
 from jaxspec.demo.generation import conversation_of
 from jaxspec.demo.language import inventory
-from jaxspec.demo.processor import processor_at
+from jaxspec.demo.processor import IMAGE_SIZE, PATCH_SIZE, processor_at
 from jaxspec.demo.scenes import scene_from_json
 from jaxspec.targets.llava import Llava, LlavaConfig
 from jaxspec.targets.registry import load_model, save_model
@@ -34,8 +34,8 @@ class TargetRecipe(Recipe):
     vision_intermediate_size: int = 768
     vision_layers: int = 4
     vision_heads: int = 6
-    image_size: int = 128
-    patch_size: int = 16
+    image_size: int = IMAGE_SIZE
+    patch_size: int = PATCH_SIZE
     dataset_size: int = 40000
     dataset_dir: str = "runs/data"
     inventory_share: float = 0.0

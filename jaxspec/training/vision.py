@@ -20,7 +20,7 @@ from jaxspec.checkpoints.names import NameTable, fill, to_tensors
 from jaxspec.checkpoints.tensors import SINGLE, read_folder
 from jaxspec.data.answers import open_pictures
 from jaxspec.data.scenes import load_scenes
-from jaxspec.demo.processor import processor_at
+from jaxspec.demo.processor import IMAGE_SIZE, PATCH_SIZE, processor_at
 from jaxspec.demo.scenes import patch_labels, scene_from_json
 from jaxspec.layers import linear
 from jaxspec.targets.clip import ClipVisionConfig, ClipVisionTower
@@ -37,8 +37,8 @@ class VisionRecipe(Recipe):
     intermediate_size: int = 768
     num_layers: int = 4
     num_heads: int = 6
-    image_size: int = 128
-    patch_size: int = 16
+    image_size: int = IMAGE_SIZE
+    patch_size: int = PATCH_SIZE
     feature_layer: int = -2
     """The hidden state that LLaVA will read."""
     dataset_size: int = 40000

@@ -5,9 +5,10 @@ import re
 import pytest
 
 from jaxspec.demo.generation import numbered_scene
-from jaxspec.demo.language import CHART_KINDS, NUMBERS, SHAPE_KINDS, ask_kind
+from jaxspec.demo.language import CHART_KINDS, SHAPE_KINDS, ask_kind
 from jaxspec.demo.scenes import Bar, SceneObject
 from jaxspec.demo.scoring import Score, objects_of, parse_objects, score_objects
+from jaxspec.demo.wording import NUMBERS
 
 
 def test_every_describe_answer_reads_back_as_the_truth():

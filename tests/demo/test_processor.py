@@ -33,8 +33,8 @@ def test_chat_template_and_image_tokens(processor):
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert text == "USER: <image>\nWhere? ASSISTANT: There.</s>USER: Why? ASSISTANT:"
     inputs = processor(text=text, images=[render(numbered_scene("test", 0)[0])], return_tensors="np")
-    assert int(np.sum(inputs["input_ids"] == processor.image_token_id)) == 64
-    assert inputs["pixel_values"].shape == (1, 3, 128, 128)
+    assert int(np.sum(inputs["input_ids"] == processor.image_token_id)) == 36
+    assert inputs["pixel_values"].shape == (1, 3, 144, 144)
 
 
 def test_any_text_round_trips(processor):
