@@ -68,8 +68,7 @@ class SpeedBenchmark:
     def arms(self) -> dict[float, list[list[Arm]]]:
         """Groups of arms for every temperature, the baseline first in each. Generators are shared between temperatures.
 
-        Another library's arm is a group of its own: its idle threads still spin for a while after it has answered
-        and would slow down whoever comes next (docs/LOG.md).
+        Another library's arm is a group of its own: its threads may go on spinning for a while after it has answered.
         """
 
         def arm(name, drafter=None, tree=None):
