@@ -110,7 +110,7 @@ class Generate:
         target = generator.target
         colours = TokenColours(lambda ids: target.tokenizer.decode(ids, skip_special_tokens=True).lstrip(" "))
         request = question.prompt, question.images, sampling, self.max_new_tokens
-        if self.stream:
+        if self.stream and not self.save_svg:  # a drawing needs whole lines
             for piece in generator.stream(*request):
                 colours.add(piece.tokens, piece.accepted)
                 console.print(coloured(colours.split(piece.text)), end="", soft_wrap=True)
@@ -118,7 +118,7 @@ class Generate:
         else:
             result = generator.generate(*request)
             colours.add(result.tokens, result.accepted)
-            console.print(coloured(colours.split(result.text)), end="", soft_wrap=True)
+            console.print(coloured(colours.split(result.text)), end="", soft_wrap=not self.save_svg)
         console.print("\n")
         if generator.drafter:
             legend = f"{int(result.accepted.sum())} of {len(result.tokens)} tokens came from the drafter"
