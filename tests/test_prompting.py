@@ -214,7 +214,7 @@ def test_turns_keep_their_order(target):
     ]
     other = PICTURE.rotate(90)
     result = encode_prompt(target, messages, [other])
-    words = target.tokenizer.decode(result.input_ids).replace("<image>" * 64, "<image>")
+    words = re.sub("(<image>)+", "<image>", target.tokenizer.decode(result.input_ids))
     assert words == "<s>USER: <image>\nFirst? ASSISTANT: Yes.</s>USER: <image>\nSecond? ASSISTANT:"
     for pixels, picture in zip(result.pixel_values, (other, PICTURE), strict=True):
         np.testing.assert_array_equal(pixels, encode_prompt(target, "a", [picture]).pixel_values[0])
@@ -226,7 +226,8 @@ def test_turns_keep_their_order(target):
 def test_prompt_longer_than_max_length(refuses):
     message = "prompt 0 has 256 tokens; with max_length 256 it may have at most 255"
     refuses(message, "~" * 255, raw=True)  # one token each, after the first
-    refuses("prompt 0 has 277 tokens; with max_length 256", "<image>" * 4 + "~" * 20, [PICTURE] * 4, raw=True)
+    prompt = "<image>" * 4 + "~" * 120  # 36 tokens an image, one a tilde, after the first token
+    refuses("prompt 0 has 265 tokens; with max_length 256", prompt, [PICTURE] * 4, raw=True)
 
 
 @pytest.mark.parametrize("count", [0, -3])

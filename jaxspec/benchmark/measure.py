@@ -9,12 +9,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from jaxspec.benchmark.host import StolenShare
 from jaxspec.generator import Generator, bucket
 from jaxspec.metrics import GenerationStats
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.sampling import SamplingParams
 
 WARM_UPS = 3
+MAX_STOLEN = 0.01
 
 
 class Question(NamedTuple):
@@ -75,20 +77,42 @@ def warm_up(arms: Sequence[Arm], questions: Sequence[Question], sampling: Sampli
         arm.warm_up(question, sampling)
 
 
+class Runs(NamedTuple):
+    """What every arm did with one question, `runs` times."""
+
+    answers: dict[str, list[Answer]]
+    stolen: list[float]
+    """Share of the machine that its host took away, run by run (`jaxspec.benchmark.host`)."""
+    repeated: int
+    """Runs that were thrown away for that."""
+
+
 def interleaved(
     arms: Sequence[Arm],
     question: Question,
     sampling: SamplingParams,
     runs: int,
+    patience: int = 1,
     after_each: Callable[[], None] = lambda: None,
-) -> dict[str, list[Answer]]:
-    """`runs` answers of every arm in the order A B C A B C ..: a machine that slows down slows all arms alike."""
-    answers: dict[str, list[Answer]] = {arm.name: [] for arm in arms}
-    for _ in range(runs):
-        for arm in arms:
-            answers[arm.name].append(arm.answer(question, sampling))
+) -> Runs:
+    """`runs` answers of every arm in the order A B C A B C ..: a machine that slows down slows all arms alike.
+
+    A run of all arms in which the host took more than `MAX_STOLEN` of the machine is repeated, until `runs * patience`
+    have been made; the least disturbed ones count.
+    """
+    made: list[tuple[float, dict[str, Answer]]] = []
+    while len(made) < runs * patience and sum(stolen <= MAX_STOLEN for stolen, _ in made) < runs:
+        share = StolenShare()
+        answers = {arm.name: arm.answer(question, sampling) for arm in arms}
+        made.append((share(), answers))
+        if len(made) <= runs:
             after_each()
-    return answers
+    kept = sorted(made, key=lambda run: run[0])[:runs]
+    return Runs(
+        answers={arm.name: [answers[arm.name] for _, answers in kept] for arm in arms},
+        stolen=[stolen for stolen, _ in kept],
+        repeated=len(made) - runs,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

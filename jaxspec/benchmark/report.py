@@ -216,6 +216,13 @@ def markdown(results: dict) -> str:
         f"* batch 1, {settings['num_prompts']} prompts ({kinds}), at most {settings['max_new_tokens']} new tokens, "
         f"median of {settings['runs']} interleaved runs after {settings['warm_ups']} warm-ups, seed {settings['seed']}",
     ]
+    disturbed = [entry["stolen"] for entry in results["speed"]]
+    if any(share["max"] > 0 for share in disturbed):
+        most, middle = (max(share[name] for share in disturbed) for name in ("max", "median"))
+        lines.append(
+            f"* the host of this virtual machine took at most {most:.1%} of the CPU in a run, at the median "
+            f"{middle:.1%}; kept are the least disturbed of up to {settings['runs'] * settings['patience']} runs a question"
+        )
     for name, about in settings["drafters"].items():
         tree = about["tree"]
         lines.append(

@@ -50,10 +50,11 @@ class SpeedBenchmark:
     max_new_tokens: int
     max_length: int
     seed: int
+    patience: int = 1
     others: Sequence[Arm] = ()
 
     def __post_init__(self):
-        for field in ("runs", "max_new_tokens"):
+        for field in ("runs", "max_new_tokens", "patience"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         if not self.examples:
@@ -93,30 +94,43 @@ class SpeedBenchmark:
         arms = self.arms()
         questions = [Question(example.question, (example.image,)) for example in self.examples]
         shapes = distinct_shapes(self.target, questions)
-        groups = [(temperature, group) for temperature, some in arms.items() for group in some]
-        every_arm = list({arm.name: arm for _, group in groups for arm in group}.values())
+        seats = [arm for groups in arms.values() for group in groups for arm in group]
+        every_arm = {arm.name: arm for arm in seats}
         with progress("warm-up", len(every_arm)) as bar:
-            for arm in every_arm:
+            for arm in every_arm.values():
                 # One program serves all temperatures, but only sampling draws noise: warm up with it where it is used.
                 warm_up([arm], shapes, SamplingParams(max(self.temperatures) if arm.generator else 0.0))
                 bar.advance()
-        compiled = {arm.name: arm.compilations for arm in every_arm}
+        compiled = {name: arm.compilations for name, arm in every_arm.items()}
         results = []
-        with progress("measuring", len(questions) * self.runs * sum(len(group) for _, group in groups)) as bar:
-            for temperature, group in groups:
-                answers = []  # per question: arm -> runs
-                for index, question in enumerate(questions):
-                    answers.append(
-                        interleaved(group, question, self.sampling(temperature, index), self.runs, bar.advance)
-                    )
-                for arm in group:
-                    if (temperature, arm.name) in {(entry["temperature"], entry["arm"]) for entry in results}:
-                        continue  # the baseline of a second group
-                    entry = self.summary(temperature, arm, [each[arm.name] for each in answers], answers, questions)
-                    entry["compilations"] = compiled[arm.name]
-                    entry["compilations_while_measuring"] = arm.compilations - compiled[arm.name]
-                    results.append(entry)
+        with progress("measuring", len(questions) * self.runs * sum(map(len, arms.values()))) as bar:
+            for temperature, groups in arms.items():
+                for group in groups:
+                    entries = self.measured(temperature, group, questions, bar.advance)
+                    results += entries if group is groups[0] else entries[1:]  # the baseline once per temperature
+        for entry in results:
+            name = entry["arm"]
+            entry["compilations"] = compiled[name]
+            entry["compilations_while_measuring"] = every_arm[name].compilations - compiled[name]
         return results
+
+    def measured(
+        self, temperature: float, group: Sequence[Arm], questions: Sequence[Question], after_each
+    ) -> list[dict]:
+        """One entry per arm of the group, whose arms answer every question in turns."""
+        made = [
+            interleaved(group, question, self.sampling(temperature, index), self.runs, self.patience, after_each)
+            for index, question in enumerate(questions)
+        ]
+        answers = [each.answers for each in made]  # per question: arm -> runs
+        disturbance = {
+            "stolen": quantiles([share for each in made for share in each.stolen]),
+            "repeated": sum(each.repeated for each in made),
+        }
+        return [
+            self.summary(temperature, arm, [each[arm.name] for each in answers], answers, questions) | disturbance
+            for arm in group
+        ]
 
     def sampling(self, temperature: float, index: int) -> SamplingParams:
         return SamplingParams(temperature=temperature, seed=self.seed + index)
@@ -216,6 +230,7 @@ def settings_of(benchmark: SpeedBenchmark) -> dict:
         "temperatures": list(benchmark.temperatures),
         "runs": benchmark.runs,
         "warm_ups": WARM_UPS,
+        "patience": benchmark.patience,
         "max_new_tokens": benchmark.max_new_tokens,
         "max_length": benchmark.max_length,
         "seed": benchmark.seed,

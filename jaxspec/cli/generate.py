@@ -11,7 +11,16 @@ from rich.text import Text
 
 from jaxspec import demo
 from jaxspec.benchmark.identity import choice_margin, first_difference
-from jaxspec.benchmark.measure import Arm, Question, Timing, acceptance_warning, interleaved, speedup, warm_up
+from jaxspec.benchmark.measure import (
+    MAX_STOLEN,
+    Arm,
+    Question,
+    Timing,
+    acceptance_warning,
+    interleaved,
+    speedup,
+    warm_up,
+)
 from jaxspec.benchmark.report import number
 from jaxspec.cli.options import ModelOptions, TreeOptions, load_named_drafter
 from jaxspec.cli.output import ACCEPTED_STYLE, TokenColours, coloured, table, waiting
@@ -21,7 +30,7 @@ from jaxspec.prompting import open_image
 from jaxspec.speculation.sampling import SamplingParams
 
 AUTOREGRESSIVE, SPECULATIVE = "autoregressive", "speculative"
-RUNS = 3
+RUNS, PATIENCE = 3, 3
 COLUMNS = (
     "",
     "tokens",
@@ -86,10 +95,14 @@ class Generate:
             warm_up(arms, [question], sampling)
         self.show_answer(console, arms[-1].generator, question, sampling)
         with waiting(console, "measuring ..."):
-            answers = interleaved(arms, question, sampling, RUNS)
+            answers, stolen, _ = interleaved(arms, question, sampling, RUNS, PATIENCE)
         console.print(
             table(console, COLUMNS, [self.row(arm.name, answers, target, question, sampling) for arm in arms])
         )
+        if max(stolen) > MAX_STOLEN:
+            console.print(
+                f"The host of this virtual machine took up to {max(stolen):.0%} of it: the times are too long."
+            )
         if drafter is None:
             console.print("No drafter was given (--drafter): autoregressive decoding only.")
         else:

@@ -6,7 +6,6 @@ same pipeline serves the demo and anything else that tensorflow-datasets can pre
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -15,10 +14,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 
 from jaxspec.demo.generation import conversation_of, numbered_scene
 from jaxspec.demo.scenes import FRAME, render
+from jaxspec.quiet import quiet
 
 
 @dataclasses.dataclass
@@ -130,18 +129,7 @@ def load_scenes(
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split must be one of train, validation, test; got {split!r}.")
     config = JaxspecScenesConfig(train_size=train_size, validation_size=validation_size, test_size=test_size)
-    with _quiet():
+    with quiet("absl"):  # tensorflow-datasets warns of every configuration that is made by arguments
         builder = JaxspecScenes(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
     builder.download_and_prepare()
     return _Records(builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()}))
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Without the warning that tensorflow-datasets gives for every configuration that is made by arguments."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

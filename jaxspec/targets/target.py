@@ -1,6 +1,5 @@
 """A loaded target: the model of a Hugging Face folder together with its processor."""
 
-import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import transformers
 
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.checkpoints.tensors import read_folder
+from jaxspec.quiet import quiet
 from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.registry import load_model, read_config
 
@@ -83,20 +83,9 @@ def load_target(path_or_repo_id: str | Path, dtype: str = "float32", mesh: jax.s
     path = resolve_folder(path_or_repo_id)
     hf_config = read_config(path)
     model = load_model(path, jnp.dtype(dtype), mesh)
-    with without_advice():
+    with quiet("transformers"):  # it warns that torchvision is missing; its PIL image processors are the ones we want
         processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
     return Target(model, processor, path, stop_tokens(path, hf_config, processor.tokenizer))
-
-
-@contextlib.contextmanager
-def without_advice():
-    """transformers without the warning that torchvision is missing: its PIL image processors are the ones we want."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
 
 
 def stop_tokens(path: Path, hf_config, tokenizer) -> tuple[int, ...]:

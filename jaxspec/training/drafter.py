@@ -96,13 +96,15 @@ def drafter_task(recipe: DrafterRecipe) -> Task:
     }
 
     def export(params, folder: Path) -> None:
-        trained = nnx.merge(graph, params)
-        questions = [answers[index] for index in range(min(recipe.acceptance_prompts, held_out))]
-        accepted = measured_acceptance(target, Drafter(trained, recipe.tree, recipe.method, {}), questions, pictures)
-        length, positions = accepted.mean_acceptance_length, accepted.acceptance_at_position
-        shares = " ".join(f"{share:.2f}" for share in positions)
-        print(f"{recipe.name}: mean acceptance length {length:.2f}, accepted at each position: {shares}")
-        recorded = {"mean_acceptance_length": length, "acceptance_at_position": positions} if questions else {}
+        trained, recorded = nnx.merge(graph, params), {}
+        records = [answers[index] for index in range(min(recipe.acceptance_prompts, held_out))]
+        if records:
+            drafter = Drafter(trained, recipe.tree, recipe.method, {})
+            accepted = measured_acceptance(target, drafter, records, pictures)
+            length, positions = accepted.mean_acceptance_length, accepted.acceptance_at_position
+            recorded = {"mean_acceptance_length": length, "acceptance_at_position": positions}
+            shares = " ".join(f"{share:.2f}" for share in positions)
+            print(f"{recipe.name}: mean acceptance length {length:.2f}, accepted at each position: {shares}")
         save_drafter_folder(trained, recipe.tree, target.model, folder, recipe.save_dtype, about | recorded)
 
     return Task(
@@ -119,8 +121,6 @@ def drafter_task(recipe: DrafterRecipe) -> Task:
 
 def measured_acceptance(target, drafter: Drafter, records: Sequence[dict], pictures: Sequence[dict]) -> Acceptance:
     """What the drafter's greedy drafts earn on the questions of `records`, over all rounds of all of them."""
-    if not records:
-        return Acceptance.from_histogram([0])
     generator = jaxspec.Generator(target, drafter)
     scenes = [pictures[int(record["picture"])] for record in records]
     questions = [scene["conversations"][0]["value"].removeprefix("<image>\n") for scene in scenes]

@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 
+from jaxspec.benchmark import measure
+from jaxspec.benchmark.host import StolenShare, stolen_seconds
 from jaxspec.benchmark.identity import first_difference
-from jaxspec.benchmark.measure import Timing, acceptance_warning, speedup, speedup_of_run
+from jaxspec.benchmark.measure import Arm, Question, Timing, acceptance_warning, interleaved, speedup, speedup_of_run
 from jaxspec.cli import main
 from jaxspec.metrics import Acceptance, pooled
 
@@ -100,6 +102,32 @@ def test_speedup_sums_before_it_divides():
     assert speedup_of_run(baseline, timings, 0) == pytest.approx((1 + 4) / 2)
     assert timings[0].decode_tokens_per_second == 10
     assert math.isnan(Timing(1, (0.0,), (0.1,)).decode_tokens_per_second)
+
+
+@pytest.mark.parametrize(
+    ("stolen", "patience", "kept", "repeated"),
+    [
+        ([0.0, 0.005, 0.01, 0.0], 10, [0, 1, 2], 0),  # calm: no more than was asked
+        ([0.3, 0.0, 0.2, 0.004, 0.002, 0.0], 10, [1, 4, 3], 2),
+        ([0.3, 0.0, 0.2, 0.1, 0.5, 0.4, 0.0], 2, [1, 3, 2], 3),  # patience ends
+        ([0.3, 0.2, 0.1], 1, [2, 1, 0], 0),
+    ],
+)
+def test_runs_that_the_host_disturbed_are_repeated(monkeypatch, stolen, patience, kept, repeated):
+    shares, calls = iter(stolen), {"a": [], "b": []}
+    monkeypatch.setattr(measure, "StolenShare", lambda: lambda: next(shares))
+    arms = [
+        Arm(name, lambda question, sampling, calls=calls[name]: calls.append(None) or len(calls) - 1, None)
+        for name in calls
+    ]
+    made = interleaved(arms, Question(""), None, 3, patience)
+    assert made.answers == {"a": kept, "b": kept} and made.repeated == repeated
+    assert made.stolen == [stolen[index] for index in kept]
+
+
+def test_share_of_the_machine_that_the_host_took():
+    share, before = StolenShare(), stolen_seconds()
+    assert 0 <= share() <= 1 and before >= 0
 
 
 def test_first_difference():
