@@ -219,9 +219,10 @@ def markdown(results: dict) -> str:
     disturbed = [entry["stolen"] for entry in results["speed"]]
     if any(share["max"] > 0 for share in disturbed):
         most, middle = (max(share[name] for share in disturbed) for name in ("max", "median"))
+        tries = settings["runs"] * settings["patience"]
         lines.append(
             f"* the host of this virtual machine took at most {most:.1%} of the CPU in a run, at the median "
-            f"{middle:.1%}; kept are the least disturbed of up to {settings['runs'] * settings['patience']} runs a question"
+            f"{middle:.1%}; kept are the least disturbed of up to {tries} runs of a question"
         )
     for name, about in settings["drafters"].items():
         tree = about["tree"]
