@@ -18,6 +18,7 @@ from jaxspec.prompting import EncodedPrompt, ImageLike, Prompt, encode_prompt
 from jaxspec.speculation import loop
 from jaxspec.speculation.sampling import BatchSampling, SamplingParams
 from jaxspec.speculation.tree import TreeConfig
+from jaxspec.targets.images import stack_positions
 
 ROUNDS_PER_SLICE = 4
 """Verification steps between two looks of the host, when streaming or watching for stop strings."""
@@ -181,13 +182,15 @@ class Batch:
         ids = np.zeros((len(prompts), longest), np.int32)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt.input_ids)] = prompt.input_ids
-        pixels = [prompt.pixel_values for prompt in prompts if len(prompt.pixel_values)]
+        images = [layout for prompt in prompts for layout in prompt.images]
+        fewest = min(sum(layout.tokens for layout in prompt.images) for prompt in prompts)
         self.prompt = loop.Prompt(
             input_ids=ids,
             lengths=np.array([len(prompt.input_ids) for prompt in prompts], np.int32),
-            pixel_values=pad_images(np.concatenate(pixels)) if pixels else None,
-            max_images=max(len(prompt.pixel_values) for prompt in prompts),
-            min_image_tokens=min(prompt.image_tokens for prompt in prompts),
+            images=generator.target.config.place(images, ids),
+            position_ids=stack_positions([prompt.position_ids for prompt in prompts], longest),
+            max_images=max(len(prompt.images) for prompt in prompts),
+            min_image_tokens=bucket_below(fewest),  # rounded, so that images of all sizes share a few programs
         )
         stops = [(*generator.target.stop_token_ids, *params.stop_token_ids) for params in sampling]
         width = -(-max(map(len, stops)) // 4) * 4  # in steps of 4: extra stop tokens rarely mean another program
@@ -279,7 +282,7 @@ def bucket(size: int, smallest: int = 64) -> int:
     return step
 
 
-def pad_images(pixel_values: np.ndarray) -> np.ndarray:
-    """Images `[n, ..]` padded with empty ones to the next power of two, so that n takes few values."""
-    count = 1 << (len(pixel_values) - 1).bit_length()
-    return np.concatenate([pixel_values, np.zeros((count - len(pixel_values), *pixel_values.shape[1:]), np.float32)])
+def bucket_below(size: int) -> int:
+    """The largest number of the series 2, 3, 4, 6, 8, 12, 16, .. that is not above `size` (0 below 2)."""
+    power = 1 << (size.bit_length() - 1) if size > 1 else 0
+    return power * 3 // 2 if power * 3 // 2 <= size else power

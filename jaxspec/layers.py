@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxspec.kernels.attention import LayerKV, Segment, attend
@@ -27,6 +28,8 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    mrope_section: tuple[int, ...] = ()
+    """Multimodal rope: how many frequencies in a row turn with time, height, width, time, .. (Qwen2-VL)."""
 
     def __post_init__(self):
         if self.type not in ROPE_TYPES:
@@ -48,6 +51,7 @@ class TextConfig:
     rope: RopeConfig = RopeConfig()
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    qkv_bias: bool = False
     mlp_bias: bool = False
     max_position_embeddings: int = 4096
 
@@ -56,6 +60,14 @@ class TextConfig:
             raise ValueError(
                 f"num_attention_heads ({self.num_heads}) is not a multiple of num_key_value_heads ({self.num_kv_heads})"
             )
+
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
 
 
 def rope_frequencies(config: RopeConfig, head_dim: int) -> jax.Array:
@@ -73,8 +85,12 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> jax.Array:
 
 
 def rope_tables(config: RopeConfig, head_dim: int, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine f32 `[B, N, Dh / 2]` of positions `[B, N]`."""
+    """Cosine and sine f32 `[B, N, Dh / 2]` of positions `[B, N]`, or `[3, B, N]` (time, height, width)."""
     angles = position_ids[..., None].astype(jnp.float32) * rope_frequencies(config, head_dim)
+    if angles.ndim == 4:
+        ends = np.cumsum(config.mrope_section)
+        parts = zip(ends - np.array(config.mrope_section), ends, strict=True)
+        angles = jnp.concatenate([angles[index % 3, ..., a:b] for index, (a, b) in enumerate(parts)], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -116,12 +132,16 @@ class SelfAttention(nnx.Module):
         self.o_proj = linear(query_width, config.hidden_size, bias=output_bias, rngs=rngs, zero=True)
         self.head_dim = config.head_dim
 
+    def heads(self, x, rope):
+        """Query `[B, N, H, Dh]`, key and value `[B, N, Hkv, Dh]`, turned to their positions."""
+        query, key, value = (
+            proj(x).reshape(*x.shape[:2], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return apply_rope(query, rope), apply_rope(key, rope), value
+
     def __call__(self, x, rope, mask, past):
         batch, length, _ = x.shape
-        split = (batch, length, -1, self.head_dim)
-        query = apply_rope(self.q_proj(x).reshape(split), rope).swapaxes(1, 2)  # [B, H, N, Dh]
-        key = apply_rope(self.k_proj(x).reshape(split), rope).swapaxes(1, 2)  # [B, Hkv, N, Dh]
-        value = self.v_proj(x).reshape(split).swapaxes(1, 2)
+        query, key, value = (part.swapaxes(1, 2) for part in self.heads(x, rope))  # [B, H, N, Dh]
         new = LayerKV(key, value)
         out = attend(query, [*past, Segment(new, mask)])  # [B, H, N, Dh]
         out = out.swapaxes(1, 2).reshape(batch, length, -1)
@@ -129,16 +149,16 @@ class SelfAttention(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+    """`down(activation(gate(x)) * up(x))`."""
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
-        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    def __init__(self, width: int, inner: int, *, bias: bool, activation: str = "silu", rngs: nnx.Rngs):
+        self.activation = activation
         self.gate_proj = linear(width, inner, bias=bias, rngs=rngs)
         self.up_proj = linear(width, inner, bias=bias, rngs=rngs)
         self.down_proj = linear(inner, width, bias=bias, rngs=rngs, zero=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nnx.Module):
@@ -149,12 +169,12 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, epsilon, rngs=rngs) if input_norm else None
         self.self_attn = SelfAttention(
             config,
-            qkv_bias=config.attention_bias if qkv_bias is None else qkv_bias,
+            qkv_bias=config.attention_bias or config.qkv_bias if qkv_bias is None else qkv_bias,
             output_bias=config.attention_bias,
             rngs=rngs,
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, epsilon, rngs=rngs)
-        self.mlp = GatedMLP(config, rngs=rngs)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, rngs=rngs)
 
     def __call__(
         self,
@@ -175,12 +195,14 @@ class DecoderLayer(nnx.Module):
 class LanguageModel(nnx.Module):
     """Token embedding, decoder layers, final norm, LM head."""
 
+    layer, norm_type = DecoderLayer, RMSNorm
+
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         self.config = config
         init = nnx.initializers.normal(0.3)
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs)
-        self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.layers = nnx.List([self.layer(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = self.norm_type(config.hidden_size, config.rms_norm_eps, rngs=rngs)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
 
@@ -196,6 +218,10 @@ class LanguageModel(nnx.Module):
                 x, kv = layer(x, rope, mask, past)
             new_kv.append(kv)
         return self.norm(x), tuple(new_kv)
+
+    def embed(self, input_ids: jax.Array) -> jax.Array:
+        """Embeddings `[.., D]` of ids `[..]`."""
+        return self.embed_tokens(input_ids)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits f32 `[..., V]` of features `[..., D]`."""

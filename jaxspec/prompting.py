@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jaxspec.targets.images import ImageLayout
+
 ImageLike = Any  # PIL.Image.Image, path, bytes, uint8 array [H, W, 3], data: URL
 Prompt = str | Sequence[dict]
 MAX_PIXELS = 64_000_000
@@ -28,8 +30,8 @@ class EncodedPrompt:
     """One request as arrays on the host."""
 
     input_ids: np.ndarray  # i32 [S], image marks expanded to image tokens
-    pixel_values: np.ndarray  # f32 [n, 3, H, W], n = 0 without images
-    image_tokens: int
+    images: list[ImageLayout]
+    position_ids: np.ndarray | None = None  # i32 [3, S] where the family has positions of its own
 
 
 def encode_prompt(target, prompt: Prompt, images: Sequence[ImageLike] = (), raw: bool = False) -> EncodedPrompt:
@@ -48,13 +50,15 @@ def encode_prompt(target, prompt: Prompt, images: Sequence[ImageLike] = (), raw:
         messages, images = normalise_messages(prompt, images)
         text = target.processor.apply_chat_template(messages, add_generation_prompt=True)
     pictures = [open_image(image, number) for number, image in enumerate(images, 1)]
-    marks = text.count(target.image_token)
+    if target.image_token is None and pictures:
+        raise ValueError(f"this target reads no images, {len(pictures)} were given")
+    marks = text.count(target.image_token) if target.image_token else 0
     if marks != len(pictures):
         raise ValueError(f"the prompt has {marks} {target.image_token} marks but {len(pictures)} images were given")
     inputs = target.processor(text=[text], images=pictures or None, return_tensors="np")
     ids = np.asarray(inputs["input_ids"][0], np.int32)
-    pixels = np.asarray(inputs.get("pixel_values", np.zeros((0, 3, 1, 1))), np.float32)
-    return EncodedPrompt(ids, pixels, int((ids == target.config.image_token_id).sum()))
+    images = target.config.lay_out(inputs)
+    return EncodedPrompt(ids, images, target.config.position_ids(ids, images))
 
 
 def normalise_messages(prompt: Prompt, images: list) -> tuple[list[dict], list]:

@@ -67,10 +67,14 @@ def linked_head(target: Target, method: str, seed: int = 1) -> EagleHead:
     return head
 
 
-def random_head(target: Target, seed: int = 2) -> EagleHead:
+def random_head(target: Target, method: str = "eagle2", seed: int = 2) -> EagleHead:
     """A head that knows nothing of its target."""
     text = dataclasses.replace(target.config.text, num_layers=1)
-    return randomized(EagleHead(EagleConfig(text), rngs=nnx.Rngs(seed)), seed, scale=1.0)
+    if method == "vispec":
+        head = ViSpecHead(ViSpecConfig(text, num_q=3), rngs=nnx.Rngs(seed))
+    else:
+        head = EagleHead(EagleConfig(text), rngs=nnx.Rngs(seed))
+    return randomized(head, seed, scale=1.0)
 
 
 @jax.tree_util.register_dataclass

@@ -44,8 +44,11 @@ def llava_config(text: dict | None = None, vision: dict | None = None, **top) ->
 
 
 def torch_llava(config: transformers.LlavaConfig, seed: int = 0) -> transformers.LlavaForConditionalGeneration:
-    """transformers' model, redrawn so that every matrix, bias and norm shows in the logits."""
-    model = transformers.LlavaForConditionalGeneration(config).eval()
+    return redraw(transformers.LlavaForConditionalGeneration(config).eval(), seed)
+
+
+def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """The model with new weights, so that every matrix, bias and norm shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

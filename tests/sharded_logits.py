@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxspec.checkpoints.names import parameter_paths
+from jaxspec.targets.images import Images, place
 from jaxspec.targets.registry import load_model
 from jaxspec.targets.target import full_logits
 from tests.folders import batch_of, relative_error
@@ -26,12 +27,13 @@ inputs = batch_of([2, "i", 3], [1, "i", "i", 2])
 arrays = (
     jnp.asarray(inputs["input_ids"], jnp.int32),
     jnp.asarray(inputs["attention_mask"].sum(axis=1)),
-    jnp.asarray(inputs["pixel_values"]),
+    place(single.config.lay_out(inputs), inputs["input_ids"] == single.config.image_token_id),
 )
 rows = NamedSharding(mesh, PartitionSpec("data"))
 whole = NamedSharding(mesh, PartitionSpec())
 expected = full_logits(single, *arrays)
-logits = full_logits(sharded, *jax.device_put(arrays, (rows, rows, whole)))
+places = (rows, rows, Images(pixels=whole, rows=rows, ids=rows))
+logits = full_logits(sharded, *jax.device_put(arrays, places))
 
 singles, shards = parameter_paths(single), parameter_paths(sharded)
 print(

@@ -9,6 +9,8 @@ import numpy as np
 from jaxspec.generator import bucket
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.sampling import BatchSampling, SamplingParams, gumbel_noise, warp
+from jaxspec.targets.images import stack_positions
+from jaxspec.targets.target import full_logits
 
 
 def first_difference(ours: Sequence[int], reference: Sequence[int]) -> int | None:
@@ -29,12 +31,12 @@ def choice_margin(target, question, sampling: SamplingParams, tokens: Sequence[i
     """
     encoded = encode_prompt(target, question.prompt, question.images)
     ids = np.concatenate([encoded.input_ids, np.asarray(tokens[:position], np.int32)])
-    padded, mask = np.zeros((2, 1, bucket(len(ids))), np.int32)
-    padded[0, : len(ids)], mask[0, : len(ids)] = ids, 1
-    inputs = {"input_ids": padded, "attention_mask": mask}
-    if len(encoded.pixel_values):
-        inputs["pixel_values"] = encoded.pixel_values
-    scores = target.logits(inputs)[:, len(ids) - 1 : len(ids)]  # [1, 1, V]
+    padded = np.zeros((1, bucket(len(ids))), np.int32)
+    padded[0, : len(ids)] = ids
+    positions = stack_positions([target.config.position_ids(ids, encoded.images)], padded.shape[1])
+    images = target.config.place(encoded.images, padded)
+    logits = full_logits(target.model, padded, np.array([len(ids)]), images, positions)
+    scores = logits[:, len(ids) - 1 : len(ids)]  # [1, 1, V]
     rows = BatchSampling.from_params([sampling])
     if sampling.temperature > 0:
         scores = warp(scores, rows) + gumbel_noise(rows.seed, jnp.array([[len(ids)]]), scores.shape[-1])

@@ -66,7 +66,7 @@ def distinct_shapes(target, questions: Sequence[Question]) -> list[Question]:
     seen = {}
     for question in questions:
         encoded = encode_prompt(target, question.prompt, question.images)
-        shape = bucket(len(encoded.input_ids)), encoded.pixel_values.shape, encoded.image_tokens
+        shape = bucket(len(encoded.input_ids)), *((image.table_rows, image.tokens) for image in encoded.images)
         seen.setdefault(shape, question)
     return list(seen.values())
 

@@ -4,11 +4,17 @@ import dataclasses
 
 from jaxspec.layers import RopeConfig, TextConfig
 
+TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
+"""Text models that one decoder layer computes; the Qwen2 ones have biases at query, key and value."""
+
 
 def llama_text_config(config) -> TextConfig:
-    """A transformers `LlamaConfig` as ours. Raises ValueError for what the decoder layer does not compute."""
-    if config.model_type != "llama":
-        raise ValueError(f"text model_type {config.model_type!r} is not supported here; only llama")
+    """A transformers config of a Llama-like text model as ours. Raises ValueError for what the decoder layer does not
+    compute."""
+    if config.model_type not in TEXT_MODELS:
+        raise ValueError(f"text model_type {config.model_type!r} is not supported here; only {', '.join(TEXT_MODELS)}")
+    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+        raise ValueError(f"sliding_window {config.sliding_window} is not supported; only null")
     if config.hidden_act != "silu":
         raise ValueError(f"text hidden_act {config.hidden_act!r} is not supported; only silu")
     return TextConfig(
@@ -21,9 +27,10 @@ def llama_text_config(config) -> TextConfig:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         rms_norm_eps=config.rms_norm_eps,
         rope=rope_config(config.rope_parameters),
-        tie_word_embeddings=config.tie_word_embeddings,
-        attention_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
+        tie_word_embeddings=getattr(config, "tie_word_embeddings", False),
+        attention_bias=getattr(config, "attention_bias", False),
+        qkv_bias=config.model_type.startswith("qwen2"),
+        mlp_bias=getattr(config, "mlp_bias", False),
         max_position_embeddings=config.max_position_embeddings,
     )
 
@@ -33,4 +40,5 @@ def rope_config(parameters: dict) -> RopeConfig:
     # Beside `rope_type` there may still be the `type` of older files.
     known = {field.name for field in dataclasses.fields(RopeConfig)} - {"theta", "type"}
     values = {key: value for key, value in parameters.items() if key in known and value is not None}
+    values["mrope_section"] = tuple(values.get("mrope_section", ()))
     return RopeConfig(theta=parameters["rope_theta"], type=parameters.get("rope_type", "default"), **values)

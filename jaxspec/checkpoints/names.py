@@ -68,6 +68,9 @@ def to_published(path: str, array: np.ndarray) -> np.ndarray:
     if path.endswith("patch_embedding.kernel"):
         patch = round((array.shape[0] / 3) ** 0.5)
         return array.T.reshape(-1, 3, patch, patch)
+    if path.endswith("patch_embed.proj.kernel"):  # Qwen: two frames to a patch
+        patch = round((array.shape[0] / 6) ** 0.5)
+        return array.T.reshape(-1, 3, 2, patch, patch)
     return array.T if path.endswith("kernel") else array
 
 

@@ -47,7 +47,7 @@ def build_processor(folder: str | os.PathLike[str], scenes: int = 6000) -> Llava
         image_processor=CLIPImageProcessor(
             size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
         ),
-        tokenizer=_wrapped(train_tokenizer(scenes)),
+        tokenizer=wrapped_tokenizer(scenes),
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE,
@@ -93,9 +93,10 @@ def train_tokenizer(scenes: int = 6000) -> Tokenizer:
     return tokenizer
 
 
-def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def wrapped_tokenizer(scenes: int = 6000) -> PreTrainedTokenizerFast:
+    """The trained tokenizer as transformers uses it."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=train_tokenizer(scenes),
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",

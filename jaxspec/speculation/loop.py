@@ -33,7 +33,8 @@ class Prompt:
 
     input_ids: jax.Array  # i32 [B, S], image tokens expanded
     lengths: jax.Array  # i32 [B]
-    pixel_values: jax.Array | None  # f32 [n, 3, H, W], the images of all rows in reading order, or None
+    images: Any = None  # the `Images` of all rows, or None
+    position_ids: jax.Array | None = None  # i32 [3, B, S] where the family has positions of its own
     max_images: int = static(0)  # images of the row that has most
     min_image_tokens: int = static(0)  # image tokens of the row that has fewest
 
@@ -69,7 +70,10 @@ class DecodeState:
     """The whole state of a batch between rounds."""
 
     cache: tuple[LayerKV, ...]
-    lengths: jax.Array  # i32 [B], committed rows = absolute position of the root
+    lengths: jax.Array  # i32 [B], committed rows
+    offset: (
+        jax.Array
+    )  # i32 [B], position of the root minus `lengths`: not 0 where images take fewer positions than rows
     root: jax.Array  # i32 [B], last chosen token, not yet in the cache
     drafter: Any
     request: Request
@@ -88,8 +92,8 @@ def prefill(target, drafter, tree: TreeConfig, prompt: Prompt, request: Request,
     """
     batch, room = prompt.input_ids.shape[0], tree.max_depth + 1
     with jax.named_scope("prefill"):
-        embeds = target.embed(prompt.input_ids, prompt.pixel_values)
-        features, new_kv = target.prefill(embeds, prompt.lengths)
+        embeds = target.embed(prompt.input_ids, prompt.images)
+        features, new_kv = target.prefill(embeds, prompt.lengths, prompt.images, prompt.position_ids)
     last = jnp.take_along_axis(features, (prompt.lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
     sampling = request.sampling
     warped = warp(target.unembed(last), sampling)
@@ -100,7 +104,7 @@ def prefill(target, drafter, tree: TreeConfig, prompt: Prompt, request: Request,
         context = DrafterContext(
             embeds=embeds,
             features=features,
-            image_ids=target.image_ids(prompt.input_ids),
+            image_ids=jnp.full_like(prompt.input_ids, -1) if prompt.images is None else prompt.images.ids,
             input_ids=prompt.input_ids,
             lengths=prompt.lengths,
             root=root,
@@ -112,6 +116,7 @@ def prefill(target, drafter, tree: TreeConfig, prompt: Prompt, request: Request,
     return DecodeState(
         cache=cache,
         lengths=prompt.lengths,
+        offset=position_offset(prompt),
         root=root,
         drafter=drafter_state,
         request=request,
@@ -171,6 +176,7 @@ def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> Dec
     return DecodeState(
         cache=cache,
         lengths=state.lengths + emit,
+        offset=state.offset,
         root=jnp.where(state.done, state.root, accepted.root),
         drafter=drafter_state,
         request=state.request,
@@ -185,9 +191,17 @@ def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> Dec
 
 def verify(target, tree: Tree, state: DecodeState):
     """The target on all nodes of the tree at once: features `[B, N, D]`, keys and values per layer."""
-    positions = state.lengths[:, None] + tree.depths
+    positions = (state.lengths + state.offset)[:, None] + tree.depths
     cache_mask = caches.filled(state.lengths, state.cache[0].keys.shape[2])
     return target.forward(target.embed(tree.tokens), positions, tree.ancestors, state.cache, cache_mask)
+
+
+def position_offset(prompt: Prompt) -> jax.Array:
+    """i32 `[B]`: how far the position of the first new token is from the length of the prompt."""
+    if prompt.position_ids is None:
+        return jnp.zeros_like(prompt.lengths)
+    used = jnp.arange(prompt.input_ids.shape[1]) < prompt.lengths[:, None]  # [B, S]
+    return jnp.max(jnp.where(used, prompt.position_ids, -1), axis=(0, 2)) + 1 - prompt.lengths
 
 
 def emission(tokens: jax.Array, length: jax.Array, state: DecodeState) -> jax.Array:

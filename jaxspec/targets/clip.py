@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspec.layers import linear
+from jaxspec.layers import ACTIVATIONS, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,10 @@ class ClipVisionConfig:
             raise ValueError(f"vision hidden_act {self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
 
     @classmethod
-    def from_hf(cls, config) -> "ClipVisionConfig":
-        """From a transformers `CLIPVisionConfig`. Raises ValueError for another kind of tower."""
-        if config.model_type != "clip_vision_model":
-            raise ValueError(f"vision model_type {config.model_type!r} is not supported; only clip_vision_model")
+    def from_hf(cls, config, model_type: str = "clip_vision_model") -> "ClipVisionConfig":
+        """From a transformers config of that `model_type`. Raises ValueError for another kind of tower."""
+        if config.model_type != model_type:
+            raise ValueError(f"vision model_type {config.model_type!r} is not supported; only {model_type}")
         return cls(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -39,18 +39,12 @@ class ClipVisionConfig:
             image_size=config.image_size,
             patch_size=config.patch_size,
             layer_norm_eps=config.layer_norm_eps,
-            hidden_act=config.hidden_act,
+            hidden_act={"gelu_pytorch_tanh": "gelu_tanh"}.get(config.hidden_act, config.hidden_act),
         )
 
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
-
-
-ACTIVATIONS = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
 
 
 def layer_norm(config: ClipVisionConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

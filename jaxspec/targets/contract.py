@@ -3,42 +3,68 @@
 Drafters, speculation and training use this and nothing else of a target.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxspec.kernels.attention import LayerKV
-from jaxspec.layers import LanguageModel, causal_mask
+from jaxspec.layers import LanguageModel, TextConfig, causal_mask
+from jaxspec.targets.images import ImageLayout, Images, place, stack_entries
+
+
+class TargetConfig:
+    """What a family's config says about prompts, on the host. Subclasses are frozen dataclasses with a `text`."""
+
+    text: TextConfig
+    image_token_ids: tuple[int, ...]
+    """Ids that stand for image features; the first is the mark of an image."""
+    shared_rows: int = 0
+    """Rows at the beginning of the table of features that belong to no image."""
+
+    def lay_out(self, inputs: Mapping) -> list[ImageLayout]:
+        """The images of a processor's outputs, in reading order."""
+        raise NotImplementedError(f"{type(self).__name__} must implement lay_out")
+
+    def collate(self, layouts: Sequence[ImageLayout]) -> Any:
+        """The pixels of several images as the tower reads them."""
+        return stack_entries(layouts)
+
+    def is_image(self, input_ids: np.ndarray) -> np.ndarray:
+        """Where image features stand: bool, in the shape of the ids."""
+        return np.isin(input_ids, self.image_token_ids)
+
+    def place(self, layouts: Sequence[ImageLayout], input_ids: np.ndarray) -> Images | None:
+        """The images at the image tokens of ids `[B, S]`."""
+        return place(layouts, self.is_image(input_ids), self.collate, self.shared_rows) if layouts else None
+
+    def position_ids(self, input_ids: np.ndarray, layouts: Sequence[ImageLayout]) -> np.ndarray | None:
+        """Positions i32 `[3, S]` of one prompt where they are not 0, 1, 2, ..; the token after it stands at their
+        largest plus 1."""
+        return None
 
 
 class VisionLanguageModel(nnx.Module):
-    """Base of the target families. Subclasses set `config` (with `text`, `image_token_id`, `tokens_per_image`),
-    `language_model`, and implement `encode_images`."""
+    """Base of the target families. Subclasses set `language_model` and `config` (a `TargetConfig`), and implement
+    `encode_images`."""
 
     language_model: LanguageModel
 
-    def encode_images(self, pixel_values: jax.Array) -> jax.Array:
-        """Image features `[n, M, D]` in the text model's width."""
+    def encode_images(self, pixels: Any, dtype) -> jax.Array:
+        """The table of image features `[R, D]`, in the text model's width and `dtype`; `pixels` as `config.collate`
+        made them."""
         raise NotImplementedError(f"{type(self).__name__} must implement encode_images")
 
-    def embed(self, input_ids: jax.Array, pixel_values: jax.Array | None = None) -> jax.Array:
-        """Token embeddings `[B, S, D]` of ids `[B, S]`, image features in place of the image tokens.
-
-        `pixel_values` `[n, 3, H, W]` are the images of all rows in reading order; n may exceed the images in use.
-        """
-        embeds = self.language_model.embed_tokens(input_ids)
-        if pixel_values is None:
+    def embed(self, input_ids: jax.Array, images: Images | None = None) -> jax.Array:
+        """Token embeddings `[B, S, D]` of ids `[B, S]`, image features in place of the image tokens."""
+        embeds = self.language_model.embed(input_ids)
+        if images is None:
             return embeds
-        is_image = input_ids == self.config.image_token_id  # [B, S]
-        images = self.encode_images(pixel_values.astype(embeds.dtype))  # [n, M, D]
-        flat = images.reshape(-1, images.shape[-1])
-        order = jnp.cumsum(is_image.reshape(-1)).reshape(is_image.shape) - 1  # n-th image token <- n-th feature
-        return jnp.where(is_image[..., None], flat[jnp.clip(order, 0, flat.shape[0] - 1)], embeds)
-
-    def image_ids(self, input_ids: jax.Array) -> jax.Array:
-        """Which image of its row each token of `[B, S]` belongs to, -1 for text."""
-        is_image = input_ids == self.config.image_token_id
-        return jnp.where(is_image, (jnp.cumsum(is_image, axis=1) - 1) // self.config.tokens_per_image, -1)
+        table = self.encode_images(images.pixels, embeds.dtype)  # [R, D]
+        return jnp.where((images.ids >= 0)[..., None], table[images.rows], embeds)
 
     def forward(
         self,
@@ -51,10 +77,22 @@ class VisionLanguageModel(nnx.Module):
         """Features `[B, N, D]` (after the final norm) of new tokens, and their keys and values per layer."""
         return self.language_model(embeds, position_ids, mask, cache, cache_mask)
 
-    def prefill(self, embeds: jax.Array, lengths: jax.Array) -> tuple[jax.Array, tuple[LayerKV, ...]]:
-        """A right-padded prompt `[B, S, D]` with `lengths` i32 `[B]`; as `forward`, causal."""
-        positions = jnp.broadcast_to(jnp.arange(embeds.shape[1]), embeds.shape[:2])
-        return self.forward(embeds, positions, causal_mask(positions < lengths[:, None]))
+    def prefill(
+        self,
+        embeds: jax.Array,
+        lengths: jax.Array,
+        images: Images | None = None,
+        position_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
+        """A right-padded prompt `[B, S, D]` with `lengths` i32 `[B]`; as `forward`. `images` are those of `embed`;
+        `position_ids` `[3, B, S]` where the family has positions of its own."""
+        places = jnp.broadcast_to(jnp.arange(embeds.shape[1]), embeds.shape[:2])
+        mask = self.prompt_mask(places < lengths[:, None], images)
+        return self.forward(embeds, places if position_ids is None else position_ids, mask)
+
+    def prompt_mask(self, valid: jax.Array, images: Images | None) -> jax.Array:
+        """Who sees whom in a prompt, bool `[B, S, S]`; `valid` bool `[B, S]`."""
+        return causal_mask(valid)
 
     def unembed(self, features: jax.Array) -> jax.Array:
         """Logits f32 `[..., V]`."""

@@ -4,17 +4,19 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxspec.checkpoints.configs import llama_text_config
 from jaxspec.checkpoints.names import NameTable
 from jaxspec.layers import LanguageModel, TextConfig, linear
 from jaxspec.targets.clip import ClipVisionConfig, ClipVisionTower
-from jaxspec.targets.contract import VisionLanguageModel
+from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
+from jaxspec.targets.images import ImageLayout
 
 
 @dataclasses.dataclass(frozen=True)
-class LlavaConfig:
+class LlavaConfig(TargetConfig):
     text: TextConfig
     vision: ClipVisionConfig
     image_token_id: int
@@ -25,6 +27,16 @@ class LlavaConfig:
     @property
     def tokens_per_image(self) -> int:
         return self.vision.num_patches + (0 if self.drop_class_token else 1)
+
+    @property
+    def image_token_ids(self) -> tuple[int, ...]:
+        return (self.image_token_id,)
+
+    def lay_out(self, inputs) -> list[ImageLayout]:
+        """Every image is one entry of the tower and `tokens_per_image` tokens."""
+        tokens = self.tokens_per_image
+        images = np.asarray(inputs.get("pixel_values", ()), np.float32)
+        return [ImageLayout(image[None], np.arange(tokens), tokens) for image in images]
 
     @classmethod
     def from_hf(cls, config) -> "LlavaConfig":
@@ -69,16 +81,18 @@ class Llava(VisionLanguageModel):
         self.multi_modal_projector = Projector(width_in, config.text.hidden_size, bias=config.projector_bias, rngs=rngs)
         self.language_model = LanguageModel(config.text, rngs=rngs)
 
-    def encode_images(self, pixel_values: jax.Array) -> jax.Array:
-        """Image features in the text model's width, `[n, M, D]`, of `pixel_values` `[n, 3, H, W]`."""
+    def encode_images(self, pixels: jax.Array, dtype) -> jax.Array:
+        """Features `[T * M, D]` of `pixels` `[T, 3, H, W]`."""
         with jax.named_scope("vision_tower"):
-            states = self.vision_tower(pixel_values, self.config.vision_feature_layers)
+            states = self.vision_tower(pixels.astype(dtype), self.config.vision_feature_layers)
         states = [state[:, 1:] if self.config.drop_class_token else state for state in states]
         with jax.named_scope("projector"):
-            return self.multi_modal_projector(jnp.concatenate(states, axis=-1))
+            features = self.multi_modal_projector(jnp.concatenate(states, axis=-1))
+        return features.reshape(-1, features.shape[-1])
 
 
-# Published names in the layout of the llava-hf files; transformers 5 also writes `model.language_model.*`.
+# Published names in the layout of the llava-hf files, also of LLaVA-NeXT; transformers 5 also writes
+# `model.language_model.*`.
 LLAVA_NAMES = NameTable(
     prefixes={
         "vision_tower.": "vision_tower.vision_model.",
@@ -88,7 +102,7 @@ LLAVA_NAMES = NameTable(
     aliases=(
         (r"model\.language_model\.", "language_model.model."),
         (r"lm_head\.", "language_model.lm_head."),
-        (r"model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+        (r"model\.(vision_tower\.|multi_modal_projector\.|image_newline$)", r"\1"),
         (r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
     ),
     ignored=(r".*\.rotary_emb\.inv_freq", r".*\.embeddings\.position_ids"),

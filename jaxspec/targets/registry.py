@@ -15,7 +15,12 @@ from safetensors.numpy import save_file
 from jaxspec.checkpoints.names import NameTable, fill, to_tensors
 from jaxspec.checkpoints.tensors import read_folder, read_json
 from jaxspec.targets.contract import VisionLanguageModel
+from jaxspec.targets.gemma3 import Gemma3, Gemma3Config
 from jaxspec.targets.llava import LLAVA_NAMES, Llava, LlavaConfig
+from jaxspec.targets.llava_next import LlavaNext, LlavaNextConfig
+from jaxspec.targets.processors import QwenProcessor, TextProcessor, load_processor
+from jaxspec.targets.qwen2_5_vl import QWEN2_5_VL_NAMES, Qwen2_5VL, Qwen2_5VLConfig
+from jaxspec.targets.text import TEXT_NAMES, TextModel, TextTargetConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +28,19 @@ class Family:
     model: type[VisionLanguageModel]
     config_from_hf: Callable[[Any], Any]
     names: NameTable
+    load_processor: Callable[[Path], Any] = load_processor
 
 
-FAMILIES = {"llava": Family(Llava, LlavaConfig.from_hf, LLAVA_NAMES)}
+FAMILIES = {
+    "llava": Family(Llava, LlavaConfig.from_hf, LLAVA_NAMES),
+    "llava_next": Family(LlavaNext, LlavaNextConfig.from_hf, LLAVA_NAMES),
+    "gemma3": Family(Gemma3, Gemma3Config.from_hf, LLAVA_NAMES),
+    "qwen2_5_vl": Family(Qwen2_5VL, Qwen2_5VLConfig.from_hf, QWEN2_5_VL_NAMES, QwenProcessor.load),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "gemma3_text"),
+        Family(TextModel, TextTargetConfig.from_hf, TEXT_NAMES, TextProcessor.load),
+    ),
+}
 
 
 def family_of(hf_config) -> Family:
@@ -74,7 +89,8 @@ def save_model(model: VisionLanguageModel, hf_config, processor_folder: Path, fo
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(processor_folder, temporary)
     hf_config.dtype = jnp.dtype(dtype).name
-    hf_config.tie_word_embeddings = hf_config.text_config.tie_word_embeddings = model.config.text.tie_word_embeddings
+    tied = model.config.text.tie_word_embeddings
+    hf_config.tie_word_embeddings = hf_config.get_text_config().tie_word_embeddings = tied
     hf_config.save_pretrained(temporary)
     tensors = to_tensors(model, family_of(hf_config).names, dtype)
     save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})

@@ -13,7 +13,8 @@ from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.checkpoints.tensors import read_folder
 from jaxspec.quiet import quiet
 from jaxspec.targets.contract import VisionLanguageModel
-from jaxspec.targets.registry import load_model, read_config
+from jaxspec.targets.images import split_by_tokens, stack_positions
+from jaxspec.targets.registry import family_of, load_model, read_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -36,9 +37,12 @@ class Target:
         return self.processor.tokenizer
 
     @property
-    def image_token(self) -> str:
-        """The family's own mark for an image in a raw prompt."""
-        return self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+    def image_token(self) -> str | None:
+        """The family's own mark for an image in a raw prompt; None where it reads no images."""
+        if mark := getattr(self.processor, "boi_token", None):  # Gemma3's prompts mark the beginning of an image
+            return mark
+        ids = self.config.image_token_ids
+        return self.tokenizer.convert_ids_to_tokens(ids[0]) if ids else None
 
     def fingerprint(self) -> str:
         """Names the weights: a hash over every tensor's name, shape, dtype and first values in the files."""
@@ -52,7 +56,7 @@ class Target:
         """Logits f32 `[B, S, V]` of a forward pass without cache.
 
         `inputs` is what the Hugging Face processor returns with `return_tensors="np"`: `input_ids` `[B, S]`, and
-        `attention_mask` `[B, S]` (padding on either side) and `pixel_values` `[n, 3, H, W]` where there are any.
+        `attention_mask` `[B, S]` (padding on either side) and its image arrays where there are any.
         Logits at padded positions mean nothing.
         """
         ids = np.asarray(inputs["input_ids"])
@@ -60,13 +64,24 @@ class Target:
         # Rows move to the left, so that positions count from the first real token, and back afterwards.
         order = np.argsort(~mask, axis=1, kind="stable")
         ids = np.take_along_axis(ids, order, axis=1)
-        logits = full_logits(self.model, jnp.asarray(ids, jnp.int32), mask.sum(axis=1), inputs.get("pixel_values"))
+        lengths, config = mask.sum(axis=1), self.config
+        rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+        images = config.lay_out({**inputs, "input_ids": np.concatenate(rows)})
+        per_row = split_by_tokens(images, [int(config.is_image(row).sum()) for row in rows])
+        positions = [config.position_ids(row, own) for row, own in zip(rows, per_row, strict=True)]
+        logits = full_logits(
+            self.model,
+            jnp.asarray(ids, jnp.int32),
+            lengths,
+            config.place(images, np.where(np.arange(ids.shape[1]) < lengths[:, None], ids, -1)),
+            stack_positions(positions, ids.shape[1]),
+        )
         return jnp.take_along_axis(logits, jnp.asarray(np.argsort(order, axis=1))[..., None], axis=1)
 
 
 @jax.jit
-def full_logits(model: VisionLanguageModel, input_ids, lengths, pixel_values):
-    return model.unembed(model.prefill(model.embed(input_ids, pixel_values), lengths)[0])
+def full_logits(model: VisionLanguageModel, input_ids, lengths, images=None, position_ids=None):
+    return model.unembed(model.prefill(model.embed(input_ids, images), lengths, images, position_ids)[0])
 
 
 def load_target(path_or_repo_id: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Target:
@@ -84,13 +99,13 @@ def load_target(path_or_repo_id: str | Path, dtype: str = "float32", mesh: jax.s
     hf_config = read_config(path)
     model = load_model(path, jnp.dtype(dtype), mesh)
     with quiet("transformers"):  # it warns that torchvision is missing; its PIL image processors are the ones we want
-        processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
+        processor = family_of(hf_config).load_processor(path)
     return Target(model, processor, path, stop_tokens(path, hf_config, processor.tokenizer))
 
 
 def stop_tokens(path: Path, hf_config, tokenizer) -> tuple[int, ...]:
     """End-of-sequence ids: those of generation_config.json, else the text config's, else the tokenizer's."""
-    candidates = [hf_config.text_config.eos_token_id, tokenizer.eos_token_id]
+    candidates = [hf_config.get_text_config().eos_token_id, tokenizer.eos_token_id]
     if (path / "generation_config.json").exists():
         candidates.insert(0, transformers.GenerationConfig.from_pretrained(path).eos_token_id)
     for ids in candidates:

@@ -23,6 +23,7 @@ from jaxspec.drafters.vispec import ViSpecConfig
 from jaxspec.metrics import Acceptance, pooled
 from jaxspec.speculation.loop import DrafterContext
 from jaxspec.speculation.tree import TreeConfig
+from jaxspec.targets.images import uniform_images
 from jaxspec.training.losses import masked_mean, probability_l1, ranking, smooth_l1, soft_cross_entropy
 from jaxspec.training.recipe import Recipe, Task
 
@@ -132,7 +133,8 @@ def measured_acceptance(target, drafter: Drafter, records: Sequence[dict], pictu
 def new_head(recipe: DrafterRecipe, target):
     """A head of the target's shape, or that of `init_from` with what it lacks."""
     text = dataclasses.replace(target.config.text, num_layers=1, tie_word_embeddings=False)
-    config = ViSpecConfig(text, num_q=recipe.num_q) if recipe.method == "vispec" else EagleConfig(text)
+    common = {"text": text, "qkv_bias": text.qkv_bias}  # as in the published heads for Qwen
+    config = ViSpecConfig(**common, num_q=recipe.num_q) if recipe.method == "vispec" else EagleConfig(**common)
     head = METHODS[recipe.method](config, rngs=nnx.Rngs(recipe.seed))
     if recipe.init_from is not None:
         trained, _ = load_drafter_folder(Path(recipe.init_from), target.model)
@@ -143,19 +145,21 @@ def new_head(recipe: DrafterRecipe, target):
 def head_loss(recipe: DrafterRecipe, head, target, batch, key):
     """The recipe's loss and, per draft position, how often the head's first choice is the target's."""
     lengths = batch["attention_mask"].sum(axis=1)
-    embeds = target.embed(batch["input_ids"], batch["pixel_values"].reshape(-1, *batch["pixel_values"].shape[-3:]))
-    features, _ = target.prefill(embeds, lengths)
+    tokens_per_image = target.config.tokens_per_image
+    images = uniform_images(batch["pixel_values"], batch["input_ids"] == target.config.image_token_id, tokens_per_image)
+    embeds = target.embed(batch["input_ids"], images)
+    features, _ = target.prefill(embeds, lengths, images)
     embeds, features = jax.lax.stop_gradient((embeds, features))
-    images = batch["pixel_values"].shape[1]
+    count = batch["pixel_values"].shape[1]
     context = DrafterContext(
         embeds=embeds,
         features=features,
-        image_ids=target.image_ids(batch["input_ids"]),
+        image_ids=images.ids,
         input_ids=batch["input_ids"],
         lengths=lengths,
         root=batch["input_ids"][:, 0],  # no token follows the last one; its row is not in the mask
-        max_images=images,
-        min_image_tokens=images * target.config.tokens_per_image,
+        max_images=count,
+        min_image_tokens=count * tokens_per_image,
     )
     rows = head.rows_of(context, jnp.roll(embeds, -1, axis=1))
 

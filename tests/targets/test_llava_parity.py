@@ -9,9 +9,10 @@ import pytest
 
 from jaxspec import cache as caches
 from jaxspec.layers import causal_mask
+from jaxspec.targets.images import place
 from jaxspec.targets.registry import load_model
 from jaxspec.targets.target import Target
-from tests.folders import batch_of, llava_config, relative_error, torch_llava, torch_logits
+from tests.folders import IMAGE_TOKEN, batch_of, llava_config, relative_error, torch_llava, torch_logits
 
 TOLERANCE = 1e-5
 
@@ -109,8 +110,8 @@ def test_cached_decoding(default):
     ids = jnp.asarray(whole["input_ids"])
 
     @jax.jit
-    def prefill(model, ids, pixel_values, lengths):
-        features, new_kv = model.prefill(model.embed(ids, pixel_values), lengths)
+    def prefill(model, ids, images, lengths):
+        features, new_kv = model.prefill(model.embed(ids, images), lengths)
         last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)
         return model.unembed(last)[:, 0], tuple(caches.extend(kv, 40) for kv in new_kv)
 
@@ -124,7 +125,9 @@ def test_cached_decoding(default):
         )
         return model.unembed(features)[:, 0], cache
 
-    logits, cache = prefill(target.model, ids[:, : lengths.max()], whole["pixel_values"], jnp.asarray(lengths))
+    prompts = ids[:, : lengths.max()]
+    images = place(target.config.lay_out(whole), np.asarray(prompts) == IMAGE_TOKEN)
+    logits, cache = prefill(target.model, prompts, images, jnp.asarray(lengths))
     expected, each = torch_logits(model, whole), np.arange(len(rows))
     assert relative_error(logits, expected[each, lengths - 1]) < TOLERANCE
     for index in range(steps):

@@ -1,0 +1,95 @@
+"""Where the features of images stand in a batch of prompts.
+
+A family's tower turns pixels into a table of features; an index per token says which row of the table stands there. The
+index is made on the host, from sizes, so that any number of images of any size lands in the same few compiled shapes.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """The images of a batch, as the device sees them."""
+
+    pixels: Any  # what the family's tower reads, in bucketed shapes
+    rows: jax.Array  # i32 [B, S], the row of the tower's table that stands at each image token, 0 at text
+    ids: jax.Array  # i32 [B, S], which image of its prompt a token belongs to, -1 for text
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageLayout:
+    """One image (or video) on the host."""
+
+    pixels: Any  # arrays that the tower reads
+    rows: np.ndarray  # i32 [K], for each of its tokens the row of its own part of the table; -1 - i is shared row i
+    table_rows: int  # rows that it adds to the table
+
+    @property
+    def tokens(self) -> int:
+        return len(self.rows)
+
+
+def place(layouts: Sequence[ImageLayout], is_image: np.ndarray, collate, shared_rows: int = 0) -> Images:
+    """The images in reading order at the tokens that `is_image` bool `[B, S]` marks; images too many are not used.
+
+    `collate(layouts)` puts their pixels together; the first `shared_rows` rows of the table belong to no image.
+
+    Raises ValueError where there are more marks than the images have tokens.
+    """
+    marks, tokens = int(is_image.sum()), sum(layout.tokens for layout in layouts)
+    if marks > tokens:
+        raise ValueError(f"the prompts have {marks} image tokens, the images only {tokens}")
+    starts = shared_rows + np.cumsum([0, *(layout.table_rows for layout in layouts)])
+    table = [
+        np.where(each.rows < 0, -1 - each.rows, start + each.rows) for each, start in zip(layouts, starts, strict=False)
+    ]
+    rows, ids = np.zeros(is_image.shape, np.int32), np.full(is_image.shape, len(layouts), np.int32)
+    rows[is_image] = np.concatenate(table)[:marks]
+    ids[is_image] = np.repeat(np.arange(len(layouts)), [layout.tokens for layout in layouts])[:marks]
+    ids = np.where(is_image, ids - ids.min(axis=1, keepdims=True), -1)
+    return Images(collate(layouts), rows, ids)
+
+
+def stack_entries(layouts: Sequence[ImageLayout]) -> np.ndarray:
+    """Pixels f32 `[T, ..]` of all images after one another, T padded with zeros to a power of two."""
+    entries = np.concatenate([layout.pixels for layout in layouts])
+    spare = (1 << (len(entries) - 1).bit_length()) - len(entries)
+    return np.concatenate([entries, np.zeros((spare, *entries.shape[1:]), entries.dtype)])
+
+
+def uniform_images(pixels: jax.Array, is_image: jax.Array, tokens_per_image: int) -> Images:
+    """Images of equal size, equally many `[B, n, 3, H, W]` in every prompt: placed on the device, for training."""
+    batch, per_prompt = pixels.shape[:2]
+    order = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)  # [B, S]
+    first = jnp.arange(batch)[:, None] * per_prompt * tokens_per_image
+    rows, ids = jnp.where(is_image, first + order, 0), jnp.where(is_image, order // tokens_per_image, -1)
+    return Images(pixels.reshape(-1, *pixels.shape[2:]), rows, ids)
+
+
+def split_by_tokens(layouts: Sequence[ImageLayout], tokens: Sequence[int]) -> list[list[ImageLayout]]:
+    """The images of each prompt, by how many image tokens it has; images too many are left out."""
+    rest, split = list(layouts), []
+    for count in tokens:
+        own = []
+        while rest and sum(layout.tokens for layout in own) < count:
+            own.append(rest.pop(0))
+        split.append(own)
+    return split
+
+
+def stack_positions(positions: Sequence[np.ndarray | None], length: int) -> np.ndarray | None:
+    """Positions i32 `[3, B, length]` of prompts i32 `[3, S]` each (or 0, 1, 2, .. where None), None if all are None."""
+    if all(each is None for each in positions):
+        return None
+    stacked = np.broadcast_to(np.arange(length, dtype=np.int32), (3, len(positions), length)).copy()
+    for row, each in enumerate(positions):
+        if each is not None:
+            stacked[:, row, : each.shape[1]] = each
+    return stacked

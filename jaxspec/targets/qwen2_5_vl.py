@@ -1,0 +1,307 @@
+"""Qwen2.5-VL (`Qwen2_5_VLForConditionalGeneration`): images and videos of any size, positions in time, height, width.
+
+The tower attends within windows of the image in most layers and within a whole frame in a few. On the host every frame
+is cut into windows; the device works on windows of one size with a mask and, for the full layers, gathers frames out of
+them. Number of windows, of frames and longest frame are rounded up, so that any sizes share a few programs.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxspec.checkpoints.configs import llama_text_config
+from jaxspec.checkpoints.names import NameTable
+from jaxspec.layers import GatedMLP, LanguageModel, RMSNorm, TextConfig, apply_rope, linear
+from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
+from jaxspec.targets.images import ImageLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenVisionConfig:
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    out_hidden_size: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    window_size: int
+    full_attention_layers: tuple[int, ...]
+    rope_theta: float = 10000.0
+    tokens_per_second: float = 4.0
+
+    @property
+    def window_units(self) -> int:
+        """Side of a window in merged patches."""
+        return self.window_size // self.merge_size // self.patch_size
+
+    @property
+    def unit(self) -> int:
+        """Patches that become one token."""
+        return self.merge_size**2
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenLayout(ImageLayout):
+    grid: tuple[int, int, int]  # frames, height and width in tokens
+    seconds_per_frame: float | None  # None for an image
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2_5VLConfig(TargetConfig):
+    text: TextConfig
+    vision: QwenVisionConfig
+    image_token_id: int
+    video_token_id: int
+
+    @property
+    def image_token_ids(self) -> tuple[int, ...]:
+        return self.image_token_id, self.video_token_id
+
+    @classmethod
+    def from_hf(cls, config) -> "Qwen2_5VLConfig":
+        """From a transformers `Qwen2_5_VLConfig`."""
+        vision = config.vision_config
+        if vision.hidden_act != "silu":
+            raise ValueError(f"vision hidden_act {vision.hidden_act!r} is not supported; only silu")
+        text = llama_text_config(config.text_config)
+        if sum(text.rope.mrope_section) * 2 != text.head_dim:
+            raise ValueError(f"mrope_section {text.rope.mrope_section} does not add up to half of {text.head_dim}")
+        return cls(
+            text=dataclasses.replace(text, tie_word_embeddings=config.tie_word_embeddings),
+            vision=QwenVisionConfig(
+                hidden_size=vision.hidden_size,
+                intermediate_size=vision.intermediate_size,
+                num_layers=vision.depth,
+                num_heads=vision.num_heads,
+                out_hidden_size=vision.out_hidden_size,
+                patch_size=vision.patch_size,
+                temporal_patch_size=vision.temporal_patch_size,
+                merge_size=vision.spatial_merge_size,
+                window_size=vision.window_size,
+                full_attention_layers=tuple(vision.fullatt_block_indexes),
+                rope_theta=vision.rope_parameters["rope_theta"],
+                tokens_per_second=vision.tokens_per_second,
+            ),
+            image_token_id=config.image_token_id,
+            video_token_id=config.video_token_id,
+        )
+
+    def lay_out(self, inputs) -> list[QwenLayout]:
+        """Of `pixel_values` f32 [P, C] with `image_grid_thw` [n, 3], and of the videos, in the order of the ids."""
+        waiting = {
+            self.image_token_id: self.layouts_of(inputs, "pixel_values", "image_grid_thw"),
+            self.video_token_id: self.layouts_of(inputs, "pixel_values_videos", "video_grid_thw"),
+        }
+        ids, ordered, at = np.asarray(inputs["input_ids"]).reshape(-1), [], 0
+        while at < len(ids):
+            rest = waiting.get(int(ids[at]))
+            if rest:
+                ordered.append(rest.pop(0))
+                at += ordered[-1].tokens
+            else:
+                at += 1
+        return ordered
+
+    def layouts_of(self, inputs, pixels: str, grids: str) -> list[QwenLayout]:
+        layouts, start = [], 0
+        seconds = inputs.get("second_per_grid_ts")
+        for index, grid in enumerate(np.asarray(inputs.get(grids, np.zeros((0, 3)))).astype(int).tolist()):
+            stop = start + grid[0] * grid[1] * grid[2]
+            per_frame = None
+            if pixels == "pixel_values_videos":
+                per_frame = 1.0 if seconds is None else float(np.asarray(seconds)[index])
+            layouts.append(frame_windows(self.vision, np.asarray(inputs[pixels])[start:stop], grid, per_frame))
+            start = stop
+        return layouts
+
+    def collate(self, layouts: Sequence[QwenLayout]) -> dict[str, np.ndarray]:
+        """Windows of all images, and which of their patches make up each frame."""
+        windows = {
+            key: np.concatenate([each.pixels[key] for each in layouts]) for key in ("patches", "valid", "places")
+        }
+        frames, first = [], 0
+        for layout in layouts:
+            frames += [first + members for members in layout.pixels["frames"]]
+            first += layout.pixels["valid"].size
+        count = round_up(len(windows["valid"]))
+        padded = {
+            key: np.concatenate([each, np.zeros((count - len(each), *each.shape[1:]), each.dtype)])
+            for key, each in windows.items()
+        }
+        longest = round_up(max(map(len, frames)))
+        members = np.zeros((round_up(len(frames)), longest), np.int32)
+        inside = np.zeros(members.shape, bool)
+        back = np.zeros(padded["valid"].size, np.int32)
+        for index, frame in enumerate(frames):
+            members[index, : len(frame)], inside[index, : len(frame)] = frame, True
+            back[frame] = index * longest + np.arange(len(frame))
+        return {**padded, "members": members, "inside": inside, "back": back}
+
+    def position_ids(self, input_ids: np.ndarray, layouts: Sequence[QwenLayout]) -> np.ndarray | None:
+        """Text counts on in all three axes; an image counts its rows and columns from where it starts, a video also its
+        time in seconds times `tokens_per_second`; what follows starts after the longer side (M-RoPE, arXiv 2409.12191).
+        """
+        if not layouts:
+            return None
+        is_image, rest, parts, at, position = self.is_image(input_ids), list(layouts), [], 0, 0
+        while at < len(input_ids):
+            if is_image[at]:
+                layout = rest.pop(0)
+                frames, height, width = layout.grid
+                per_frame = 1.0
+                if layout.seconds_per_frame is not None:
+                    per_frame = self.vision.tokens_per_second * layout.seconds_per_frame
+                times = (np.arange(frames) * per_frame).astype(np.int64)
+                axes = np.meshgrid(times, np.arange(height), np.arange(width), indexing="ij")
+                parts.append(position + np.stack(axes).reshape(3, -1))
+                at, position = at + layout.tokens, position + max(height, width)
+            else:
+                stop = at + int(np.argmax(is_image[at:])) if is_image[at:].any() else len(input_ids)
+                parts.append(np.broadcast_to(position + np.arange(stop - at), (3, stop - at)))
+                at, position = stop, position + stop - at
+        return np.concatenate(parts, axis=1).astype(np.int32)
+
+
+def round_up(size: int) -> int:
+    """The next number of the series 1, 2, 3, 4, 6, 8, 12, 16, .."""
+    power = 1 << (size - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and power * 3 // 4 >= size else power
+
+
+def frame_windows(config: QwenVisionConfig, patches: np.ndarray, grid, seconds_per_frame: float | None) -> QwenLayout:
+    """One image or video, `patches` `[t * h * w, C]` as the processor orders them, cut into windows."""
+    frames, height, width = grid[0], grid[1] // config.merge_size, grid[2] // config.merge_size
+    side, unit, merge = config.window_units, config.unit, config.merge_size
+    down, across, slots = -(-height // side), -(-width // side), side**2
+    # Token (t, y, x) sits in window (t, y // side, x // side), at the next slot there in reading order.
+    t, y, x = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
+    window = (t * down + y // side) * across + x // side
+    window_width = np.minimum(side, width - x // side * side)
+    rows = (window * slots + y % side * window_width + x % side).reshape(-1)  # [tokens]
+    count = frames * down * across
+
+    def spread(values: np.ndarray) -> np.ndarray:  # per token, unit patches each -> [windows, slots * unit, ..]
+        spread = np.zeros((count * slots, *values.shape[1:]), values.dtype)
+        spread[rows] = values
+        return spread.reshape(count, slots * unit, *values.shape[2:])
+
+    inner = np.stack(np.meshgrid(np.arange(merge), np.arange(merge), indexing="ij"), axis=-1).reshape(unit, 2)
+    places = (np.stack([y, x], axis=-1).reshape(-1, 1, 2) * merge + inner).astype(np.int32)  # [tokens, unit, 2]
+    per_frame = rows.reshape(frames, -1, 1) * unit + np.arange(unit)
+    return QwenLayout(
+        pixels={
+            "patches": spread(np.asarray(patches, np.float32).reshape(len(rows), unit, -1)),
+            "valid": spread(np.ones((len(rows), unit), bool)),
+            "places": spread(places),
+            "frames": list(per_frame.reshape(frames, -1)),
+        },
+        rows=rows,
+        table_rows=count * slots,
+        grid=(frames, height, width),
+        seconds_per_frame=seconds_per_frame,
+    )
+
+
+class QwenVisionAttention(nnx.Module):
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
+        self.num_heads = config.num_heads
+        self.qkv = linear(config.hidden_size, 3 * config.hidden_size, bias=True, rngs=rngs)
+        self.proj = linear(config.hidden_size, config.hidden_size, bias=True, rngs=rngs, zero=True)
+
+    def __call__(self, x: jax.Array, rope, mask: jax.Array) -> jax.Array:
+        """Of `x` `[G, L, D]`, attending within each of the G groups to what `mask` bool `[G, L]` marks."""
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
+        query, key = (apply_rope(qkv[:, :, part].astype(jnp.float32), rope).astype(x.dtype) for part in (0, 1))
+        out = jax.nn.dot_product_attention(query, key, qkv[:, :, 2], mask=mask[:, None, None, :])
+        return self.proj(out.reshape(x.shape))
+
+
+class QwenVisionBlock(nnx.Module):
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
+        self.norm1 = RMSNorm(config.hidden_size, 1e-6, rngs=rngs)
+        self.norm2 = RMSNorm(config.hidden_size, 1e-6, rngs=rngs)
+        self.attn = QwenVisionAttention(config, rngs=rngs)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array, rope, mask: jax.Array) -> jax.Array:
+        x = x + self.attn(self.norm1(x), rope, mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class QwenPatchEmbed(nnx.Module):
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
+        size = 3 * config.temporal_patch_size * config.patch_size**2
+        self.proj = linear(size, config.hidden_size, bias=False, rngs=rngs)
+
+    def __call__(self, patches: jax.Array) -> jax.Array:
+        return self.proj(patches)
+
+
+class QwenMerger(nnx.Module):
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
+        width = config.hidden_size * config.unit
+        self.ln_q = RMSNorm(config.hidden_size, 1e-6, rngs=rngs)
+        self.mlp = nnx.Dict({
+            "0": linear(width, width, bias=True, rngs=rngs),
+            "2": linear(width, config.out_hidden_size, bias=True, rngs=rngs),
+        })  # fmt: skip
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[.., D]` with whole units side by side -> `[R, out]`."""
+        x = self.ln_q(x).reshape(-1, self.mlp["0"].in_features)
+        return self.mlp["2"](jax.nn.gelu(self.mlp["0"](x), approximate=False))
+
+
+class QwenVisionTower(nnx.Module):
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.patch_embed = QwenPatchEmbed(config, rngs=rngs)
+        self.blocks = nnx.List([QwenVisionBlock(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.merger = QwenMerger(config, rngs=rngs)
+
+    def __call__(self, pixels: dict[str, jax.Array], dtype) -> jax.Array:
+        """Features `[R, D]`, one for each unit of each window, of what `Qwen2_5VLConfig.collate` made."""
+        x = self.patch_embed(pixels["patches"].astype(dtype))  # [W, L, D]
+        rope = self.rope(pixels["places"])
+        members, shape = pixels["members"], x.shape
+        frame_rope = tuple(table.reshape(-1, table.shape[-1])[members] for table in rope)
+        for index, block in enumerate(self.blocks):
+            with jax.named_scope(f"vision_layer_{index}"):
+                if index in self.config.full_attention_layers:
+                    frames = block(x.reshape(-1, shape[-1])[members], frame_rope, pixels["inside"])  # [F, Lf, D]
+                    x = frames.reshape(-1, shape[-1])[pixels["back"]].reshape(shape)
+                else:
+                    x = block(x, rope, pixels["valid"])
+        return self.merger(x)
+
+    def rope(self, places: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosine and sine f32 `[W, L, Dh / 2]`: half of the frequencies turn with the row, half with the column."""
+        half = self.config.hidden_size // self.config.num_heads // 2
+        inverse = 1.0 / self.config.rope_theta ** (jnp.arange(0, half, 2, dtype=jnp.float32) / half)
+        angles = (places[..., None].astype(jnp.float32) * inverse).reshape(*places.shape[:2], -1)
+        return jnp.cos(angles), jnp.sin(angles)
+
+
+class Qwen2_5VL(VisionLanguageModel):
+    def __init__(self, config: Qwen2_5VLConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.visual = QwenVisionTower(config.vision, rngs=rngs)
+        self.language_model = LanguageModel(config.text, rngs=rngs)
+
+    def encode_images(self, pixels: dict[str, jax.Array], dtype) -> jax.Array:
+        with jax.named_scope("vision_tower"):
+            return self.visual(pixels, dtype)
+
+
+# Published names as in the hub's files; transformers 5 also writes `model.visual.*` and `model.language_model.*`.
+QWEN2_5_VL_NAMES = NameTable(
+    prefixes={"language_model.lm_head.": "lm_head.", "language_model.": "model."},
+    aliases=((r"model\.language_model\.", "model."), (r"model\.visual\.", "visual.")),
+    ignored=(r".*\.rotary_emb\.inv_freq", r".*\.rotary_pos_emb\.inv_freq"),
+)

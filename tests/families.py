@@ -1,0 +1,130 @@
+"""A small random target of every family with its processor, without files."""
+
+import jax
+import numpy as np
+import transformers
+from flax import nnx
+
+from jaxspec import Target
+from jaxspec.demo.processor import CHAT_TEMPLATE, wrapped_tokenizer
+from jaxspec.targets.processors import QwenProcessor, TextProcessor
+from jaxspec.targets.registry import family_of
+from tests.helpers import randomized
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
+CLIP = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def tokenizer_with(**special: str):
+    """The demo's tokenizer with named special tokens of its own beside."""
+    tokenizer = wrapped_tokenizer(scenes=300)
+    tokenizer.add_special_tokens({"extra_special_tokens": {**tokenizer.extra_special_tokens, **special}})
+    return tokenizer
+
+
+def llava_next(tokenizer):
+    size = {"height": 24, "width": 24}
+    image_processor = transformers.LlavaNextImageProcessor(
+        size={"shortest_edge": 24}, crop_size=size, image_grid_pinpoints=[[24, 48], [48, 24], [48, 48]]
+    )
+    processor = transformers.LlavaNextProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    )
+    config = transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(**CLIP, image_size=24, patch_size=8),
+        text_config=transformers.MistralConfig(**TEXT, vocab_size=len(tokenizer), sliding_window=None),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=[[24, 48], [48, 24], [48, 48]],
+    )
+    return config, processor
+
+
+def qwen2_5_vl(tokenizer):
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]}
+    )
+    image_processor = transformers.Qwen2VLImageProcessor(
+        patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=64 * 64
+    )
+    template = CHAT_TEMPLATE.replace("<image>\\n", QWEN_IMAGE)
+    config = transformers.Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "num_heads": 2,
+            "patch_size": 8,
+            "window_size": 32,
+            "fullatt_block_indexes": [1],
+            "out_hidden_size": 32,
+        },
+        text_config={
+            **TEXT,
+            "vocab_size": len(tokenizer),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+    )
+    return config, QwenProcessor(tokenizer, image_processor, template)
+
+
+def gemma3(tokenizer):
+    tokenizer = tokenizer_with(boi_token="<start_of_image>", eoi_token="<end_of_image>")
+    image_processor = transformers.Gemma3ImageProcessor(size={"height": 16, "width": 16})
+    template = CHAT_TEMPLATE.replace("<image>\\n", "<start_of_image>")
+    processor = transformers.Gemma3Processor(image_processor, tokenizer, chat_template=template, image_seq_length=4)
+    config = transformers.Gemma3Config(
+        vision_config={**CLIP, "image_size": 16, "patch_size": 4, "vision_use_head": False},
+        text_config={
+            **TEXT,
+            "head_dim": 8,
+            "vocab_size": len(tokenizer),
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 8,
+        },
+        mm_tokens_per_image=4,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    return config, processor
+
+
+def text_only(config_type, **options):
+    def build(tokenizer):
+        tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}A:"
+        return config_type(**TEXT, vocab_size=len(tokenizer), **options), TextProcessor(tokenizer)
+
+    return build
+
+
+FAMILIES = {
+    "llava_next": llava_next,
+    "qwen2_5_vl": qwen2_5_vl,
+    "gemma3": gemma3,
+    "llama": text_only(transformers.LlamaConfig),
+    "qwen2": text_only(transformers.Qwen2Config),
+    "gemma3_text": text_only(transformers.Gemma3TextConfig, head_dim=8, sliding_window=6),
+}
+
+
+def family_target(name: str) -> Target:
+    config, processor = FAMILIES[name](wrapped_tokenizer(scenes=300))
+    family = family_of(config)
+    model = randomized(family.model(family.config_from_hf(config), rngs=nnx.Rngs(0)), seed=3, scale=1.0)
+    language = model.language_model
+    language.embed_tokens.embedding[...] *= np.sqrt(language.config.vocab_size)  # entries near 1
+    return Target(jax.tree.map(jax.numpy.asarray, model), processor, None, (processor.tokenizer.eos_token_id,))

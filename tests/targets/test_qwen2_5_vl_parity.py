@@ -1,0 +1,117 @@
+"""Qwen2.5-VL equals transformers' Qwen2.5-VL: images and videos of any size and number, in padded batches."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from jaxspec.targets.registry import load_model
+from jaxspec.targets.target import Target
+from tests.folders import redraw, relative_error
+
+VOCAB, IMAGE, VIDEO, START, END = 99, 95, 96, 97, 98
+TOLERANCE = 1e-5
+CONFIGS = {
+    "windows of 2 x 2 tokens, 4:2": {"window_size": 32, "full": [1], "kv": 2, "sections": [2, 1, 1]},
+    "windows of 4 x 4, 4:1, tied": {"window_size": 64, "full": [2], "kv": 1, "sections": [1, 1, 2], "tied": True},
+    "full attention first and last": {"window_size": 48, "full": [0, 2], "kv": 4, "sections": [2, 2]},
+}  # fmt: skip
+
+
+def qwen_config(window_size, full, kv, sections, tied=False) -> transformers.Qwen2_5_VLConfig:
+    return transformers.Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "num_heads": 2,
+            "patch_size": 8,
+            "window_size": window_size,
+            "fullatt_block_indexes": full,
+            "out_hidden_size": 32,
+        },
+        text_config={
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": kv,
+            "max_position_embeddings": 512,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        tie_word_embeddings=tied,
+    )
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=lambda name: name)
+def pair(request, tmp_path_factory):
+    model = redraw(transformers.Qwen2_5_VLForConditionalGeneration(qwen_config(**CONFIGS[request.param])).eval())
+    folder = tmp_path_factory.mktemp("qwen") / "model"
+    model.save_pretrained(folder)
+    return Target(load_model(folder), None, folder, ()), model
+
+
+def batch(rows, side="right") -> dict:
+    """Inputs for rows of pieces: a number is that many text tokens, (t, h, w) an image (t = 1) or video in patches."""
+    rng = np.random.default_rng(0)
+    grids = {IMAGE: [], VIDEO: []}
+    sequences = []
+    for row in rows:
+        pieces = []
+        for piece in row:
+            if isinstance(piece, int):
+                pieces.append(rng.integers(3, 90, piece))
+            else:
+                kind = VIDEO if len(piece) == 4 else IMAGE
+                grids[kind].append(piece[:3])
+                pieces.append([START, *[kind] * (piece[0] * piece[1] * piece[2] // 4), END])
+        sequences.append(np.concatenate(pieces).astype(np.int64))
+    length = max(map(len, sequences))
+    ids, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), np.int64)
+    for index, row in enumerate(sequences):
+        real = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        ids[index, real], mask[index, real] = row, 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    names = {IMAGE: ("pixel_values", "image_grid_thw"), VIDEO: ("pixel_values_videos", "video_grid_thw")}
+    for kind, (pixels, name) in names.items():
+        if grids[kind]:
+            count = sum(t * h * w for t, h, w in grids[kind])
+            inputs[pixels] = rng.normal(size=(count, 3 * 2 * 8 * 8)).astype(np.float32)
+            inputs[name] = np.array(grids[kind])
+    seconds = [piece[3] for row in rows for piece in row if not isinstance(piece, int) and len(piece) == 4]
+    if seconds:
+        inputs["second_per_grid_ts"] = np.array(seconds)
+    return inputs
+
+
+def torch_logits(model, inputs) -> np.ndarray:
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    kinds = (tensors["input_ids"] == IMAGE).int() + 2 * (tensors["input_ids"] == VIDEO).int()
+    model.model.rope_deltas = None
+    if "pixel_values" not in inputs and "pixel_values_videos" not in inputs:
+        tensors["position_ids"] = (tensors["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return model(**tensors, mm_token_type_ids=kinds).logits.numpy()
+
+
+ROWS = {
+    "images": [[3, (1, 4, 4), 2], [(1, 2, 6), 1, (1, 10, 4), 4], [2, (1, 2, 2), 3], [1, (1, 12, 14)]],
+    "odd video": [[2, (3, 4, 6, 0.5), 3], [1, (1, 4, 4), 2, (5, 2, 4, 1.25), 1], [7]],
+    "text": [[5], [3]],
+}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_logits_equal_transformers(pair, rows, side):
+    target, model = pair
+    inputs = batch(ROWS[rows], side)
+    real = inputs["attention_mask"].astype(bool)
+    assert relative_error(np.asarray(target.logits(inputs))[real], torch_logits(model, inputs)[real]) < TOLERANCE
