@@ -12,6 +12,7 @@ from jaxspec.generator import Generator, Piece, Result
 from jaxspec.speculation.sampling import SamplingParams
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.target import Target, load_target
+from jaxspec.video import Video
 
 try:
     __version__ = version("jaxspec")
@@ -26,6 +27,7 @@ __all__ = [
     "SamplingParams",
     "Target",
     "TreeConfig",
+    "Video",
     "load_drafter",
     "load_target",
 ]

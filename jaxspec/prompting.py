@@ -4,25 +4,16 @@ The folder's own chat template and processor decide every token and pixel; this 
 input is one clear sentence before anything is compiled.
 """
 
-import base64
-import binascii
-import contextlib
 import dataclasses
-import io
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from jaxspec.media import ImageLike, open_image
 from jaxspec.targets.images import ImageLayout
+from jaxspec.video import Video, as_video
 
-ImageLike = Any  # PIL.Image.Image, path, bytes, uint8 array [H, W, 3], data: URL
 Prompt = str | Sequence[dict]
-MAX_PIXELS = 64_000_000
-"""Images with more pixels are refused from their header, before they are decoded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +28,10 @@ class EncodedPrompt:
 def encode_prompt(target, prompt: Prompt, images: Sequence[ImageLike] = (), raw: bool = False) -> EncodedPrompt:
     """Apply the chat template (unless `raw`) and the processor.
 
-    `prompt` is a string (one user turn, images first), or chat messages in OpenAI's shape whose `image` parts take
-    `images` in order and whose `image_url` parts carry a data: URL; with `raw` a string that has the family's own image
-    marks. Raises ValueError for images that cannot be read and for marks and images that do not match in number.
+    `prompt` is a string (one user turn, images first), or chat messages in OpenAI's shape whose `image` and `video`
+    parts carry one or take `images` in order and whose `image_url` parts carry a data: URL; with `raw` a string that
+    has the family's own image marks. `images` may hold a `Video`. Raises ValueError for images that cannot be read and
+    for marks and images that do not match in number.
     """
     images = list(images)
     if raw:
@@ -49,22 +41,29 @@ def encode_prompt(target, prompt: Prompt, images: Sequence[ImageLike] = (), raw:
     else:
         messages, images = normalise_messages(prompt, images)
         text = target.processor.apply_chat_template(messages, add_generation_prompt=True)
-    pictures = [open_image(image, number) for number, image in enumerate(images, 1)]
-    if target.image_token is None and pictures:
-        raise ValueError(f"this target reads no images, {len(pictures)} were given")
-    marks = text.count(target.image_token) if target.image_token else 0
-    if marks != len(pictures):
-        raise ValueError(f"the prompt has {marks} {target.image_token} marks but {len(pictures)} images were given")
-    inputs = target.processor(text=[text], images=pictures or None, return_tensors="np")
+    stills = [each for each in images if not isinstance(each, Video)]
+    pictures = [open_image(image, f"image {number}") for number, image in enumerate(stills, 1)]
+    videos = [each for each in images if isinstance(each, Video)]
+    given = {"images": (target.image_token, pictures), "videos": (target.video_token, videos)}
+    for noun, (mark, things) in given.items():
+        if mark is None and things:
+            raise ValueError(f"this target reads no {noun}, {len(things)} were given")
+        marks = text.count(mark) if mark else 0
+        if marks != len(things):
+            raise ValueError(f"the prompt has {marks} {mark} marks but {len(things)} {noun} were given")
+    arguments = {"images": pictures} if pictures else {}
+    if videos:
+        arguments["videos"] = [(video.pictures(f"video {number}"), video.fps) for number, video in enumerate(videos, 1)]
+    inputs = target.processor(text=[text], return_tensors="np", **arguments)
     ids = np.asarray(inputs["input_ids"][0], np.int32)
-    images = target.config.lay_out(inputs)
-    return EncodedPrompt(ids, images, target.config.position_ids(ids, images))
+    layouts = target.config.lay_out(inputs)
+    return EncodedPrompt(ids, layouts, target.config.position_ids(ids, layouts))
 
 
 def normalise_messages(prompt: Prompt, images: list) -> tuple[list[dict], list]:
-    """Messages whose content is a list of `text` and `image` parts, and the images in the order of those parts."""
+    """Messages whose content is a list of `text`, `image` and `video` parts, and the images in their order."""
     if isinstance(prompt, str):
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
+        content = [{"type": kind_of(image)} for image in images] + [{"type": "text", "text": prompt}]
         return [{"role": "user", "content": content}], images
     waiting, ordered, messages = list(images), [], []
     for message in prompt:
@@ -73,19 +72,24 @@ def normalise_messages(prompt: Prompt, images: list) -> tuple[list[dict], list]:
             if part["type"] == "text":
                 kept.append({"type": "text", "text": part["text"]})
                 continue
-            kept.append({"type": "image"})
             if part["type"] == "image_url":
-                ordered.append(image_url(part))
-            elif "image" in part:
-                ordered.append(part["image"])
+                image = image_url(part)
+            elif part["type"] in part:
+                image = part[part["type"]]
             elif waiting:
-                ordered.append(waiting.pop(0))
+                image = waiting.pop(0)
             else:
                 raise ValueError(f"the messages have more image parts than the {len(images)} images given")
+            ordered.append(as_video(image) if part["type"] == "video" else image)
+            kept.append({"type": kind_of(ordered[-1])})
         messages.append({"role": message["role"], "content": kept})
     if waiting:
         raise ValueError(f"{len(images)} images were given but the messages have {len(images) - len(waiting)} for them")
     return messages, ordered
+
+
+def kind_of(image: ImageLike | Video) -> str:
+    return "video" if isinstance(image, Video) else "image"
 
 
 def content_parts(message: dict) -> list[dict]:
@@ -101,8 +105,8 @@ def content_parts(message: dict) -> list[dict]:
         raise ValueError(f"a message's content must be a string or a list of parts, got {type(content).__name__}")
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else part
-        if kind not in ("text", "image", "image_url"):
-            raise ValueError(f"content part type {kind!r} is not supported; use text, image or image_url")
+        if kind not in ("text", "image", "image_url", "video"):
+            raise ValueError(f"content part type {kind!r} is not supported; use text, image, image_url or video")
         if kind == "text" and not isinstance(part.get("text"), str):
             raise ValueError(f"a text part needs text, a string; got {part.get('text')!r}")
     return list(content)
@@ -117,58 +121,3 @@ def image_url(part: dict) -> str:
     if not url.startswith("data:"):
         raise ValueError(f"image_url must hold a data: URL, got {url[:40]!r}")
     return url
-
-
-def open_image(image: ImageLike, number: int = 1) -> Image.Image:
-    """An RGB picture. Raises ValueError, naming the image, where it is missing, unreadable, empty or too large."""
-    name = f"image {number}"
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise ValueError(f"{name} has dtype {image.dtype}; give uint8")
-        if 0 in image.shape:
-            raise ValueError(f"{name} is empty: shape {image.shape}")
-        if image.ndim not in (2, 3):
-            raise ValueError(f"{name} has shape {image.shape}; give [H, W, 3], or [H, W] for greys")
-    elif isinstance(image, str) and image.startswith("data:"):
-        image = data_url_bytes(image, name)
-    elif isinstance(image, str | Path):
-        name = f"image {number} ({image})"
-        if not os.path.isfile(image):
-            raise ValueError(f"{name} does not exist")
-    elif not isinstance(image, Image.Image | bytes):
-        raise ValueError(f"{name} has type {type(image).__name__}; give a PIL image, a path, bytes or an array")
-    with readable(name):
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
-        elif not isinstance(image, Image.Image):
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ValueError(f"{name} is empty: {width} x {height} pixels")
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{name} has {width} x {height} pixels; the limit is {MAX_PIXELS}")
-    with readable(name):
-        if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 and leave a white picture
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
-
-
-@contextlib.contextmanager
-def readable(name: str):
-    """Whatever Pillow raises over a damaged file becomes a ValueError that names the image."""
-    try:
-        yield
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} has too many pixels; the limit is {MAX_PIXELS}") from error
-    except Exception as error:  # its parsers raise OSError, SyntaxError, ValueError, struct.error, IndexError, ..
-        raise ValueError(f"{name} cannot be read: {error}") from error
-
-
-def data_url_bytes(url: str, name: str) -> bytes:
-    header, _, payload = url.partition(",")
-    if not header.endswith(";base64"):
-        raise ValueError(f"{name} is a data: URL that is not base64")
-    try:
-        return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"{name} is not valid base64: {error}") from error

@@ -20,7 +20,12 @@ TEXT = {
     "max_position_embeddings": 1024,
 }
 CLIP = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
-QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for content in message['content'] %}"
+    "{% if content['type'] == 'text' %}{{ content['text'] + ' ' }}"
+    "{% else %}{{ '<|vision_start|><|' + content['type'] + '_pad|><|vision_end|>' }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
 
 
 def tokenizer_with(**special: str):
@@ -59,7 +64,6 @@ def qwen2_5_vl(tokenizer):
     image_processor = transformers.Qwen2VLImageProcessor(
         patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=64 * 64
     )
-    template = CHAT_TEMPLATE.replace("<image>\\n", QWEN_IMAGE)
     config = transformers.Qwen2_5_VLConfig(
         vision_config={
             "depth": 3,
@@ -79,7 +83,9 @@ def qwen2_5_vl(tokenizer):
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
     )
-    return config, QwenProcessor(tokenizer, image_processor, template)
+    return config, QwenProcessor(
+        tokenizer, image_processor, QWEN_TEMPLATE, {"shortest_edge": 256, "longest_edge": 4096}
+    )
 
 
 def gemma3(tokenizer):

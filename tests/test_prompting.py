@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from jaxspec import Generator, SamplingParams
-from jaxspec.prompting import encode_prompt, open_image
+from jaxspec.media import open_image
+from jaxspec.prompting import encode_prompt
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
 
@@ -62,7 +63,7 @@ def test_every_damaged_file_is_refused_by_name_or_opened(kind):
         flipped = bytes([*content[:at], content[at] ^ 0xFF, *content[at + 1 :]])
         for damaged in (content[:at], flipped):
             try:
-                assert open_image(damaged, 3).mode == "RGB"
+                assert open_image(damaged, "image 3").mode == "RGB"
             except ValueError as error:
                 assert str(error).startswith("image 3 "), error
                 refused += 1
@@ -184,12 +185,13 @@ def test_marks_and_images_that_do_not_match(refuses):
 
 
 def test_malformed_messages(refuses):
-    refuses("content part type 'video' is not supported; use text, image or image_url", [user({"type": "video"})])
-    refuses("content part type None is not supported; use text, image or image_url", [user({"text": "a"})])
+    known = "is not supported; use text, image, image_url or video"
+    refuses(f"content part type 'audio' {known}", [user({"type": "audio"})])
+    refuses(f"content part type None {known}", [user({"text": "a"})])
     refuses("a message needs role and content, got keys role", [{"role": "user"}])
     refuses("a message must be a dict with role and content, got str", ["Hello"])
     refuses("a message's content must be a string or a list of parts, got int", [{"role": "user", "content": 3}])
-    refuses("content part type 'Hello' is not supported; use text, image or image_url", [user("Hello")])
+    refuses(f"content part type 'Hello' {known}", [user("Hello")])
     refuses("a text part needs text, a string; got None", [user({"type": "text"})])
     refuses('an image_url part needs image_url: {"url": "data:..."}, got None', [user({"type": "image_url"})])
     refuses("an image_url part needs image_url", [user({"type": "image_url", "image_url": "data:image/png;base64,"})])

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from jaxspec.benchmark.measure import WARM_UPS, Arm
+from jaxspec.media import open_image
 from jaxspec.metrics import GenerationStats
-from jaxspec.prompting import normalise_messages, open_image
+from jaxspec.prompting import normalise_messages
 from jaxspec.targets.target import Target
 
 NAME = "transformers generate"

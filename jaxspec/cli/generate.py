@@ -1,11 +1,11 @@
 """`python -m jaxspec generate`: a question about a picture, and what speculation did for the answer."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
@@ -26,8 +26,9 @@ from jaxspec.cli.options import ModelOptions, TreeOptions, load_named_drafter
 from jaxspec.cli.output import ACCEPTED_STYLE, TokenColours, coloured, table, waiting
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.generator import Generator, Result
-from jaxspec.prompting import open_image
+from jaxspec.media import open_image
 from jaxspec.speculation.sampling import SamplingParams
+from jaxspec.video import Video
 
 AUTOREGRESSIVE, SPECULATIVE = "autoregressive", "speculative"
 RUNS, PATIENCE = 3, 3
@@ -52,6 +53,8 @@ class Generate:
 
     image: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATH")] = ()
     """A picture. The packaged one by default, with the embedded target or without a prompt."""
+    video: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATH")] = ()
+    """A video or an animated picture, for targets that read them. Video files need `pip install 'jaxspec[video]'`."""
     prompt: str | None = None
     """The question; "Describe the picture." by default."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = ModelOptions()
@@ -81,8 +84,9 @@ class Generate:
         if name is None and self.tree.given:
             raise ValueError("a tree needs a drafter: give --drafter")
         paths = self.image or self.default_images()
-        pictures = tuple(open_image(path, index) for index, path in enumerate(paths, 1))
-        question = Question(self.prompt or "Describe the picture.", pictures)
+        pictures = [open_image(path, f"image {index}") for index, path in enumerate(paths, 1)]
+        images = (*pictures, *map(Video.open, self.video))
+        question = Question(self.prompt or f"Describe the {'video' if self.video else 'picture'}.", images)
         with waiting(console, "loading ..."):
             target = self.model.load()
             drafter = load_named_drafter(name, target) if name else None
@@ -90,7 +94,7 @@ class Generate:
             if drafter:
                 tree = self.tree.applied(drafter.tree)
                 arms.append(self.arm(SPECULATIVE, Generator(target, drafter, tree, self.model.max_length)))
-        show_question(console, paths, pictures, question)
+        show_question(console, [*paths, *self.video], question)
         with waiting(console, "compiling ..."):
             warm_up(arms, [question], sampling)
         self.show_answer(console, arms[-1].generator, question, sampling)
@@ -111,7 +115,7 @@ class Generate:
             console.save_svg(self.save_svg, title="python -m jaxspec generate")
 
     def default_images(self) -> tuple[Path, ...]:
-        return () if self.model.target and self.prompt else (demo.picture_path(),)
+        return () if self.video or (self.model.target and self.prompt) else (demo.picture_path(),)
 
     def arm(self, name: str, generator: Generator) -> Arm:
         return Arm.of(name, generator, self.max_new_tokens)
@@ -173,8 +177,12 @@ class Generate:
             console.print(f"warning: {warning}", style="yellow", markup=False)
 
 
-def show_question(console: Console, paths, pictures: tuple[Image.Image, ...], question: Question) -> None:
-    for path, picture in zip(paths, pictures, strict=True):
-        console.print(f"{Path(path).name}, {picture.width} x {picture.height} pixels", style="dim", markup=False)
+def show_question(console: Console, paths: Sequence[str | Path], question: Question) -> None:
+    for path, image in zip(paths, question.images, strict=True):
+        if isinstance(image, Video):
+            size = f"{len(image.frames)} frames, {image.fps:.3g} per second"
+        else:
+            size = f"{image.width} x {image.height} pixels"
+        console.print(f"{Path(path).name}, {size}", style="dim", markup=False)
     console.print(question.prompt, style="bold", markup=False)
     console.print()

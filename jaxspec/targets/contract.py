@@ -22,6 +22,8 @@ class TargetConfig:
     text: TextConfig
     image_token_ids: tuple[int, ...]
     """Ids that stand for image features; the first is the mark of an image."""
+    video_token_id: int | None = None
+    """That of the ids which stands for videos, where the family reads them."""
     shared_rows: int = 0
     """Rows at the beginning of the table of features that belong to no image."""
 

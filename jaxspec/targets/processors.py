@@ -1,14 +1,21 @@
 """Processors where transformers' own cannot be had: text models have none, Qwen2.5-VL's wants torchvision for videos.
 
 Both answer to what `jaxspec.prompting` asks of a processor: `apply_chat_template(messages, add_generation_prompt)` and
-`processor(text=[..], images=[..], return_tensors="np")`.
+`processor(text=[..], images=[..], videos=[..], return_tensors="np")`, images and videos only where there are some.
 """
 
-import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import transformers
+from PIL import Image
+
+from jaxspec.checkpoints.tensors import read_json
+
+VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
+"""Pixels of a video's frame where a folder does not say, as in Qwen's own utilities."""
+MAX_VIDEO_TOKENS = 128_000
 
 
 class TextProcessor:
@@ -31,7 +38,7 @@ class TextProcessor:
         ]
         return self.tokenizer.apply_chat_template(flat, add_generation_prompt=add_generation_prompt, tokenize=tokenize)
 
-    def __call__(self, text: list[str], images=None, return_tensors: str = "np") -> dict:
+    def __call__(self, text: list[str], return_tensors: str = "np") -> dict:
         # A template has written the special tokens already.
         bos = self.tokenizer.bos_token
         return dict(
@@ -44,18 +51,21 @@ class TextProcessor:
 
 
 class QwenProcessor:
-    """Qwen2.5-VL's tokenizer and image processor; each `<|image_pad|>` becomes as many as its image has tokens."""
+    """Qwen2.5-VL's tokenizer and image processor; each `<|image_pad|>` or `<|video_pad|>` becomes as many as its image
+    or video has tokens. Videos go through the image processor frame by frame, within `video_size`."""
 
-    def __init__(self, tokenizer, image_processor, chat_template: str | None = None):
+    image_token, video_token = "<|image_pad|>", "<|video_pad|>"
+
+    def __init__(self, tokenizer, image_processor, chat_template: str | None = None, video_size: dict | None = None):
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.chat_template = chat_template or tokenizer.chat_template
-        self.image_token = "<|image_pad|>"
+        self.video_size = video_size or VIDEO_SIZE
 
     @classmethod
     def load(cls, folder: Path) -> "QwenProcessor":
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         image_processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        return cls(tokenizer, image_processor, chat_template_of(folder))
+        return cls(tokenizer, image_processor, chat_template_of(folder), video_size_of(folder))
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False, tokenize: bool = False):
         return self.tokenizer.apply_chat_template(
@@ -65,17 +75,62 @@ class QwenProcessor:
             tokenize=tokenize,
         )
 
-    def __call__(self, text: list[str], images=None, return_tensors: str = "np") -> dict:
-        inputs, counts = {}, iter(())
-        if images:
-            inputs = dict(self.image_processor(images, return_tensors=return_tensors))
-            merged = self.image_processor.merge_size**2
-            counts = iter(int(np.prod(grid)) // merged for grid in np.asarray(inputs["image_grid_thw"]))
-        expanded = []
-        for each in text:
-            pieces = each.split(self.image_token)
-            expanded.append(pieces[0] + "".join(self.image_token * next(counts, 1) + piece for piece in pieces[1:]))
-        return {**self.tokenizer(expanded, return_tensors=return_tensors), **inputs}
+    def __call__(
+        self,
+        text: list[str],
+        images: Sequence[Image.Image] | None = None,
+        videos: Sequence[tuple[Sequence[Image.Image], float]] | None = None,
+        return_tensors: str = "np",
+    ) -> dict:
+        """`videos` are pairs of RGB frames of one size and frames per second. Beside what the image processor returns:
+        `pixel_values_videos` f32 `[P, C]`, `video_grid_thw` `[n, 3]` and `second_per_grid_ts` `[n]`."""
+        inputs = dict(self.image_processor(images, return_tensors=return_tensors)) if images else {}
+        if videos:
+            patches, grids = zip(*(self.video_patches(frames) for frames, _ in videos), strict=True)
+            seconds = [self.image_processor.temporal_patch_size / fps for _, fps in videos]
+            inputs["pixel_values_videos"] = np.concatenate(patches)
+            inputs["video_grid_thw"], inputs["second_per_grid_ts"] = np.array(grids), np.array(seconds)
+        merged = self.image_processor.merge_size**2
+        for mark, grid in ((self.image_token, "image_grid_thw"), (self.video_token, "video_grid_thw")):
+            counts = iter(np.prod(inputs.get(grid, np.zeros((0, 3))), axis=1) // merged)
+            text = [spread_marks(each, mark, counts) for each in text]
+        return {**self.tokenizer(text, return_tensors=return_tensors), **inputs}
+
+    def video_patches(self, frames: Sequence[Image.Image]) -> tuple[np.ndarray, list[int]]:
+        """Patches `[t * h * w, C]` of one video, and its grid. The last frame is repeated to fill the last patch."""
+        depth, side = self.image_processor.temporal_patch_size, self.image_processor.patch_size
+        least, most = self.video_size["shortest_edge"], self.video_size["longest_edge"]
+        budget = int(0.9 * MAX_VIDEO_TOKENS * (side * self.image_processor.merge_size) ** 2)
+        share = max(budget * depth // len(frames), int(1.05 * least))  # a frame's, as Qwen's own utilities have it
+        size = {"shortest_edge": least, "longest_edge": min(most, share)}
+        made = self.image_processor(list(frames), size=size, return_tensors="np")
+        _, height, width = made["image_grid_thw"][0].tolist()
+        # An image is a patch that repeats it in time: of each frame the first of these is kept, side by side with the
+        # next frames' ones.
+        stills = made["pixel_values"].reshape(len(frames), height * width, 3, depth, -1)[:, :, :, 0]
+        stills = np.concatenate([stills, *[stills[-1:]] * (-len(frames) % depth)])
+        patches = stills.reshape(-1, depth, height * width, *stills.shape[2:]).transpose(0, 2, 3, 1, 4)
+        return patches.reshape(len(patches) * height * width, -1), [len(patches), height, width]
+
+
+def spread_marks(text: str, mark: str, counts: Iterator[int]) -> str:
+    """Every mark as many times as the next count says."""
+    first, *rest = text.split(mark)
+    return first + "".join(mark * int(next(counts, 1)) + piece for piece in rest)
+
+
+def video_size_of(folder: Path) -> dict | None:
+    """The least and most pixels of a video's frame, where the folder says so."""
+    for name, path in (("video_preprocessor_config.json", ()), ("processor_config.json", ("video_processor",))):
+        if (folder / name).exists():
+            values = read_json(folder / name)
+            for key in path:
+                values = values.get(key, {})
+            if size := values.get("size"):
+                return size
+            if "min_pixels" in values and "max_pixels" in values:
+                return {"shortest_edge": values["min_pixels"], "longest_edge": values["max_pixels"]}
+    return None
 
 
 def chat_template_of(folder: Path) -> str | None:
@@ -83,7 +138,7 @@ def chat_template_of(folder: Path) -> str | None:
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text()
     if (folder / "chat_template.json").exists():
-        return json.loads((folder / "chat_template.json").read_text())["chat_template"]
+        return read_json(folder / "chat_template.json")["chat_template"]
     return None
 
 

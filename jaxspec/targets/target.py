@@ -44,6 +44,12 @@ class Target:
         ids = self.config.image_token_ids
         return self.tokenizer.convert_ids_to_tokens(ids[0]) if ids else None
 
+    @property
+    def video_token(self) -> str | None:
+        """The same for a video."""
+        mark = self.config.video_token_id
+        return None if mark is None else self.tokenizer.convert_ids_to_tokens(mark)
+
     def fingerprint(self) -> str:
         """Names the weights: a hash over every tensor's name, shape, dtype and first values in the files."""
         digest = hashlib.sha256()

@@ -1,0 +1,77 @@
+"""Images as people hand them over (files, bytes, arrays, data: URLs) -> RGB pictures, or one clear sentence."""
+
+import base64
+import binascii
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+ImageLike = Any  # PIL.Image.Image, path, bytes, uint8 array [H, W, 3], data: URL
+MAX_PIXELS = 64_000_000
+"""Images with more pixels are refused from their header, before they are decoded."""
+MAX_ASPECT = 200
+"""Images with sides further apart are refused: processors would blow them up or shrink them to nothing."""
+
+
+def open_image(image: ImageLike, name: str = "image 1") -> Image.Image:
+    """An RGB picture, turned as its EXIF orientation says; transparency and palettes become colours as in transformers.
+
+    Raises ValueError, naming the image, where it is missing, unreadable, empty, too large or too narrow.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise ValueError(f"{name} has dtype {image.dtype}; give uint8")
+        if 0 in image.shape:
+            raise ValueError(f"{name} is empty: shape {image.shape}")
+        if image.ndim not in (2, 3):
+            raise ValueError(f"{name} has shape {image.shape}; give [H, W, 3], or [H, W] for greys")
+    elif isinstance(image, str) and image.startswith("data:"):
+        image = data_url_bytes(image, name)
+    elif isinstance(image, str | Path):
+        name = f"{name} ({image})"
+        if not os.path.isfile(image):
+            raise ValueError(f"{name} does not exist")
+    elif not isinstance(image, Image.Image | bytes):
+        raise ValueError(f"{name} has type {type(image).__name__}; give a PIL image, a path, bytes or an array")
+    with readable(name):
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        elif not isinstance(image, Image.Image):
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ValueError(f"{name} is empty: {width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{name} has {width} x {height} pixels; the limit is {MAX_PIXELS}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{name} has {width} x {height} pixels; one side may be {MAX_ASPECT} times the other at most")
+    with readable(name):
+        if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 and leave a white picture
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+@contextlib.contextmanager
+def readable(name: str):
+    """Whatever Pillow raises over a damaged file becomes a ValueError that names the image."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has too many pixels; the limit is {MAX_PIXELS}") from error
+    except Exception as error:  # its parsers raise OSError, SyntaxError, ValueError, struct.error, IndexError, ..
+        raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+def data_url_bytes(url: str, name: str) -> bytes:
+    header, _, payload = url.partition(",")
+    if not header.endswith(";base64"):
+        raise ValueError(f"{name} is a data: URL that is not base64")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"{name} is not valid base64: {error}") from error
