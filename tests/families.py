@@ -1,5 +1,7 @@
 """A small random target of every family with its processor, without files."""
 
+import functools
+
 import jax
 import numpy as np
 import transformers
@@ -28,14 +30,11 @@ QWEN_TEMPLATE = (
 )
 
 
-def tokenizer_with(**special: str):
-    """The demo's tokenizer with named special tokens of its own beside."""
-    tokenizer = wrapped_tokenizer(scenes=300)
-    tokenizer.add_special_tokens({"extra_special_tokens": {**tokenizer.extra_special_tokens, **special}})
-    return tokenizer
+small_tokenizer = functools.partial(wrapped_tokenizer, 300)
 
 
-def llava_next(tokenizer):
+def llava_next():
+    tokenizer = small_tokenizer()
     size = {"height": 24, "width": 24}
     image_processor = transformers.LlavaNextImageProcessor(
         size={"shortest_edge": 24}, crop_size=size, image_grid_pinpoints=[[24, 48], [48, 24], [48, 48]]
@@ -57,7 +56,8 @@ def llava_next(tokenizer):
     return config, processor
 
 
-def qwen2_5_vl(tokenizer):
+def qwen2_5_vl():
+    tokenizer = small_tokenizer()
     tokenizer.add_special_tokens(
         {"additional_special_tokens": ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]}
     )
@@ -88,8 +88,8 @@ def qwen2_5_vl(tokenizer):
     )
 
 
-def gemma3(tokenizer):
-    tokenizer = tokenizer_with(boi_token="<start_of_image>", eoi_token="<end_of_image>")
+def gemma3():
+    tokenizer = small_tokenizer(boi_token="<start_of_image>", eoi_token="<end_of_image>")
     image_processor = transformers.Gemma3ImageProcessor(size={"height": 16, "width": 16})
     template = CHAT_TEMPLATE.replace("<image>\\n", "<start_of_image>")
     processor = transformers.Gemma3Processor(image_processor, tokenizer, chat_template=template, image_seq_length=4)
@@ -110,7 +110,8 @@ def gemma3(tokenizer):
 
 
 def text_only(config_type, **options):
-    def build(tokenizer):
+    def build():
+        tokenizer = small_tokenizer()
         tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}A:"
         return config_type(**TEXT, vocab_size=len(tokenizer), **options), TextProcessor(tokenizer)
 
@@ -128,7 +129,7 @@ FAMILIES = {
 
 
 def family_target(name: str) -> Target:
-    config, processor = FAMILIES[name](wrapped_tokenizer(scenes=300))
+    config, processor = FAMILIES[name]()
     family = family_of(config)
     model = randomized(family.model(family.config_from_hf(config), rngs=nnx.Rngs(0)), seed=3, scale=1.0)
     language = model.language_model

@@ -93,15 +93,15 @@ def train_tokenizer(scenes: int = 6000) -> Tokenizer:
     return tokenizer
 
 
-def wrapped_tokenizer(scenes: int = 6000) -> PreTrainedTokenizerFast:
-    """The trained tokenizer as transformers uses it."""
+def wrapped_tokenizer(scenes: int = 6000, **special: str) -> PreTrainedTokenizerFast:
+    """The trained tokenizer as transformers uses it; `special` names further special tokens, such as `boi_token`."""
     return PreTrainedTokenizerFast(
         tokenizer_object=train_tokenizer(scenes),
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens={"image_token": "<image>", **special},
         clean_up_tokenization_spaces=False,
         padding_side="left",
         model_max_length=2048,

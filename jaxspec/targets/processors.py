@@ -92,7 +92,7 @@ class QwenProcessor:
             inputs["video_grid_thw"], inputs["second_per_grid_ts"] = np.array(grids), np.array(seconds)
         merged = self.image_processor.merge_size**2
         for mark, grid in ((self.image_token, "image_grid_thw"), (self.video_token, "video_grid_thw")):
-            counts = iter(np.prod(inputs.get(grid, np.zeros((0, 3))), axis=1) // merged)
+            counts = iter(np.prod(np.asarray(inputs.get(grid, np.zeros((0, 3)))), axis=1) // merged)
             text = [spread_marks(each, mark, counts) for each in text]
         return {**self.tokenizer(text, return_tensors=return_tensors), **inputs}
 

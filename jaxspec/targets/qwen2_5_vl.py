@@ -134,7 +134,7 @@ class Qwen2_5VLConfig(TargetConfig):
             key: np.concatenate([each, np.zeros((count - len(each), *each.shape[1:]), each.dtype)])
             for key, each in windows.items()
         }
-        longest = round_up(max(map(len, frames)))
+        longest = round_up(max(padded["valid"].shape[1], *map(len, frames)))
         members = np.zeros((round_up(len(frames)), longest), np.int32)
         inside = np.zeros(members.shape, bool)
         back = np.zeros(padded["valid"].size, np.int32)

@@ -1,0 +1,66 @@
+"""Images and videos of any size land in few compiled shapes (docs/TARGETS.md gives the bounds)."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxspec import Generator
+from jaxspec.prompting import encode_prompt
+from jaxspec.targets.qwen2_5_vl import Qwen2_5VLConfig, QwenVisionConfig, frame_windows, round_up
+from tests.families import family_target
+
+VISION = ("llava_next", "qwen2_5_vl", "gemma3")
+
+
+def picture(rng) -> Image.Image:
+    width, height = np.exp(rng.uniform(np.log(8), np.log(160), 2)).astype(int).tolist()
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize(("family", "most"), [("llava_next", 2), ("qwen2_5_vl", 8), ("gemma3", 1)])
+def test_shapes_of_one_image(family, most):
+    """The towers' inputs for 60 images of random sizes."""
+    target, rng, shapes, sizes = family_target(family), np.random.default_rng(0), set(), set()
+    for _ in range(60):
+        image = picture(rng)
+        encoded = encode_prompt(target, "What is this?", [image])
+        placed = target.config.place(encoded.images, encoded.input_ids[None])
+        shapes.add(str(jax.tree.map(np.shape, placed.pixels)))
+        sizes.add(image.size)
+    assert len(sizes) > 50 and len(shapes) <= most, sorted(shapes)
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_no_program_for_another_size(family):
+    """Images of other sizes whose prompt and windows fall into the same buckets compile nothing new."""
+    generator, rng = Generator(family_target(family), max_length=256), np.random.default_rng(1)
+    programs = set()
+    for _ in range(12):
+        images = [picture(rng)]
+        encoded = encode_prompt(generator.target, "What is this?", images)
+        placed = generator.target.config.place(encoded.images, encoded.input_ids[None])
+        programs.add((-(-len(encoded.input_ids) // 32), str(jax.tree.map(np.shape, placed.pixels))))
+        generator.generate("What is this?", images, max_new_tokens=2)
+    assert generator.compilations <= 2 * len(programs) < 24
+
+
+def test_shapes_of_published_qwen():
+    """Every image that Qwen2.5-VL-7B's processor can make of up to 1,280 tokens, and of up to its 16,384."""
+    vision = QwenVisionConfig(8, 8, 1, 1, 8, 14, 2, 2, 112, ())
+    config = Qwen2_5VLConfig(None, vision, image_token_id=1, video_token_id=2)
+    for limit, most in ((1280, 40), (16384, 70)):
+        shapes = set()
+        for height in range(1, 129, 9):
+            for width in range(1, min(limit // height, 200 * height) + 1, 9):
+                grid = (1, 2 * height, 2 * width)
+                layout = frame_windows(vision, np.zeros((4 * height * width, 0), np.float32), grid, None)
+                shapes.add(str(jax.tree.map(np.shape, config.collate([layout]))))
+        assert len(shapes) <= most, len(shapes)
+
+
+def test_rounding_wastes_at_most_half():
+    sizes = np.arange(1, 5000)
+    rounded = np.array([round_up(int(size)) for size in sizes])
+    assert (rounded >= sizes).all() and (rounded <= 1.5 * sizes).all()
+    assert len(set(rounded.tolist())) == 25
