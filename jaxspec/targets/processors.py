@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import transformers
 from PIL import Image
+from transformers import BatchFeature
 
 from jaxspec.checkpoints.tensors import read_json
 
@@ -38,23 +39,17 @@ class TextProcessor:
         ]
         return self.tokenizer.apply_chat_template(flat, add_generation_prompt=add_generation_prompt, tokenize=tokenize)
 
-    def __call__(self, text: list[str], return_tensors: str = "np") -> dict:
-        # A template has written the special tokens already.
+    def __call__(self, text: list[str], return_tensors: str = "np") -> transformers.BatchEncoding:
         bos = self.tokenizer.bos_token
-        return dict(
-            self.tokenizer(
-                text,
-                return_tensors=return_tensors,
-                add_special_tokens=not (bos and all(each.startswith(bos) for each in text)),
-            )
-        )
+        written = bos and all(each.startswith(bos) for each in text)  # by the template
+        return self.tokenizer(text, return_tensors=return_tensors, add_special_tokens=not written)
 
 
 class QwenProcessor:
     """Qwen2.5-VL's tokenizer and image processor; each `<|image_pad|>` or `<|video_pad|>` becomes as many as its image
     or video has tokens. Videos go through the image processor frame by frame, within `video_size`."""
 
-    image_token, video_token = "<|image_pad|>", "<|video_pad|>"
+    marks = image_token, video_token = "<|image_pad|>", "<|video_pad|>"
 
     def __init__(self, tokenizer, image_processor, chat_template: str | None = None, video_size: dict | None = None):
         self.tokenizer, self.image_processor = tokenizer, image_processor
@@ -81,20 +76,24 @@ class QwenProcessor:
         images: Sequence[Image.Image] | None = None,
         videos: Sequence[tuple[Sequence[Image.Image], float]] | None = None,
         return_tensors: str = "np",
-    ) -> dict:
+    ) -> BatchFeature:
         """`videos` are pairs of RGB frames of one size and frames per second. Beside what the image processor returns:
-        `pixel_values_videos` f32 `[P, C]`, `video_grid_thw` `[n, 3]` and `second_per_grid_ts` `[n]`."""
-        inputs = dict(self.image_processor(images, return_tensors=return_tensors)) if images else {}
+        `pixel_values_videos` f32 `[P, C]`, `video_grid_thw` `[n, 3]` and `second_per_grid_ts` `[n]`; and what
+        transformers' own model wants, `mm_token_type_ids` `[B, S]`."""
+        inputs = dict(self.image_processor(images, return_tensors="np")) if images else {}
         if videos:
             patches, grids = zip(*(self.video_patches(frames) for frames, _ in videos), strict=True)
             seconds = [self.image_processor.temporal_patch_size / fps for _, fps in videos]
             inputs["pixel_values_videos"] = np.concatenate(patches)
             inputs["video_grid_thw"], inputs["second_per_grid_ts"] = np.array(grids), np.array(seconds)
         merged = self.image_processor.merge_size**2
-        for mark, grid in ((self.image_token, "image_grid_thw"), (self.video_token, "video_grid_thw")):
-            counts = iter(np.prod(np.asarray(inputs.get(grid, np.zeros((0, 3)))), axis=1) // merged)
+        for mark, grid in zip(self.marks, ("image_grid_thw", "video_grid_thw"), strict=True):
+            counts = iter(np.prod(inputs.get(grid, np.zeros((0, 3))), axis=1) // merged)
             text = [spread_marks(each, mark, counts) for each in text]
-        return {**self.tokenizer(text, return_tensors=return_tensors), **inputs}
+        inputs |= self.tokenizer(text, return_tensors="np")
+        kinds = [inputs["input_ids"] == self.tokenizer.convert_tokens_to_ids(mark) for mark in self.marks]
+        inputs["mm_token_type_ids"] = kinds[0] + 2 * kinds[1].astype(np.int64)
+        return BatchFeature(inputs, tensor_type=return_tensors)
 
     def video_patches(self, frames: Sequence[Image.Image]) -> tuple[np.ndarray, list[int]]:
         """Patches `[t * h * w, C]` of one video, and its grid. The last frame is repeated to fill the last patch."""
