@@ -26,8 +26,10 @@ QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 def tokenizer_with(**special: str):
     """The demo's tokenizer with named special tokens of its own beside."""
     tokenizer = wrapped_tokenizer(scenes=300)
-    tokenizer.add_special_tokens({"extra_special_tokens": {**tokenizer.extra_special_tokens, **special}})
-    return tokenizer
+    named = {**tokenizer.special_tokens_map, **special}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, padding_side=tokenizer.padding_side, **named
+    )
 
 
 def llava_next(tokenizer):
