@@ -1,4 +1,5 @@
-"""Our parameter paths <-> published tensor names, one table per family, used in both directions.
+"""Our parameter paths <-> published tensor names, one table per family, used in both directions: to fill a module that
+was built without memory from a folder's tensors, and to write it out again.
 
 Modules here are nested like the published ones, so a table holds prefixes only; the leaf rule is common: `kernel` is
 the transposed `weight`, `scale` and `embedding` are `weight`, a convolution's kernel is its flattened `weight`.

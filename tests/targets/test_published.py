@@ -103,7 +103,9 @@ def test_parameter_counts(published):
 
 def test_rotary_frequencies(published):
     _, _, theirs, config, _ = published
-    module = next(part for path, part in theirs.named_modules() if re.fullmatch(r"model\.(language_model\.)?rotary_emb", path))
+    module = next(
+        part for path, part in theirs.named_modules() if re.fullmatch(r"model\.(language_model\.)?rotary_emb", path)
+    )
     buffers = dict(type(module)(module.config).named_buffers())
     text = config.text
     ropes = {"inv_freq": text.rope}
