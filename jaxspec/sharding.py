@@ -11,9 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 # Wide matrices split their outputs over `tensor`, the matrices after them their inputs; vectors are replicated.
 RULES = (
-    (r".*\.(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|linear_1)\.kernel", ("fsdp", "tensor")),
-    (r".*\.(o_proj|out_proj|down_proj|fc2|linear_2)\.kernel", ("tensor", "fsdp")),
-    (r".*embed_tokens\.embedding", ("tensor", "fsdp")),
+    (r".*\.(q_proj|k_proj|v_proj|qkv|gate_proj|up_proj|fc1|linear_1|merger\.mlp\.0)\.kernel", ("fsdp", "tensor")),
+    (r".*\.(o_proj|out_proj|attn\.proj|down_proj|fc2|linear_2|merger\.mlp\.2)\.kernel", ("tensor", "fsdp")),
+    (r".*\.(patch_embedding|patch_embed\.proj)\.kernel|.*\.mm_input_projection_weight", ("fsdp", "tensor")),
+    (r".*\.(embed_tokens|position_embedding)\.embedding", ("tensor", "fsdp")),
     (r".*lm_head\.kernel", ("fsdp", "tensor")),
     (r"(.*\.)?(fc|img_fc)\.kernel", ("fsdp", None)),
 )

@@ -1,4 +1,4 @@
-"""Small LLaVA folders, as transformers writes them and as jaxspec does, and prompts for them."""
+"""Small folders, as transformers writes them and as jaxspec does, and prompts for the LLaVA ones."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import torch
 import transformers
 from flax import nnx
 
-from jaxspec.targets.llava import Llava, LlavaConfig
-from jaxspec.targets.registry import save_model
+from jaxspec.checkpoints.names import abstract
+from jaxspec.targets.registry import family_of, save_model
 
 VOCAB, IMAGE_TOKEN, IMAGE_SIZE = 99, 98, 16
 TOKENS_PER_IMAGE = 4
@@ -61,16 +61,20 @@ def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def write_llava(folder: Path, config: transformers.LlavaConfig | None = None, dtype=np.float32) -> Path:
-    """A folder of random weights, without transformers' model."""
-    config = config or llava_config()
+    return write_random(folder, config or llava_config(), dtype)
+
+
+def write_random(folder: Path, config: transformers.PreTrainedConfig, dtype=np.float32) -> Path:
+    """A folder of random weights of any family, without transformers' model and without a processor."""
     empty = folder.with_name(folder.name + "_processor")
     empty.mkdir()
-    graph, state = nnx.split(nnx.eval_shape(lambda: Llava(LlavaConfig.from_hf(config), rngs=nnx.Rngs(0))))
+    family = family_of(config)
+    graph, state = nnx.split(abstract(lambda rngs: family.model(family.config_from_hf(config), rngs=rngs)))
     rng = np.random.default_rng(0)
 
     def draw(leaf):
-        values = rng.normal(size=leaf.shape)
-        return (values / leaf.shape[0] ** 0.5 if values.ndim > 1 else 1 + 0.2 * values).astype(np.float32)
+        values = rng.standard_normal(leaf.shape, np.float32)
+        return values / np.float32(leaf.shape[0] ** 0.5) if values.ndim > 1 else 1 + np.float32(0.2) * values
 
     save_model(nnx.merge(graph, jax.tree.map(draw, state)), config, empty, folder, dtype)
     return folder

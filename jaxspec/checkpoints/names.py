@@ -1,4 +1,5 @@
-"""Our parameter paths <-> published tensor names, one table per family, used in both directions.
+"""Our parameter paths <-> published tensor names, one table per family, used in both directions: to fill a module that
+was built without memory from a folder's tensors, and to write it out again.
 
 Modules here are nested like the published ones, so a table holds prefixes only; the leaf rule is common: `kernel` is
 the transposed `weight`, `scale` and `embedding` are `weight`, a convolution's kernel is its flattened `weight`.
@@ -6,7 +7,8 @@ the transposed `weight`, `scale` and `embedding` are `weight`, a convolution's k
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +53,13 @@ class NameTable:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
 
+def dotted_path(path: Iterable) -> str:
+    return ".".join(map(str, path))
+
+
 def parameter_paths(module: nnx.Module) -> dict[str, nnx.Param]:
     """Every parameter of a module by dotted path."""
-    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+    return {dotted_path(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
 
 def to_ours(path: str, array: np.ndarray) -> np.ndarray:
@@ -74,12 +80,22 @@ def to_published(path: str, array: np.ndarray) -> np.ndarray:
     return array.T if path.endswith("kernel") else array
 
 
-def fill(
-    module: nnx.Module, tensors: Mapping[str, np.ndarray], table: NameTable, source: str, dtype, mesh=None
-) -> nnx.Module:
-    """A module with the same structure (built abstractly) whose parameters are the published tensors in `dtype`.
+class OneKey:
+    """Stands in for `nnx.Rngs` where nothing is drawn: each draw of a real one walks back through all before it."""
 
-    With a mesh every device reads its own shard only.
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
+def abstract(build: Callable[[Any], nnx.Module]) -> nnx.Module:
+    """The module that `build(rngs)` makes, with shapes in place of values."""
+    return nnx.eval_shape(lambda: build(OneKey()))
+
+
+def match(
+    module: nnx.Module, tensors: Mapping[str, np.ndarray], table: NameTable, source: str
+) -> list[tuple[tuple, nnx.Variable, np.ndarray]]:
+    """(path, leaf, published array in our layout) of every parameter of an abstract module; no values are read.
 
     Raises ValueError that lists every missing, extra, doubled and mis-shaped tensor at once.
     """
@@ -91,11 +107,9 @@ def fill(
         if canonical in by_name:
             problems.append(f"doubled: {name} (also {canonical})")
         by_name[canonical] = array
-    graph, state = nnx.split(module)
-    flat = nnx.to_flat_state(state)
     found = []
-    for path, leaf in flat:
-        dotted = ".".join(map(str, path))
+    for path, leaf in nnx.to_flat_state(nnx.state(module)):
+        dotted = dotted_path(path)
         name = table.published(dotted)
         if name not in by_name:
             problems.append(f"missing: {name} {published_shape(dotted, leaf.shape)}")
@@ -110,17 +124,39 @@ def fill(
     problems += [f"extra: {name} {tuple(array.shape)}" for name, array in by_name.items()]
     if problems:
         raise ValueError(f"{source} does not fit its config.json:\n  " + "\n  ".join(problems))
-    values = [(path, leaf.replace(place(array, ".".join(map(str, path)), dtype, mesh))) for path, leaf, array in found]
-    return nnx.merge(graph, nnx.from_flat_state(values))
+    return found
+
+
+def fill(
+    module: nnx.Module, tensors: Mapping[str, np.ndarray], table: NameTable, source: str, dtype, mesh=None
+) -> nnx.Module:
+    """A module with the same structure (built abstractly) whose parameters are the published tensors in `dtype`.
+
+    With a mesh every shard is read on its own: the host holds one at a time. Raises ValueError as `match` does.
+    """
+    found = match(module, tensors, table, source)
+    values = [(path, leaf.replace(place(array, dotted_path(path), dtype, mesh))) for path, leaf, array in found]
+    return nnx.merge(nnx.graphdef(module), nnx.from_flat_state(values))
 
 
 def place(array: np.ndarray, path: str, dtype, mesh) -> jax.Array:
-    """A memory-mapped array on the device, or each shard of it on its own."""
+    """A memory-mapped array in `dtype` on the device, or shard by shard on a mesh.
+
+    Not `make_array_from_callback`: it holds the shards of all local devices, replicas too, before it moves the first.
+    `astype` copies even without a change of type: on CPU JAX may keep the array it is given, and a file rewritten later
+    must not change the model. It also keeps the order in the file; transposing is faster on the way to the device.
+    """
     if mesh is None:
-        # A copy: on CPU `asarray` may lend JAX the mapped pages, and a file rewritten later would change the model.
-        return jnp.array(np.ascontiguousarray(array), dtype)
+        return jnp.asarray(array.astype(dtype))
     sharding = parameter_sharding(mesh, path, array.shape)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].astype(dtype))
+    holders = {}
+    for device, index in sharding.addressable_devices_indices_map(array.shape).items():
+        holders.setdefault(str(index), (index, []))[1].append(device)
+    shards = []
+    for index, devices in holders.values():
+        shard = array[index].astype(dtype)
+        shards += jax.block_until_ready([jax.device_put(shard, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
 
 
 def published_shape(path: str, shape: Iterable[int]) -> tuple[int, ...]:

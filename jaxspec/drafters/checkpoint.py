@@ -13,11 +13,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import transformers
-from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxspec.checkpoints.configs import llama_text_config
-from jaxspec.checkpoints.names import NameTable, fill, to_tensors
+from jaxspec.checkpoints.names import NameTable, abstract, fill, to_tensors
 from jaxspec.checkpoints.tensors import read_folder, read_json
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
@@ -39,7 +38,7 @@ def load_drafter_folder(folder: Path, target, dtype=jnp.float32) -> tuple[EagleH
     if embedding is not None:
         check_embedding(embedding, target, folder)
     method = method_of(raw)
-    head = nnx.eval_shape(lambda: METHODS[method](config, rngs=nnx.Rngs(0)))
+    head = abstract(lambda rngs: METHODS[method](config, rngs=rngs))
     return fill(head, tensors, NAMES, str(folder), dtype), tree_of(raw, method)
 
 

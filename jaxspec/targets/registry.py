@@ -9,10 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import transformers
-from flax import nnx
 from safetensors.numpy import save_file
 
-from jaxspec.checkpoints.names import NameTable, fill, to_tensors
+from jaxspec.checkpoints.names import NameTable, abstract, fill, to_tensors
 from jaxspec.checkpoints.tensors import read_folder, read_json
 from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.gemma3 import Gemma3, Gemma3Config
@@ -66,7 +65,7 @@ def load_model(folder: Path, dtype=jnp.float32, mesh=None) -> VisionLanguageMode
     hf_config = read_config(folder)
     family = family_of(hf_config)
     config, tensors = settle_tying(family.config_from_hf(hf_config), read_folder(folder), family.names)
-    model = nnx.eval_shape(lambda: family.model(config, rngs=nnx.Rngs(0)))
+    model = abstract(lambda rngs: family.model(config, rngs=rngs))
     return fill(model, tensors, family.names, str(folder), dtype, mesh)
 
 
@@ -78,9 +77,15 @@ def settle_tying(config, tensors: dict[str, np.ndarray], names: NameTable):
     embedding = by_name.get(names.published("language_model.embed_tokens.embedding"))
     if not config.text.tie_word_embeddings or head is None or embedding is None:
         return config, tensors
-    if np.array_equal(tensors[head], tensors[embedding]):
+    if same_values(tensors[head], tensors[embedding]):
         return config, {name: array for name, array in tensors.items() if name != head}
     return dataclasses.replace(config, text=dataclasses.replace(config.text, tie_word_embeddings=False)), tensors
+
+
+def same_values(a: np.ndarray, b: np.ndarray, rows: int = 4096) -> bool:
+    """Whether two arrays of rows are equal, read a few rows at a time."""
+    parts = (slice(first, first + rows) for first in range(0, len(a), rows))
+    return a.shape == b.shape and all(np.array_equal(a[part], b[part]) for part in parts)
 
 
 def save_model(model: VisionLanguageModel, hf_config, processor_folder: Path, folder: Path, dtype) -> None:
