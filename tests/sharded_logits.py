@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxspec import Target
 from jaxspec.checkpoints.names import parameter_paths
-from jaxspec.demo.processor import build_processor, wrapped_tokenizer
+from jaxspec.demo.processor import build_processor
 from jaxspec.prompting import encode_prompt
 from jaxspec.targets.images import Images, stack_positions
 from jaxspec.targets.registry import load_model
@@ -77,6 +77,6 @@ def report(folder: Path, config, processor) -> dict:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    models = {"llava": llava(root), **{name: build(wrapped_tokenizer(scenes=300)) for name, build in FAMILIES.items()}}
+    models = {"llava": llava(root), **{name: build() for name, build in FAMILIES.items()}}
     families = {name: report(root / name, *model) for name, model in models.items()}
     print(json.dumps({"devices": jax.device_count(), "families": families}))
