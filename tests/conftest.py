@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 
+import jax
 import numpy as np
 import pytest
 
@@ -42,3 +43,15 @@ def requests(pictures) -> list[tuple[str, list[np.ndarray]]]:
         ("How many shapes are there?", pictures[:1]),
         ("Compare the two.", pictures[1:]),
     ]
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Programs compile in a fraction of the time and run slower; their arithmetic is the same but for the order of
+    additions."""
+    plain, jit = jax.config.read("jax_disable_most_optimizations"), jax.jit
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.jit = functools.partial(jit, compiler_options={"xla_cpu_use_fusion_emitters": False})
+    yield
+    jax.jit = jit
+    jax.config.update("jax_disable_most_optimizations", plain)

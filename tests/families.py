@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxspec import Target
 from jaxspec.demo.processor import CHAT_TEMPLATE, wrapped_tokenizer
+from jaxspec.targets.gemma3 import GemmaLanguageModel
 from jaxspec.targets.processors import QwenProcessor, TextProcessor
 from jaxspec.targets.registry import family_of
 from tests.helpers import randomized
@@ -16,7 +17,7 @@ from tests.helpers import randomized
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
@@ -29,6 +30,9 @@ QWEN_TEMPLATE = (
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
+LAYER_TYPES = ["sliding_attention", "full_attention"]
+PREFERRED = slice(300, 308)
+"""A few tokens win most choices, so that a draft head that knows nothing is right at times."""
 
 small_tokenizer = functools.partial(wrapped_tokenizer, 300)
 
@@ -66,7 +70,7 @@ def qwen2_5_vl():
     )
     config = transformers.Qwen2_5_VLConfig(
         vision_config={
-            "depth": 3,
+            "depth": 2,
             "hidden_size": 32,
             "intermediate_size": 40,
             "num_heads": 2,
@@ -100,10 +104,11 @@ def gemma3():
             "head_dim": 8,
             "vocab_size": len(tokenizer),
             "sliding_window": 6,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "layer_types": LAYER_TYPES,
             "query_pre_attn_scalar": 8,
         },
         mm_tokens_per_image=4,
+        tie_word_embeddings=False,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     return config, processor
@@ -123,8 +128,15 @@ FAMILIES = {
     "qwen2_5_vl": qwen2_5_vl,
     "gemma3": gemma3,
     "llama": text_only(transformers.LlamaConfig),
+    "mistral": text_only(transformers.MistralConfig, sliding_window=None),
     "qwen2": text_only(transformers.Qwen2Config),
-    "gemma3_text": text_only(transformers.Gemma3TextConfig, head_dim=8, sliding_window=6),
+    "gemma3_text": text_only(
+        transformers.Gemma3TextConfig,
+        head_dim=8,
+        sliding_window=6,
+        layer_types=LAYER_TYPES,
+        tie_word_embeddings=False,
+    ),
 }
 
 
@@ -133,5 +145,11 @@ def family_target(name: str) -> Target:
     family = family_of(config)
     model = randomized(family.model(family.config_from_hf(config), rngs=nnx.Rngs(0)), seed=3, scale=1.0)
     language = model.language_model
-    language.embed_tokens.embedding[...] *= np.sqrt(language.config.vocab_size)  # entries near 1
+    text = language.config
+    shown = np.sqrt(text.hidden_size) if isinstance(language, GemmaLanguageModel) else 1.0
+    language.embed_tokens.embedding[...] *= np.sqrt(text.vocab_size) / shown  # entries near 1 after `embed`
+    for layer in language.layers:  # what is said depends on all that was said before
+        layer.self_attn.q_proj.kernel[...] *= 3.0
+        layer.self_attn.o_proj.kernel[...] *= 4.0
+    language.lm_head.kernel[:, PREFERRED] *= 4.0
     return Target(jax.tree.map(jax.numpy.asarray, model), processor, None, (processor.tokenizer.eos_token_id,))

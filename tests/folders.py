@@ -13,6 +13,7 @@ from jaxspec.targets.registry import family_of, save_model
 
 VOCAB, IMAGE_TOKEN, IMAGE_SIZE = 99, 98, 16
 TOKENS_PER_IMAGE = 4
+TEXT_SCALES = {"embed_tokens": 0.3, "q_proj": 3.0}
 
 
 def llava_config(text: dict | None = None, vision: dict | None = None, **top) -> transformers.LlavaConfig:
@@ -48,13 +49,16 @@ def torch_llava(config: transformers.LlavaConfig, seed: int = 0) -> transformers
 
 
 def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """The model with new weights, so that every matrix, bias and norm shows in the logits."""
+    """The model with new weights, so that every matrix, bias and norm shows in the logits, and every next token depends
+    on all that came before: greedy text does not repeat itself."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             draw = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
-                parameter.copy_(draw / parameter[0].numel() ** 0.5)
+                text = "vision" not in name
+                scale = next((scale for part, scale in TEXT_SCALES.items() if text and part in name), 1.0)
+                parameter.copy_(scale * draw / parameter[0].numel() ** 0.5)
             else:
                 parameter.copy_(0.2 * draw + ("norm" in name and name.endswith("weight")))
     return model

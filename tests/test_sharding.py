@@ -56,9 +56,9 @@ LAYER, CLIP_LAYER = "language_model.layers.1.", "vision_tower.encoder.layers.0."
         ("llava", "language_model.embed_tokens.embedding", [None, "fsdp"]),  # an odd vocabulary
         ("llava", "language_model.lm_head.kernel", ["fsdp", None]),
         ("qwen2_5_vl", "visual.patch_embed.proj.kernel", ["fsdp", "tensor"]),
-        ("qwen2_5_vl", "visual.blocks.2.attn.qkv.kernel", ["fsdp", "tensor"]),
-        ("qwen2_5_vl", "visual.blocks.2.attn.proj.kernel", ["tensor", "fsdp"]),
-        ("qwen2_5_vl", "visual.blocks.2.mlp.down_proj.kernel", ["tensor", "fsdp"]),
+        ("qwen2_5_vl", "visual.blocks.1.attn.qkv.kernel", ["fsdp", "tensor"]),
+        ("qwen2_5_vl", "visual.blocks.1.attn.proj.kernel", ["tensor", "fsdp"]),
+        ("qwen2_5_vl", "visual.blocks.1.mlp.down_proj.kernel", ["tensor", "fsdp"]),
         ("qwen2_5_vl", "visual.merger.mlp.0.kernel", ["fsdp", "tensor"]),
         ("qwen2_5_vl", "visual.merger.mlp.2.kernel", ["tensor", "fsdp"]),
         ("gemma3", "vision_tower.embeddings.patch_embedding.kernel", ["fsdp", "tensor"]),

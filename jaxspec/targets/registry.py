@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,21 +24,48 @@ from jaxspec.targets.text import TEXT_NAMES, TextModel, TextTargetConfig
 
 @dataclasses.dataclass(frozen=True)
 class Family:
+    """How a family is read, and what the README's table says of it (jaxspec/targets/support.py)."""
+
+    title: str
+    architecture: str  # the transformers class that it is tested against
     model: type[VisionLanguageModel]
     config_from_hf: Callable[[Any], Any]
     names: NameTable
     load_processor: Callable[[Path], Any] = load_processor
+    images: Literal["no", "one", "several"] = "several"  # per prompt
+    video: bool = False
+    drafters: tuple[str, ...] = ("EAGLE-2", "ViSpec", "chain")  # tested to give the tokens of autoregressive decoding
+    tolerance: float = 1e-5  # of float32 logits, largest difference over largest value; the parity tests read it here
+    checked: str = "2026-11-22"  # when the parity tests last passed, ISO date
+
+
+def text_family(title: str, architecture: str) -> Family:
+    return Family(title, architecture, TextModel, TextTargetConfig.from_hf, TEXT_NAMES, TextProcessor.load, images="no")
 
 
 FAMILIES = {
-    "llava": Family(Llava, LlavaConfig.from_hf, LLAVA_NAMES),
-    "llava_next": Family(LlavaNext, LlavaNextConfig.from_hf, LLAVA_NAMES),
-    "gemma3": Family(Gemma3, Gemma3Config.from_hf, LLAVA_NAMES),
-    "qwen2_5_vl": Family(Qwen2_5VL, Qwen2_5VLConfig.from_hf, QWEN2_5_VL_NAMES, QwenProcessor.load),
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "gemma3_text"),
-        Family(TextModel, TextTargetConfig.from_hf, TEXT_NAMES, TextProcessor.load),
+    "llava": Family("LLaVA-1.5", "LlavaForConditionalGeneration", Llava, LlavaConfig.from_hf, LLAVA_NAMES),
+    "llava_next": Family(
+        "LLaVA-NeXT / LLaVA-1.6",
+        "LlavaNextForConditionalGeneration",
+        LlavaNext,
+        LlavaNextConfig.from_hf,
+        LLAVA_NAMES,
     ),
+    "qwen2_5_vl": Family(
+        "Qwen2.5-VL",
+        "Qwen2_5_VLForConditionalGeneration",
+        Qwen2_5VL,
+        Qwen2_5VLConfig.from_hf,
+        QWEN2_5_VL_NAMES,
+        QwenProcessor.load,
+        video=True,
+    ),
+    "gemma3": Family("Gemma3", "Gemma3ForConditionalGeneration", Gemma3, Gemma3Config.from_hf, LLAVA_NAMES),
+    "llama": text_family("Llama", "LlamaForCausalLM"),
+    "mistral": text_family("Mistral", "MistralForCausalLM"),
+    "qwen2": text_family("Qwen2 / Qwen2.5", "Qwen2ForCausalLM"),
+    "gemma3_text": text_family("Gemma3, text only", "Gemma3ForCausalLM"),
 }
 
 

@@ -1,4 +1,5 @@
-"""LLaVA-NeXT equals transformers' LLaVA-NeXT for images of any size, several to a prompt, in padded batches."""
+"""LLaVA-NeXT equals transformers' LLaVA-NeXT for images of any size, several to a prompt, in padded batches
+and cached decoding."""
 
 import numpy as np
 import pytest
@@ -7,12 +8,14 @@ import transformers
 from transformers import LlavaNextImageProcessor
 
 from jaxspec.targets.llava_next import LlavaNextConfig
-from jaxspec.targets.registry import load_model
+from jaxspec.targets.registry import FAMILIES, load_model
 from jaxspec.targets.target import Target
 from tests.folders import redraw, relative_error
+from tests.greedy import check_greedy
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 VOCAB, IMAGE_TOKEN, TILE, PATCH = 99, 98, 24, 6
-TOLERANCE = 1e-5
+TOLERANCE = FAMILIES["llava_next"].tolerance
 WIDE = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
 CONFIGS = {
     "llama 4:2": {"text": transformers.LlamaConfig, "grid_pinpoints": WIDE, "num_key_value_heads": 2},
@@ -85,7 +88,7 @@ def batch(rows, config, side="right") -> dict:
     rng = np.random.default_rng(0)
     sizes = [piece for row in rows for piece in row if isinstance(piece, tuple)]
     inputs = pictures(sizes, config) if sizes else {}
-    counts = iter(config.lay_out(inputs).counts if sizes else ())
+    counts = iter([layout.tokens for layout in config.lay_out(inputs)])
     ids = [
         np.concatenate(
             [[IMAGE_TOKEN] * next(counts) if isinstance(p, tuple) else rng.integers(3, IMAGE_TOKEN, p) for p in row]
@@ -117,6 +120,12 @@ def test_logits_equal_transformers(pair, side):
     assert relative_error(ours[real], torch_logits(model, inputs)[real]) < TOLERANCE
 
 
+def test_greedy_tokens_equal_transformers(pair):
+    target, model = pair
+    inputs = batch([[3, SIZES[1], 2, SIZES[3], 1], [2, SIZES[0], 3], [6]], target.config, "left")
+    check_greedy(target, model, inputs)
+
+
 @pytest.mark.parametrize("pinpoints", [WIDE, [[24, 24], [24, 96]]])
 def test_token_counts_are_the_processors(pinpoints):
     config = LlavaNextConfig.from_hf(next_config(transformers.LlamaConfig, pinpoints))
@@ -125,7 +134,7 @@ def test_token_counts_are_the_processors(pinpoints):
     processor.patch_size, processor.num_additional_image_tokens = PATCH, 1
     processor.image_processor = type("Grid", (), {"image_grid_pinpoints": pinpoints})
     expected = [processor._get_number_of_features(*size, TILE, TILE) - 1 for size in SIZES]
-    assert list(config.lay_out(images).counts) == expected
+    assert [layout.tokens for layout in config.lay_out(images)] == expected
 
 
 def test_a_class_token_is_refused():

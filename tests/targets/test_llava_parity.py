@@ -1,4 +1,5 @@
-"""LLaVA equals transformers' LLaVA, for every setting that config.json may choose and every arrangement of images."""
+"""LLaVA equals transformers' LLaVA, for every setting that config.json may choose and every arrangement of images,
+in padded batches and cached decoding."""
 
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import pytest
 
 from jaxspec import cache as caches
 from jaxspec.layers import causal_mask
-from jaxspec.targets.images import place
-from jaxspec.targets.registry import load_model
+from jaxspec.targets.registry import FAMILIES, load_model
 from jaxspec.targets.target import Target
-from tests.folders import IMAGE_TOKEN, batch_of, llava_config, relative_error, torch_llava, torch_logits
+from tests.folders import batch_of, llava_config, relative_error, torch_llava, torch_logits
+from tests.greedy import check_greedy
 
-TOLERANCE = 1e-5
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+TOLERANCE = FAMILIES["llava"].tolerance
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 # With head_dim 12 the wavelengths are 6, 29, 135, ..: one below, one between and four above the bounds 16 and 64.
@@ -36,7 +38,7 @@ CONFIGS = {
     "tied in text_config, biases": {"text": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}},
     "tied at the top, projector without bias": {"tie_word_embeddings": True, "multimodal_projector_bias": False},
     "epsilons, gelu, last vision layer": {
-        "text": {"rms_norm_eps": 0.1},
+        "text": {"rms_norm_eps": 0.01},
         "vision": {"hidden_act": "gelu", "layer_norm_eps": 0.1},
         "vision_feature_layer": -1,
     },
@@ -73,6 +75,8 @@ def test_configs(name, tmp_path):
     tokens_per_image = 5 if name.startswith("class token") else 4
     assert target.config.tokens_per_image == tokens_per_image
     check(target, model, batch_of([2, "i", 9], [1, "i", 1, "i", 2], tokens_per_image=tokens_per_image))
+    rows = [3, "i", 2, "i", 1], [1, "i", 4], [12]
+    check_greedy(target, model, batch_of(*rows, tokens_per_image=tokens_per_image, side="left"))
 
 
 def test_settings_matter():
@@ -81,7 +85,7 @@ def test_settings_matter():
     reference = torch_logits(torch_llava(llava_config()), inputs)
     settings = [{"text": {"rope_parameters": {**LLAMA3, "rope_type": kind}}} for kind in ("linear", "llama3")]
     settings += [{"text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}}]
-    settings += [{"text": {"rms_norm_eps": 0.1}}, {"vision": {"hidden_act": "gelu"}}, {"vision_feature_layer": -1}]
+    settings += [{"text": {"rms_norm_eps": 0.01}}, {"vision": {"hidden_act": "gelu"}}, {"vision_feature_layer": -1}]
     for setting in settings:
         assert relative_error(torch_logits(torch_llava(llava_config(**setting)), inputs), reference) > 1e-3, setting
 
@@ -126,7 +130,7 @@ def test_cached_decoding(default):
         return model.unembed(features)[:, 0], cache
 
     prompts = ids[:, : lengths.max()]
-    images = place(target.config.lay_out(whole), np.asarray(prompts) == IMAGE_TOKEN)
+    images = target.config.place(target.config.lay_out(whole), np.asarray(prompts))
     logits, cache = prefill(target.model, prompts, images, jnp.asarray(lengths))
     expected, each = torch_logits(model, whole), np.arange(len(rows))
     assert relative_error(logits, expected[each, lengths - 1]) < TOLERANCE

@@ -1,16 +1,19 @@
-"""Qwen2.5-VL equals transformers' Qwen2.5-VL: images and videos of any size and number, in padded batches."""
+"""Qwen2.5-VL equals transformers' Qwen2.5-VL: images and videos of any size and number, in padded
+batches and cached decoding."""
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from jaxspec.targets.registry import load_model
+from jaxspec.targets.registry import FAMILIES, load_model
 from jaxspec.targets.target import Target
 from tests.folders import redraw, relative_error
+from tests.greedy import check_greedy
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 VOCAB, IMAGE, VIDEO, START, END = 99, 95, 96, 97, 98
-TOLERANCE = 1e-5
+TOLERANCE = FAMILIES["qwen2_5_vl"].tolerance
 CONFIGS = {
     "windows of 2 x 2 tokens, 4:2": {"window_size": 32, "full": [1], "kv": 2, "sections": [2, 1, 1]},
     "windows of 4 x 4, 4:1, tied": {"window_size": 64, "full": [2], "kv": 1, "sections": [1, 1, 2], "tied": True},
@@ -115,3 +118,11 @@ def test_logits_equal_transformers(pair, rows, side):
     inputs = batch(ROWS[rows], side)
     real = inputs["attention_mask"].astype(bool)
     assert relative_error(np.asarray(target.logits(inputs))[real], torch_logits(model, inputs)[real]) < TOLERANCE
+
+
+def test_greedy_tokens_equal_transformers(pair):
+    """Two images of different sizes, a video of three frames, text only: decoding goes on from different positions."""
+    target, model = pair
+    inputs = batch([[3, (1, 4, 6), 2, (1, 2, 10), 3], [1, (3, 4, 6, 0.5), 4], [7]], "left")
+    is_image, is_video = inputs["input_ids"] == IMAGE, inputs["input_ids"] == VIDEO
+    check_greedy(target, model, inputs, mm_token_type_ids=is_image + 2 * is_video.astype(np.int64))

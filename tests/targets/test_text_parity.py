@@ -1,15 +1,16 @@
-"""Text-only targets equal transformers' causal language models, in padded batches."""
+"""Text-only targets equal transformers' causal language models, in padded batches and cached decoding."""
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from jaxspec.targets.registry import load_model
+from jaxspec.targets.registry import FAMILIES, load_model
 from jaxspec.targets.target import Target
 from tests.folders import redraw, relative_error
+from tests.greedy import check_greedy
 
-TOLERANCE = 1e-5
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXT = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -22,34 +23,62 @@ TEXT = {
     "pad_token_id": None,
 }
 CONFIGS = {
-    "llama": (transformers.LlamaForCausalLM, {"num_key_value_heads": 2}),
-    "mistral": (transformers.MistralForCausalLM, {"num_key_value_heads": 1, "sliding_window": None}),
-    "qwen2, tied": (transformers.Qwen2ForCausalLM, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "gemma3, window 4": (
+    "llama 4:2": (transformers.LlamaForCausalLM, {"num_key_value_heads": 2}),
+    "mistral 4:1": (transformers.MistralForCausalLM, {"num_key_value_heads": 1, "sliding_window": None}),
+    "qwen2 4:2, tied": (transformers.Qwen2ForCausalLM, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2 4:4, theta 1e6": (
+        transformers.Qwen2ForCausalLM,
+        {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "gemma3 4:2, window 4, tied": (
         transformers.Gemma3ForCausalLM,
         {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 2},
+    ),
+    "gemma3 4:1, window 6, untied": (
+        transformers.Gemma3ForCausalLM,
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 12,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "tie_word_embeddings": False,
+        },
     ),
 }
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_logits_equal_transformers(name, side, tmp_path):
-    kind, options = CONFIGS[name]
+@pytest.fixture(scope="module", params=CONFIGS, ids=lambda name: name)
+def pair(request, tmp_path_factory):
+    kind, options = CONFIGS[request.param]
     model = redraw(kind(kind.config_class(**TEXT, **options)).eval())
-    model.save_pretrained(tmp_path)
-    target = Target(load_model(tmp_path), None, tmp_path, ())
-    ids = np.random.default_rng(0).integers(3, 99, (3, 17))
-    lengths = np.array([17, 9, 4])
-    mask = (np.arange(17) < lengths[:, None]).astype(np.int64)
-    if side == "left":
-        mask = mask[:, ::-1].copy()
-    tensors = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    folder = tmp_path_factory.mktemp("text") / "model"
+    model.save_pretrained(folder)
+    return Target(load_model(folder), None, folder, ()), model
+
+
+def batch(lengths, side) -> dict:
+    longest = max(lengths)
+    mask = (np.arange(longest) < np.array(lengths)[:, None]).astype(np.int64)
+    ids = np.random.default_rng(0).integers(3, 99, mask.shape)
+    return {"input_ids": ids, "attention_mask": mask if side == "right" else mask[:, ::-1].copy()}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits_equal_transformers(pair, side):
+    target, model = pair
+    inputs = batch([17, 9, 4], side)
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
     with torch.no_grad():
         expected = model(**tensors, position_ids=(tensors["attention_mask"].cumsum(1) - 1).clamp(min=0)).logits.numpy()
-    real = mask.astype(bool)
-    ours = np.asarray(target.logits({"input_ids": ids, "attention_mask": mask}))
-    assert relative_error(ours[real], expected[real]) < TOLERANCE
+    real = inputs["attention_mask"].astype(bool)
+    assert (
+        relative_error(np.asarray(target.logits(inputs))[real], expected[real])
+        < FAMILIES[model.config.model_type].tolerance
+    )
+
+
+def test_greedy_tokens_equal_transformers(pair):
+    check_greedy(*pair, batch([17, 9, 4], "left"))
 
 
 def test_sliding_windows_of_mistral_are_refused(tmp_path):

@@ -1,0 +1,56 @@
+"""Greedy decoding over the caches, ours and transformers', of one batch of processor outputs."""
+
+import numpy as np
+import torch
+
+from jaxspec import Generator, SamplingParams, Target
+from jaxspec.generator import Batch
+from jaxspec.prompting import EncodedPrompt
+from jaxspec.targets.images import split_by_tokens
+
+COUNT = 32
+
+
+def check_greedy(target: Target, model, inputs: dict, **kinds: np.ndarray) -> None:
+    """`COUNT` greedy tokens of `target` are those of transformers' `model`.
+
+    `inputs` are padded on the left; `kinds` `[B, S]` is what `generate` of the family wants to know of the tokens.
+    """
+    expected, margin = transformers_tokens(model, inputs, **kinds)
+    ours = greedy_tokens(target, inputs)
+    for row in range(len(ours)):
+        differ = np.flatnonzero(ours[row] != expected[row])
+        assert not len(differ), f"row {row} differs at {differ[0]}, where the margin is {margin[row, differ[0]]:.1e}"
+    assert len(np.unique(ours)) >= COUNT // 4, "texts that repeat one token show little"
+
+
+def greedy_tokens(target: Target, inputs: dict) -> np.ndarray:
+    """I32 `[B, COUNT]` of the generator's decode loop, from the arrays of a processor, without the processor."""
+    rows = [ids[mask.astype(bool)] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    config = target.config
+    images = config.lay_out({**inputs, "input_ids": np.concatenate(rows)})
+    per_row = split_by_tokens(images, [int(config.is_image(row).sum()) for row in rows])
+    prompts = [EncodedPrompt(row, own, config.position_ids(row, own)) for row, own in zip(rows, per_row, strict=True)]
+    batch = Batch(Generator(target), prompts, [SamplingParams()] * len(rows), [COUNT] * len(rows))
+    state = batch.advance(batch.start(), COUNT)
+    assert batch.finished(state)
+    return np.asarray(state.tokens)[:, :COUNT]
+
+
+def transformers_tokens(model, inputs: dict, **kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens `[B, COUNT]` of `generate`, and how far each was ahead of the second, relative to the largest logit."""
+    assert inputs["attention_mask"][:, -1].all(), "generate needs padding on the left"
+    model.generation_config.eos_token_id = None
+    tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in {**inputs, **kinds}.items()}
+    output = model.generate(
+        **tensors,
+        do_sample=False,
+        max_new_tokens=COUNT,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.stack(output.logits, dim=1)  # [B, COUNT, V]
+    first, second = logits.topk(2).values.unbind(-1)
+    tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
+    return tokens.numpy(), ((first - second) / logits.abs().max()).numpy()
