@@ -272,14 +272,12 @@ def stable_text(text: str, stops: tuple[str, ...]) -> str:
     return text[: len(text) - held]
 
 
-def bucket(size: int, smallest: int = 64) -> int:
-    """The next size of the series 64, 96, 128, 192, 256, 384, ..: at most half of a padded array is padding."""
-    step = smallest
-    while step < size:
-        if step * 3 // 2 >= size:
-            return step * 3 // 2
-        step *= 2
-    return step
+def bucket(size: int) -> int:
+    """The next size of the series 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, ..: two steps to a power of two below
+    256, four from there on, so that at most a fifth of a long padded array is padding."""
+    power = max(64, 1 << ((size - 1).bit_length() - 1)) if size > 1 else 64
+    step = power // (2 if power < 256 else 4)
+    return max(64, -(-size // step) * step)
 
 
 def bucket_below(size: int) -> int:
