@@ -9,7 +9,8 @@ import transformers
 from flax import nnx
 
 from jaxspec.checkpoints.names import abstract
-from jaxspec.targets.registry import family_of, save_model
+from jaxspec.targets.registry import family_of, load_model, save_model
+from jaxspec.targets.target import Target
 
 VOCAB, IMAGE_TOKEN, IMAGE_SIZE = 99, 98, 16
 TOKENS_PER_IMAGE = 4
@@ -84,6 +85,22 @@ def write_random(folder: Path, config: transformers.PreTrainedConfig, dtype=np.f
     return folder
 
 
+def padded(sequences, side: str) -> dict:
+    """`input_ids` and `attention_mask` i64 `[B, S]` of token sequences, padded on that side."""
+    length = max(map(len, sequences))
+    ids, mask = np.zeros((2, len(sequences), length), np.int64)
+    for index, sequence in enumerate(sequences):
+        real = slice(0, len(sequence)) if side == "right" else slice(length - len(sequence), length)
+        ids[index, real], mask[index, real] = sequence, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def torch_pair(model: torch.nn.Module, folder: Path) -> tuple[Target, torch.nn.Module]:
+    """transformers' model with new weights, and ours from the folder that it saves."""
+    redraw(model.eval()).save_pretrained(folder)
+    return Target(load_model(folder), None, folder, ()), model
+
+
 def batch_of(*rows, tokens_per_image: int = TOKENS_PER_IMAGE, side: str = "right", seed: int = 0) -> dict:
     """Processor outputs for `rows` of pieces: a number is that many text tokens, "i" is an image."""
     rng = np.random.default_rng(seed)
@@ -91,12 +108,7 @@ def batch_of(*rows, tokens_per_image: int = TOKENS_PER_IMAGE, side: str = "right
     for row in rows:
         pieces = [[IMAGE_TOKEN] * tokens_per_image if p == "i" else rng.integers(3, IMAGE_TOKEN, p) for p in row]
         sequences.append(np.concatenate(pieces).astype(np.int64))
-    length = max(map(len, sequences))
-    ids, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), np.int64)
-    for index, sequence in enumerate(sequences):
-        real = slice(0, len(sequence)) if side == "right" else slice(length - len(sequence), length)
-        ids[index, real], mask[index, real] = sequence, 1
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs = padded(sequences, side)
     images = sum(row.count("i") for row in rows)
     if images:
         inputs["pixel_values"] = rng.normal(size=(images, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)

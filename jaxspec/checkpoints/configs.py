@@ -18,21 +18,28 @@ def llama_text_config(config) -> TextConfig:
     if config.hidden_act != "silu":
         raise ValueError(f"text hidden_act {config.hidden_act!r} is not supported; only silu")
     return TextConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        rms_norm_eps=config.rms_norm_eps,
+        **common_text_fields(config),
         rope=rope_config(config.rope_parameters),
-        tie_word_embeddings=getattr(config, "tie_word_embeddings", False),
-        attention_bias=getattr(config, "attention_bias", False),
         qkv_bias=config.model_type.startswith("qwen2"),
         mlp_bias=getattr(config, "mlp_bias", False),
-        max_position_embeddings=config.max_position_embeddings,
     )
+
+
+def common_text_fields(config) -> dict:
+    """The fields of `TextConfig` that every text model's config gives."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_layers": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": getattr(config, "tie_word_embeddings", False),
+        "attention_bias": getattr(config, "attention_bias", False),
+        "max_position_embeddings": config.max_position_embeddings,
+    }
 
 
 def rope_config(parameters: dict) -> RopeConfig:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxspec.checkpoints.configs import rope_config
+from jaxspec.checkpoints.configs import common_text_fields, rope_config
 from jaxspec.kernels.attention import Segment
 from jaxspec.layers import (
     GatedMLP,
@@ -46,18 +46,8 @@ class GemmaTextConfig(TextConfig):
         if config.hidden_activation != "gelu_pytorch_tanh":
             raise ValueError(f"hidden_activation {config.hidden_activation!r} is not supported; only gelu_pytorch_tanh")
         return cls(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            rms_norm_eps=config.rms_norm_eps,
+            **common_text_fields(config),
             rope=rope_config(config.rope_parameters["full_attention"]),
-            tie_word_embeddings=config.tie_word_embeddings,
-            attention_bias=config.attention_bias,
-            max_position_embeddings=config.max_position_embeddings,
             query_scale=config.query_pre_attn_scalar**-0.5,
             local_rope=rope_config(config.rope_parameters["sliding_attention"]),
             windows=tuple(

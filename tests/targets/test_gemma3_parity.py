@@ -7,9 +7,8 @@ import torch
 import transformers
 
 from jaxspec.targets.gemma3 import Gemma3Config
-from jaxspec.targets.registry import FAMILIES, load_model
-from jaxspec.targets.target import Target
-from tests.folders import redraw, relative_error
+from jaxspec.targets.registry import FAMILIES
+from tests.folders import padded, relative_error, torch_pair
 from tests.greedy import check_greedy
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -72,10 +71,8 @@ def gemma_config(text, mm_tokens_per_image=4, tie_word_embeddings=True) -> trans
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=lambda name: name)
 def pair(request, tmp_path_factory):
-    model = redraw(transformers.Gemma3ForConditionalGeneration(gemma_config(**CONFIGS[request.param])).eval())
-    folder = tmp_path_factory.mktemp("gemma") / "model"
-    model.save_pretrained(folder)
-    return Target(load_model(folder), None, folder, ()), model
+    model = transformers.Gemma3ForConditionalGeneration(gemma_config(**CONFIGS[request.param]))
+    return torch_pair(model, tmp_path_factory.mktemp("gemma") / "model")
 
 
 def batch(rows, tokens_per_image, side) -> dict:
@@ -86,12 +83,7 @@ def batch(rows, tokens_per_image, side) -> dict:
         np.concatenate([image if piece == "i" else rng.integers(3, 90, piece) for piece in row]).astype(np.int64)
         for row in rows
     ]
-    length = max(map(len, sequences))
-    ids, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), np.int64)
-    for index, row in enumerate(sequences):
-        real = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
-        ids[index, real], mask[index, real] = row, 1
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs = padded(sequences, side)
     images = sum(row.count("i") for row in rows)
     if images:
         inputs["pixel_values"] = rng.normal(size=(images, 3, 16, 16)).astype(np.float32)

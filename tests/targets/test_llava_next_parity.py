@@ -8,9 +8,8 @@ import transformers
 from transformers import LlavaNextImageProcessor
 
 from jaxspec.targets.llava_next import LlavaNextConfig
-from jaxspec.targets.registry import FAMILIES, load_model
-from jaxspec.targets.target import Target
-from tests.folders import redraw, relative_error
+from jaxspec.targets.registry import FAMILIES
+from tests.folders import padded, relative_error, torch_pair
 from tests.greedy import check_greedy
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -65,10 +64,7 @@ def next_config(text, grid_pinpoints, **fields) -> transformers.LlavaNextConfig:
 def pair(request, tmp_path_factory):
     """Our target and transformers' model of one folder."""
     config = next_config(**CONFIGS[request.param])
-    model = redraw(transformers.LlavaNextForConditionalGeneration(config).eval())
-    folder = tmp_path_factory.mktemp("next") / "model"
-    model.save_pretrained(folder)
-    return Target(load_model(folder), None, folder, ()), model
+    return torch_pair(transformers.LlavaNextForConditionalGeneration(config), tmp_path_factory.mktemp("next") / "model")
 
 
 def pictures(sizes, config) -> dict:
@@ -95,12 +91,7 @@ def batch(rows, config, side="right") -> dict:
         )
         for row in rows
     ]
-    length = max(map(len, ids))
-    inputs["input_ids"], inputs["attention_mask"] = np.zeros((2, len(rows), length), np.int64)
-    for index, row in enumerate(ids):
-        real = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
-        inputs["input_ids"][index, real], inputs["attention_mask"][index, real] = row, 1
-    return inputs
+    return inputs | padded(ids, side)
 
 
 def torch_logits(model, inputs) -> np.ndarray:

@@ -6,9 +6,8 @@ import pytest
 import torch
 import transformers
 
-from jaxspec.targets.registry import FAMILIES, load_model
-from jaxspec.targets.target import Target
-from tests.folders import redraw, relative_error
+from jaxspec.targets.registry import FAMILIES
+from tests.folders import padded, relative_error, torch_pair
 from tests.greedy import check_greedy
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -55,10 +54,8 @@ def qwen_config(window_size, full, kv, sections, tied=False) -> transformers.Qwe
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=lambda name: name)
 def pair(request, tmp_path_factory):
-    model = redraw(transformers.Qwen2_5_VLForConditionalGeneration(qwen_config(**CONFIGS[request.param])).eval())
-    folder = tmp_path_factory.mktemp("qwen") / "model"
-    model.save_pretrained(folder)
-    return Target(load_model(folder), None, folder, ()), model
+    model = transformers.Qwen2_5_VLForConditionalGeneration(qwen_config(**CONFIGS[request.param]))
+    return torch_pair(model, tmp_path_factory.mktemp("qwen") / "model")
 
 
 def batch(rows, side="right") -> dict:
@@ -76,12 +73,7 @@ def batch(rows, side="right") -> dict:
                 grids[kind].append(piece[:3])
                 pieces.append([START, *[kind] * (piece[0] * piece[1] * piece[2] // 4), END])
         sequences.append(np.concatenate(pieces).astype(np.int64))
-    length = max(map(len, sequences))
-    ids, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), np.int64)
-    for index, row in enumerate(sequences):
-        real = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
-        ids[index, real], mask[index, real] = row, 1
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs = padded(sequences, side)
     names = {IMAGE: ("pixel_values", "image_grid_thw"), VIDEO: ("pixel_values_videos", "video_grid_thw")}
     for kind, (pixels, name) in names.items():
         if grids[kind]:

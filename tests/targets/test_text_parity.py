@@ -6,8 +6,7 @@ import torch
 import transformers
 
 from jaxspec.targets.registry import FAMILIES, load_model
-from jaxspec.targets.target import Target
-from tests.folders import redraw, relative_error
+from tests.folders import relative_error, torch_pair
 from tests.greedy import check_greedy
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -50,10 +49,7 @@ CONFIGS = {
 @pytest.fixture(scope="module", params=CONFIGS, ids=lambda name: name)
 def pair(request, tmp_path_factory):
     kind, options = CONFIGS[request.param]
-    model = redraw(kind(kind.config_class(**TEXT, **options)).eval())
-    folder = tmp_path_factory.mktemp("text") / "model"
-    model.save_pretrained(folder)
-    return Target(load_model(folder), None, folder, ()), model
+    return torch_pair(kind(kind.config_class(**TEXT, **options)), tmp_path_factory.mktemp("text") / "model")
 
 
 def batch(lengths, side) -> dict:
