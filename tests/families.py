@@ -8,11 +8,11 @@ import transformers
 from flax import nnx
 
 from jaxspec import Target
+from jaxspec.checkpoints.names import abstract
 from jaxspec.demo.processor import CHAT_TEMPLATE, wrapped_tokenizer
 from jaxspec.targets.gemma3 import GemmaLanguageModel
 from jaxspec.targets.processors import QwenProcessor, TextProcessor
 from jaxspec.targets.registry import family_of
-from tests.helpers import randomized
 
 TEXT = {
     "hidden_size": 32,
@@ -31,7 +31,7 @@ QWEN_TEMPLATE = (
 )
 
 LAYER_TYPES = ["sliding_attention", "full_attention"]
-PREFERRED = slice(300, 308)
+PREFERRED = slice(300, 304)
 """A few tokens win most choices, so that a draft head that knows nothing is right at times."""
 
 small_tokenizer = functools.partial(wrapped_tokenizer, 300)
@@ -128,7 +128,6 @@ FAMILIES = {
     "qwen2_5_vl": qwen2_5_vl,
     "gemma3": gemma3,
     "llama": text_only(transformers.LlamaConfig),
-    "mistral": text_only(transformers.MistralConfig, sliding_window=None),
     "qwen2": text_only(transformers.Qwen2Config),
     "gemma3_text": text_only(
         transformers.Gemma3TextConfig,
@@ -141,15 +140,24 @@ FAMILIES = {
 
 
 def family_target(name: str) -> Target:
-    config, processor = FAMILIES[name]()
-    family = family_of(config)
-    model = randomized(family.model(family.config_from_hf(config), rngs=nnx.Rngs(0)), seed=3, scale=1.0)
-    language = model.language_model
-    text = language.config
-    shown = np.sqrt(text.hidden_size) if isinstance(language, GemmaLanguageModel) else 1.0
-    language.embed_tokens.embedding[...] *= np.sqrt(text.vocab_size) / shown  # entries near 1 after `embed`
+    hf_config, processor = FAMILIES[name]()
+    family = family_of(hf_config)
+    config = family.config_from_hf(hf_config)
+    graph, state = nnx.split(abstract(lambda rngs: family.model(config, rngs=rngs)))
+    rng = np.random.default_rng(3)
+
+    def draw(path, leaf):
+        values = rng.normal(size=leaf.shape)
+        if values.ndim > 1:
+            return (values / leaf.shape[0] ** 0.5).astype(np.float32)
+        return (0.2 * values + ("scale" in jax.tree_util.keystr(path))).astype(np.float32)
+
+    model = nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, state))
+    language, text = model.language_model, config.text
+    shown = text.hidden_size**0.5 if isinstance(language, GemmaLanguageModel) else 1.0
+    language.embed_tokens.embedding[...] *= text.vocab_size**0.5 / shown  # entries near 1 after `embed`
     for layer in language.layers:  # what is said depends on all that was said before
         layer.self_attn.q_proj.kernel[...] *= 3.0
         layer.self_attn.o_proj.kernel[...] *= 4.0
-    language.lm_head.kernel[:, PREFERRED] *= 4.0
+    language.lm_head.kernel[...][:, PREFERRED] *= 4.0
     return Target(jax.tree.map(jax.numpy.asarray, model), processor, None, (processor.tokenizer.eos_token_id,))
