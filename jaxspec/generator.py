@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxspec.buckets import bucket, bucket_below
 from jaxspec.metrics import GenerationStats
 from jaxspec.prompting import EncodedPrompt, ImageLike, Prompt, encode_prompt
 from jaxspec.speculation import loop
@@ -270,17 +271,3 @@ def stable_text(text: str, stops: tuple[str, ...]) -> str:
     text = text.rstrip("\N{REPLACEMENT CHARACTER}")
     held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
     return text[: len(text) - held]
-
-
-def bucket(size: int) -> int:
-    """The next size of the series 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, ..: two steps to a power of two below
-    256, four from there on, so that at most a fifth of a long padded array is padding."""
-    power = max(64, 1 << ((size - 1).bit_length() - 1)) if size > 1 else 64
-    step = power // (2 if power < 256 else 4)
-    return max(64, -(-size // step) * step)
-
-
-def bucket_below(size: int) -> int:
-    """The largest number of the series 2, 3, 4, 6, 8, 12, 16, .. that is not above `size` (0 below 2)."""
-    power = 1 << (size.bit_length() - 1) if size > 1 else 0
-    return power * 3 // 2 if power * 3 // 2 <= size else power

@@ -7,6 +7,7 @@ import numpy as np
 import transformers
 from flax import nnx
 
+from benchmarks.random_target import GEMMA_TEMPLATE, QWEN_TEMPLATE
 from jaxspec import Target
 from jaxspec.checkpoints.names import abstract
 from jaxspec.demo.processor import CHAT_TEMPLATE, wrapped_tokenizer
@@ -23,13 +24,6 @@ TEXT = {
     "max_position_embeddings": 1024,
 }
 CLIP = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
-QWEN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for content in message['content'] %}"
-    "{% if content['type'] == 'text' %}{{ content['text'] + ' ' }}"
-    "{% else %}{{ '<|vision_start|><|' + content['type'] + '_pad|><|vision_end|>' }}{% endif %}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-
 LAYER_TYPES = ["sliding_attention", "full_attention"]
 PREFERRED = slice(300, 304)
 """A few tokens win most choices, so that a draft head that knows nothing is right at times."""
@@ -95,8 +89,9 @@ def qwen2_5_vl():
 def gemma3():
     tokenizer = small_tokenizer(boi_token="<start_of_image>", eoi_token="<end_of_image>")
     image_processor = transformers.Gemma3ImageProcessor(size={"height": 16, "width": 16})
-    template = CHAT_TEMPLATE.replace("<image>\\n", "<start_of_image>")
-    processor = transformers.Gemma3Processor(image_processor, tokenizer, chat_template=template, image_seq_length=4)
+    processor = transformers.Gemma3Processor(
+        image_processor, tokenizer, chat_template=GEMMA_TEMPLATE, image_seq_length=4
+    )
     config = transformers.Gemma3Config(
         vision_config={**CLIP, "image_size": 16, "patch_size": 4, "vision_use_head": False},
         text_config={

@@ -2,6 +2,7 @@
 
 import math
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -51,7 +52,6 @@ def test_animations_are_sampled_by_time(tmp_path, kind):
 
 @pytest.mark.parametrize(("fps", "expected"), [(2.0, [0, 4, 8, 12]), (4.0, list(range(0, 16, 2)))])
 def test_video_files_are_sampled_by_time(tmp_path, fps, expected):
-    av = pytest.importorskip("av")
     path = tmp_path / "moving.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=8)

@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from jaxspec import Generator
+from jaxspec.buckets import round_up
 from jaxspec.prompting import encode_prompt
-from jaxspec.targets.qwen2_5_vl import Qwen2_5VLConfig, QwenVisionConfig, frame_windows, round_up
+from jaxspec.targets.qwen2_5_vl import Qwen2_5VLConfig, QwenVisionConfig, frame_windows
 from tests.families import family_target
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.generator import bucket
+from jaxspec.buckets import bucket
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.sampling import BatchSampling, SamplingParams, gumbel_noise, warp
 from jaxspec.targets.images import stack_positions

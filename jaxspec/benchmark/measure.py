@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jaxspec.benchmark.host import StolenShare
-from jaxspec.generator import Generator, bucket
+from jaxspec.buckets import bucket
+from jaxspec.generator import Generator
 from jaxspec.metrics import GenerationStats
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.sampling import SamplingParams

@@ -20,8 +20,8 @@ class TargetConfig:
     """What a family's config says about prompts, on the host. Subclasses are frozen dataclasses with a `text`."""
 
     text: TextConfig
-    image_token_ids: tuple[int, ...]
-    """Ids that stand for image features; the first is the mark of an image."""
+    image_token_ids: tuple[int, ...] = ()
+    """Ids that stand for image features; the first is the mark of an image. None in a family that reads only text."""
     video_token_id: int | None = None
     """That of the ids which stands for videos, where the family reads them."""
     shared_rows: int = 0

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.buckets import power_of_two
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ def place(layouts: Sequence[ImageLayout], is_image: np.ndarray, collate, shared_
 def stack_entries(layouts: Sequence[ImageLayout]) -> np.ndarray:
     """Pixels f32 `[T, ..]` of all images after one another, T padded with zeros to a power of two."""
     entries = np.concatenate([layout.pixels for layout in layouts])
-    spare = (1 << (len(entries) - 1).bit_length()) - len(entries)
+    spare = power_of_two(len(entries)) - len(entries)
     return np.concatenate([entries, np.zeros((spare, *entries.shape[1:]), entries.dtype)])
 
 

@@ -30,12 +30,9 @@ class TextProcessor:
         return cls(transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False, tokenize: bool = False):
-        # Templates of text models want strings, not parts.
+        """Messages as `jaxspec.prompting` makes them; templates of text models want a string in place of parts."""
         flat = [
-            {**message, "content": "".join(part.get("text", "") for part in message["content"])}
-            if not isinstance(message["content"], str)
-            else message
-            for message in messages
+            {**message, "content": "".join(part.get("text", "") for part in message["content"])} for message in messages
         ]
         return self.tokenizer.apply_chat_template(flat, add_generation_prompt=add_generation_prompt, tokenize=tokenize)
 
@@ -120,16 +117,14 @@ def spread_marks(text: str, mark: str, counts: Iterator[int]) -> str:
 
 def video_size_of(folder: Path) -> dict | None:
     """The least and most pixels of a video's frame, where the folder says so."""
-    for name, path in (("video_preprocessor_config.json", ()), ("processor_config.json", ("video_processor",))):
-        if (folder / name).exists():
-            values = read_json(folder / name)
-            for key in path:
-                values = values.get(key, {})
-            if size := values.get("size"):
-                return size
-            if "min_pixels" in values and "max_pixels" in values:
-                return {"shortest_edge": values["min_pixels"], "longest_edge": values["max_pixels"]}
-    return None
+    values = {}
+    if (folder / "video_preprocessor_config.json").exists():
+        values = read_json(folder / "video_preprocessor_config.json")
+    elif (folder / "processor_config.json").exists():
+        values = read_json(folder / "processor_config.json").get("video_processor", {})
+    if "size" not in values and "min_pixels" in values and "max_pixels" in values:
+        return {"shortest_edge": values["min_pixels"], "longest_edge": values["max_pixels"]}
+    return values.get("size")
 
 
 def chat_template_of(folder: Path) -> str | None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxspec.buckets import round_up
 from jaxspec.checkpoints.configs import llama_text_config
 from jaxspec.checkpoints.names import NameTable
 from jaxspec.layers import GatedMLP, LanguageModel, RMSNorm, TextConfig, apply_rope, linear
@@ -166,12 +167,6 @@ class Qwen2_5VLConfig(TargetConfig):
                 parts.append(np.broadcast_to(position + np.arange(stop - at), (3, stop - at)))
                 at, position = stop, position + stop - at
         return np.concatenate(parts, axis=1).astype(np.int32)
-
-
-def round_up(size: int) -> int:
-    """The next number of the series 1, 2, 3, 4, 6, 8, 12, 16, .."""
-    power = 1 << (size - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and power * 3 // 4 >= size else power
 
 
 def frame_windows(config: QwenVisionConfig, patches: np.ndarray, grid, seconds_per_frame: float | None) -> QwenLayout:

@@ -22,8 +22,8 @@ def table() -> str:
 def cells(model_type: str, family: Family) -> tuple[str, ...]:
     return (
         f"{family.title} (`{model_type}`)",
-        "no" if family.images == "no" else "yes",
-        "yes" if family.images == "several" else "no",
+        "yes" if family.images else "no",
+        "yes" if family.images else "no",  # several: no family is limited to one
         "yes" if family.video else "no",
         ", ".join(family.drafters),
         f"`{family.architecture}` within {family.tolerance:.0e} relative".replace("e-0", "e-"),

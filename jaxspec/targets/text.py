@@ -16,10 +16,6 @@ from jaxspec.targets.images import ImageLayout
 class TextTargetConfig(TargetConfig):
     text: TextConfig
 
-    @property
-    def image_token_ids(self) -> tuple[int, ...]:
-        return ()
-
     @classmethod
     def from_hf(cls, config) -> "TextTargetConfig":
         """From a transformers config of a causal language model."""

@@ -4,6 +4,8 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
 
 import jaxspec
 from jaxspec import demo
@@ -24,9 +26,6 @@ def autoregressive(target):
 
 
 def test_transformers_gives_the_same_greedy_tokens(target, autoregressive):
-    torch = pytest.importorskip("torch")
-    from transformers import LlavaForConditionalGeneration
-
     model = LlavaForConditionalGeneration.from_pretrained(demo.target_path(), dtype=torch.float32).eval()
     examples = example_prompts(20, seed=0)
     assert {example.kind for example in examples} == {"describe", "count", "compare", "locate", "read"}

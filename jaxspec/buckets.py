@@ -1,0 +1,26 @@
+"""The few sizes that arrays are padded to, so that any length, number and size of image shares a compiled program."""
+
+
+def bucket(size: int) -> int:
+    """The next size of the series 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, ..: two steps to a power of two below
+    256, four from there on, so that at most a fifth of a long padded array is padding."""
+    power = max(64, 1 << ((size - 1).bit_length() - 1)) if size > 1 else 64
+    step = power // (2 if power < 256 else 4)
+    return max(64, -(-size // step) * step)
+
+
+def bucket_below(size: int) -> int:
+    """The largest number of the series 2, 3, 4, 6, 8, 12, 16, .. that is not above `size` (0 below 2)."""
+    power = 1 << (size.bit_length() - 1) if size > 1 else 0
+    return power * 3 // 2 if power * 3 // 2 <= size else power
+
+
+def round_up(size: int) -> int:
+    """The next number of the series 1, 2, 3, 4, 6, 8, 12, 16, .."""
+    power = 1 << (size - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and power * 3 // 4 >= size else power
+
+
+def power_of_two(size: int) -> int:
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()
