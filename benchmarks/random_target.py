@@ -105,8 +105,11 @@ class RandomTarget:
         tokenizer = wrapped_tokenizer()
         pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
         processor = transformers.LlavaNextProcessor(
-            transformers.LlavaNextImageProcessor(image_grid_pinpoints=pinpoints), tokenizer, patch_size=14,
-            vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
+            transformers.LlavaNextImageProcessor(
+                size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, image_grid_pinpoints=pinpoints
+            ),
+            tokenizer, patch_size=14, vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE,
+            num_additional_image_tokens=1,
         )  # fmt: skip
         config = transformers.LlavaNextConfig(
             vision_config=transformers.CLIPVisionConfig(**self.vision, image_size=336, patch_size=14),
@@ -119,8 +122,9 @@ class RandomTarget:
     def gemma3(self):
         tokenizer = wrapped_tokenizer(boi_token="<start_of_image>", eoi_token="<end_of_image>")
         processor = transformers.Gemma3Processor(
-            transformers.Gemma3ImageProcessor(), tokenizer, chat_template=GEMMA_TEMPLATE, image_seq_length=256
-        )
+            transformers.Gemma3ImageProcessor(size={"height": 896, "width": 896}),
+            tokenizer, chat_template=GEMMA_TEMPLATE, image_seq_length=256,
+        )  # fmt: skip
         config = transformers.Gemma3Config(
             vision_config={**self.vision, "image_size": 896, "patch_size": 14, "vision_use_head": False},
             text_config={

@@ -5,9 +5,9 @@ feature noise 0.1, AdamW(0.9, 0.95), linear decay, gradient value clip 0.5. Ours
 model from scratch), and images in the training set, where stage 1 is text only.
 """
 
-from jaxspec.training import DrafterRecipe
+from jaxspec.training import EagleRecipe
 
-recipe = DrafterRecipe(
+recipe = EagleRecipe(
     name="demo_eagle2",
     method="eagle2",
     steps=400,

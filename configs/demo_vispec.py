@@ -6,9 +6,9 @@ may each hold another object, so one vector per place and the global one. The co
 (learning rate 5e-4, decayed to the end) that were continued to 850 with the settings below.
 """
 
-from jaxspec.training import DrafterRecipe
+from jaxspec.training import EagleRecipe
 
-recipe = DrafterRecipe(
+recipe = EagleRecipe(
     name="demo_vispec",
     method="vispec",
     init_from="runs/demo_eagle2/export",

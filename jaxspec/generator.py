@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxspec.buckets import bucket, bucket_below
+from jaxspec.buckets import bucket
 from jaxspec.metrics import GenerationStats
-from jaxspec.prompting import EncodedPrompt, ImageLike, Prompt, encode_prompt
+from jaxspec.prompting import ImageLike, Prompt, encode_prompt
 from jaxspec.speculation import loop
 from jaxspec.speculation.sampling import BatchSampling, SamplingParams
 from jaxspec.speculation.tree import TreeConfig
-from jaxspec.targets.images import stack_positions
+from jaxspec.targets.prompts import EncodedPrompt, stack_prompts
 
 ROUNDS_PER_SLICE = 4
 """Verification steps between two looks of the host, when streaming or watching for stop strings."""
@@ -180,19 +180,7 @@ class Batch:
         longest = bucket(max(len(prompt.input_ids) for prompt in prompts))
         self.max_new = bucket(max(limits))
         self.capacity = max(longest, min(longest + self.max_new, generator.max_length))
-        ids = np.zeros((len(prompts), longest), np.int32)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt.input_ids)] = prompt.input_ids
-        images = [layout for prompt in prompts for layout in prompt.images]
-        fewest = min(sum(layout.tokens for layout in prompt.images) for prompt in prompts)
-        self.prompt = loop.Prompt(
-            input_ids=ids,
-            lengths=np.array([len(prompt.input_ids) for prompt in prompts], np.int32),
-            images=generator.target.config.place(images, ids),
-            position_ids=stack_positions([prompt.position_ids for prompt in prompts], longest),
-            max_images=max(len(prompt.images) for prompt in prompts),
-            min_image_tokens=bucket_below(fewest),  # rounded, so that images of all sizes share a few programs
-        )
+        self.prompt = stack_prompts(generator.target.config, prompts, longest)
         stops = [(*generator.target.stop_token_ids, *params.stop_token_ids) for params in sampling]
         width = -(-max(map(len, stops)) // 4) * 4  # in steps of 4: extra stop tokens rarely mean another program
         self.request = loop.Request(

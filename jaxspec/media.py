@@ -5,6 +5,7 @@ import binascii
 import contextlib
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ def open_image(image: ImageLike, name: str = "image 1") -> Image.Image:
         if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 and leave a white picture
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def open_images(images: Sequence[ImageLike]) -> list[Image.Image]:
+    """Several, numbered from 1 where one is refused."""
+    return [open_image(image, f"image {number}") for number, image in enumerate(images, 1)]
 
 
 @contextlib.contextmanager

@@ -4,25 +4,15 @@ The folder's own chat template and processor decide every token and pixel; this 
 input is one clear sentence before anything is compiled.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxspec.media import ImageLike, open_image
-from jaxspec.targets.images import ImageLayout
+from jaxspec.media import ImageLike, open_images
+from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.video import Video, as_video
 
 Prompt = str | Sequence[dict]
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodedPrompt:
-    """One request as arrays on the host."""
-
-    input_ids: np.ndarray  # i32 [S], image marks expanded to image tokens
-    images: list[ImageLayout]
-    position_ids: np.ndarray | None = None  # i32 [3, S] where the family has positions of its own
 
 
 def encode_prompt(target, prompt: Prompt, images: Sequence[ImageLike] = (), raw: bool = False) -> EncodedPrompt:
@@ -42,7 +32,7 @@ def encode_prompt(target, prompt: Prompt, images: Sequence[ImageLike] = (), raw:
         messages, images = normalise_messages(prompt, images)
         text = target.processor.apply_chat_template(messages, add_generation_prompt=True)
     stills = [each for each in images if not isinstance(each, Video)]
-    pictures = [open_image(image, f"image {number}") for number, image in enumerate(stills, 1)]
+    pictures = open_images(stills)
     videos = [each for each in images if isinstance(each, Video)]
     given = {"images": (target.image_token, pictures), "videos": (target.video_token, videos)}
     for noun, (mark, things) in given.items():

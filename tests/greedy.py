@@ -5,8 +5,8 @@ import torch
 
 from jaxspec import Generator, SamplingParams, Target
 from jaxspec.generator import Batch
-from jaxspec.prompting import EncodedPrompt
 from jaxspec.targets.images import split_by_tokens
+from jaxspec.targets.prompts import EncodedPrompt
 
 COUNT = 32
 

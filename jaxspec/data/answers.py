@@ -5,14 +5,17 @@ that are written whole, so a stopped run goes on where it was; the finished set 
 """
 
 import dataclasses
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
+
+from jaxspec.data.pipeline import Example
+from jaxspec.media import open_images
+from jaxspec.targets.contract import TargetConfig
+from jaxspec.targets.prompts import EncodedPrompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,21 +115,17 @@ class AnswerSource:
 
 
 class AnswerEncoder:
-    """Records of an `AnswerSource` for `jaxspec.data.pipeline.Pipeline`."""
+    """Records of an `AnswerSource` for `jaxspec.data.pipeline.Pipeline`, as the target reads them."""
 
-    def __init__(self, processor):
-        self.processor = processor
+    def __init__(self, processor, config: TargetConfig):
+        self.processor, self.config = processor, config
 
-    def encode_record(self, record: dict) -> dict[str, np.ndarray]:
+    def encode_record(self, record: dict) -> Example:
         prompt, answer = np.asarray(record["prompt_ids"]), np.asarray(record["answer_ids"])
-        pixels = self.processor.image_processor(open_pictures(record["images"]), return_tensors="np")["pixel_values"]
-        return {
-            "input_ids": np.concatenate([prompt, answer]).astype(np.int32),
-            "loss_mask": np.arange(len(prompt) + len(answer)) >= len(prompt),
-            "pixel_values": np.asarray(pixels, np.float32),
-        }
-
-
-def open_pictures(images: Sequence[bytes]) -> list[Image.Image]:
-    """Encoded pictures as RGB."""
-    return [Image.open(io.BytesIO(image)).convert("RGB") for image in images]
+        ids = np.concatenate([prompt, answer]).astype(np.int32)
+        inputs = {"input_ids": ids[None]}
+        if record["images"]:
+            inputs |= self.processor.image_processor(open_images(record["images"]), return_tensors="np")
+        layouts = self.config.lay_out(inputs)
+        encoded = EncodedPrompt(ids, layouts, self.config.position_ids(ids, layouts))
+        return Example(encoded, np.arange(len(ids)) >= len(prompt))

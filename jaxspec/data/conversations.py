@@ -7,11 +7,15 @@ fast tokenizer whatever it does at the borders of segments.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
+
+from jaxspec.data.pipeline import Example
+from jaxspec.media import open_images
+from jaxspec.targets.contract import TargetConfig
+from jaxspec.targets.prompts import EncodedPrompt
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 
@@ -21,21 +25,22 @@ class ConversationEncoder:
 
     Args:
       processor: what `transformers.AutoProcessor.from_pretrained` gives; its tokenizer must be a fast one.
+      config: the target's.
 
     Raises:
       ValueError: the tokenizer isn't a fast one, or the processor has no chat template.
     """
 
-    def __init__(self, processor):
+    def __init__(self, processor, config: TargetConfig):
         if not getattr(processor.tokenizer, "is_fast", False):
             raise ValueError(f"The tokenizer must be a fast one; got {type(processor.tokenizer).__name__}.")
         if not processor.chat_template:
             raise ValueError("The processor must have a chat template; it has none.")
-        self.processor = processor
+        self.processor, self.config = processor, config
         blank = processor(text=processor.image_token, images=[Image.new("RGB", (64, 64))], return_tensors="np")
         self.tokens_per_image = int(np.sum(blank["input_ids"] == processor.image_token_id))
 
-    def __call__(self, images: Sequence[bytes], conversations: Sequence[dict[str, str]]) -> dict[str, np.ndarray]:
+    def __call__(self, images: Sequence[bytes], conversations: Sequence[dict[str, str]]) -> Example:
         """Encodes one conversation.
 
         Args:
@@ -43,8 +48,8 @@ class ConversationEncoder:
           conversations: turns {"from": "human" | "gpt", "value": text}, alternating, the human first.
 
         Returns:
-          `input_ids` int32 [S]; `loss_mask` bool [S], True on the assistant's tokens and the end-of-text token of each
-          answer; `pixel_values` float32 [n_images, 3, H, W].
+          The whole conversation, with a mask that is True on the assistant's tokens and the end-of-text token of each
+          answer.
 
         Raises:
           ValueError: turns that don't alternate, or markers and pictures that differ in number.
@@ -61,13 +66,13 @@ class ConversationEncoder:
         for start, stop in spans:
             # Special tokens that the tokenizer adds have empty spans at 0, which are never within an answer.
             mask |= (offsets[:, 0] >= start) & (offsets[:, 1] <= stop) & (offsets[:, 1] > offsets[:, 0])
-        return {
-            "input_ids": np.asarray(encoded["input_ids"], np.int32),
-            "loss_mask": mask,
-            "pixel_values": self._pixels(images),
-        }
+        ids, inputs = np.asarray(encoded["input_ids"], np.int32), {}
+        if images:
+            inputs = self.processor.image_processor(open_images(images), return_tensors="np")
+        layouts = self.config.lay_out({**inputs, "input_ids": ids[None]})
+        return Example(EncodedPrompt(ids, layouts, self.config.position_ids(ids, layouts)), mask)
 
-    def encode_record(self, record: dict) -> dict[str, np.ndarray]:
+    def encode_record(self, record: dict) -> Example:
         """A record of a data source with `images` and `conversations`."""
         return self(record["images"], record["conversations"])
 
@@ -95,13 +100,6 @@ class ConversationEncoder:
 
     def _render(self, messages: list[dict], prompt: bool) -> str:
         return self.processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
-
-    def _pixels(self, images: Sequence[bytes]) -> np.ndarray:
-        if not images:
-            size = self.processor.image_processor.crop_size
-            return np.zeros((0, 3, size["height"], size["width"]), np.float32)
-        pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in images]
-        return np.asarray(self.processor.image_processor(pictures, return_tensors="np")["pixel_values"], np.float32)
 
 
 def to_messages(conversations: Sequence[dict[str, str]], n_images: int) -> list[dict]:

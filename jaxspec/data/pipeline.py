@@ -6,6 +6,7 @@ replaying what came before, and gives each process of a multi-host run its own s
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,44 +15,45 @@ import grain
 import numpy as np
 from absl import flags
 
+from jaxspec.targets.contract import TargetConfig
+from jaxspec.targets.prompts import EncodedPrompt, stack_prompts
 
-class Padder:
-    """Pads or cuts one encoded conversation to `sequence_length` tokens.
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One conversation on the host, as a target reads it."""
+
+    prompt: EncodedPrompt  # with its answers
+    loss_mask: np.ndarray  # bool [S], True on the assistant's tokens
+
+
+class Cutter:
+    """Cuts conversations to `sequence_length` tokens.
 
     Attributes:
       truncated: how many conversations have been cut so far in this process (the first one warns).
     """
 
-    def __init__(self, sequence_length: int, pad_token_id: int, image_token_id: int):
+    def __init__(self, sequence_length: int, config: TargetConfig):
         if sequence_length < 1:
             raise ValueError(f"sequence_length must be at least 1; got {sequence_length}.")
         self.sequence_length = sequence_length
         self.truncated = 0
-        self._pad = pad_token_id
-        self._image = image_token_id
+        self._config = config
 
-    def __call__(self, encoded: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Adds `attention_mask` bool [sequence_length]; pads `input_ids` and `loss_mask` on the right.
-
-        Raises:
-          ValueError: cutting would lose image tokens, which a model couldn't match with its pictures.
-        """
-        ids, mask = encoded["input_ids"], encoded["loss_mask"]
-        limit = self.sequence_length
-        if len(ids) > limit:
-            if np.any(ids[limit:] == self._image):
-                raise ValueError(
-                    f"sequence_length {limit} cuts image tokens off a conversation of {len(ids)} tokens; raise it."
-                )
-            self._count(len(ids))
-            ids, mask = ids[:limit], mask[:limit]
-        gap = limit - len(ids)
-        return {
-            "input_ids": np.pad(ids, (0, gap), constant_values=self._pad).astype(np.int32),
-            "attention_mask": np.arange(limit) < len(ids),
-            "loss_mask": np.pad(mask, (0, gap)),
-            "pixel_values": encoded["pixel_values"],
-        }
+    def __call__(self, example: Example) -> Example:
+        """Raises ValueError where cutting would lose image tokens, which a model couldn't match with its pictures."""
+        prompt, limit = example.prompt, self.sequence_length
+        length = len(prompt.input_ids)
+        if length <= limit:
+            return example
+        if np.any(self._config.is_image(prompt.input_ids[limit:])):
+            raise ValueError(
+                f"sequence_length {limit} cuts image tokens off a conversation of {length} tokens; raise it."
+            )
+        self._count(length)
+        positions = None if prompt.position_ids is None else prompt.position_ids[:, :limit]
+        return Example(EncodedPrompt(prompt.input_ids[:limit], prompt.images, positions), example.loss_mask[:limit])
 
     def _count(self, length: int) -> None:
         self.truncated += 1
@@ -67,8 +69,8 @@ class Pipeline:
 
     Args:
       source: random access to records.
-      encoder: `encode_record(record)` gives `input_ids`, `loss_mask` and `pixel_values` of one record, and `processor`
-        is the target's (`jaxspec.data.conversations.ConversationEncoder`, `jaxspec.data.answers.AnswerEncoder`).
+      encoder: `encode_record(record)` gives the `Example` of one record, and `config` is the target's
+        (`jaxspec.data.conversations.ConversationEncoder`, `jaxspec.data.answers.AnswerEncoder`).
       sequence_length: tokens per row.
       batch_size: rows per batch over all processes together.
       seed: decides the order; each epoch has its own.
@@ -97,29 +99,27 @@ class Pipeline:
             raise ValueError(f"process_index must lie within 0..{process_count - 1}; got {process_index}.")
         if not len(source):
             raise ValueError("The source must hold at least one record; it is empty.")
-        tokenizer = encoder.processor.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.padder = Padder(sequence_length, pad, encoder.processor.image_token_id)
+        self.cutter = Cutter(sequence_length, encoder.config)
         self._encoder = encoder
         dataset = grain.MapDataset.source(source).seed(seed)
         if shuffle:
             dataset = dataset.shuffle()
         # Repeating before sharing out lets batches cross the end of an epoch, so that none is short.
         dataset = dataset.repeat()[process_index::process_count]
-        self._batches = dataset.map(self._encode).batch(batch_size // process_count, batch_fn=_stack)
+        self._batches = dataset.map(self._encode).batch(batch_size // process_count, batch_fn=self._stack)
 
     @property
     def truncated(self) -> int:
         """How many conversations this process has cut so far."""
-        return self.padder.truncated
+        return self.cutter.truncated
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, step: int) -> dict[str, Any]:
         """The batch of one step, made on the spot; `batches` gives the same ones ahead of time."""
         return self._batches[step]
 
     def batches(
         self, start_step: int = 0, num_threads: int = 2, prefetch: int = 8, num_workers: int = 0
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[dict[str, Any]]:
         """The batches of `start_step`, `start_step + 1`, ...
 
         Args:
@@ -131,8 +131,8 @@ class Pipeline:
             entry with `if __name__ == "__main__"`.
 
         Returns:
-          An iterator of dicts with B = batch_size / process_count rows: `input_ids` int32 [B, S], `attention_mask`
-          bool [B, S], `loss_mask` bool [B, S], `pixel_values` float32 [B, n_images, 3, H, W].
+          An iterator of dicts with B = batch_size / process_count rows: `prompts`, a `PromptBatch` of S =
+          sequence_length tokens, and `loss_mask` bool [B, S].
         """
         if start_step < 0:
             raise ValueError(f"start_step must be at least 0; got {start_step}.")
@@ -147,12 +147,11 @@ class Pipeline:
             )
         return iter(dataset)
 
-    def _encode(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
-        return self.padder(self._encoder.encode_record(record))
+    def _encode(self, record: dict[str, Any]) -> Example:
+        return self.cutter(self._encoder.encode_record(record))
 
-
-def _stack(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    counts = {len(row["pixel_values"]) for row in rows}
-    if len(counts) > 1:
-        raise ValueError(f"All conversations of a batch must have equally many pictures; got {sorted(counts)}.")
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    def _stack(self, rows: Sequence[Example]) -> dict[str, Any]:
+        length = self.cutter.sequence_length
+        masks = [np.pad(row.loss_mask, (0, length - len(row.loss_mask))) for row in rows]
+        prompts = stack_prompts(self._encoder.config, [row.prompt for row in rows], length)
+        return {"prompts": prompts, "loss_mask": np.stack(masks)}

@@ -1,82 +1,58 @@
-"""Drafter folders in and out, in the layout the authors publish: a Llama-style config.json and `model.safetensors`.
+"""Drafter folders in and out, in the layout the authors publish: config.json and `model.safetensors`.
 
 Tensor names of EAGLE and ViSpec: `fc`, `layers.0.*`, `embed_tokens` (a copy of the target's, used here only to see that
 the drafter belongs to the target) and for ViSpec `imadpt.*`, `img_fc`. Folders written here say more about themselves
 under the key `jaxspec` of config.json, which other readers ignore.
 """
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-import transformers
+from flax import nnx
 from safetensors.numpy import save_file
 
-from jaxspec.checkpoints.configs import llama_text_config
-from jaxspec.checkpoints.names import NameTable, abstract, fill, to_tensors
+from jaxspec.checkpoints.names import abstract, fill, to_tensors
 from jaxspec.checkpoints.tensors import read_folder, read_json
-from jaxspec.drafters.eagle import EagleConfig, EagleHead
-from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
+from jaxspec.drafters.registry import METHODS, method_of
 from jaxspec.speculation.tree import TreeConfig
 
 EMBEDDING = "embed_tokens.weight"
-NAMES = NameTable(ignored=(r".*\.rotary_emb\.inv_freq",))
-METHODS = {"eagle2": EagleHead, "vispec": ViSpecHead}
-PUBLISHED_TREES = {"eagle2": TreeConfig(5, 10, 60), "vispec": TreeConfig(3, 8, 30)}  # arXiv 2406.16858; 2509.15235
+TREE_KEYS = {"depth": "depth", "top_k": "top_k", "total_token": "total_tokens"}  # as in published files
 
 
-def load_drafter_folder(folder: Path, target, dtype=jnp.float32) -> tuple[EagleHead, TreeConfig]:
-    """The head of a folder and its tree. Raises FileNotFoundError or ValueError, naming what does not fit."""
+def load_drafter_folder(folder: Path, target, dtype=jnp.float32) -> tuple[nnx.Module, TreeConfig]:
+    """The drafter of a folder and its tree. Raises FileNotFoundError or ValueError, naming what does not fit."""
     raw = read_drafter_config(folder)
-    config = head_config(raw, folder)
-    check_fits(config, target, folder)
+    method = METHODS[method_of(raw)]
+    try:
+        config = method.read_config(raw)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    if problems := method.misfits(config, target.config):
+        raise ValueError(f"drafter {folder} was made for another target: {', '.join(problems)}")
     tensors = read_folder(folder)
-    embedding = tensors.pop(EMBEDDING, None)
-    if embedding is not None:
-        check_embedding(embedding, target, folder)
-    method = method_of(raw)
-    head = abstract(lambda rngs: METHODS[method](config, rngs=rngs))
-    return fill(head, tensors, NAMES, str(folder), dtype), tree_of(raw, method)
+    if method.copies_embedding and EMBEDDING in tensors:
+        check_embedding(tensors.pop(EMBEDDING), target, folder)
+    drafter = abstract(lambda rngs: method.module(config, rngs=rngs))
+    return fill(drafter, tensors, method.names, str(folder), dtype), tree_of(raw)
 
 
 def save_drafter_folder(
-    head: EagleHead, tree: TreeConfig, target, folder: Path, dtype, about: dict | None = None
+    drafter: nnx.Module, name: str, tree: TreeConfig, target, folder: Path, dtype, about: dict | None = None
 ) -> None:
-    """Write the published layout in `dtype`; `about` goes under `jaxspec` of config.json. Replaces `folder`."""
-    text = head.config.text
-    rope = {"rope_type": text.rope.type, "rope_theta": text.rope.theta}
-    if text.rope.type != "default":
-        rope.update(dataclasses.asdict(text.rope), rope_type=text.rope.type)
-        rope.pop("type")
-    config = transformers.LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_hidden_layers=1,
-        num_attention_heads=text.num_heads,
-        num_key_value_heads=text.num_kv_heads,
-        head_dim=text.head_dim,
-        rms_norm_eps=text.rms_norm_eps,
-        rope_parameters=rope,
-        max_position_embeddings=text.max_position_embeddings,
-        dtype=jnp.dtype(dtype).name,
-    ).to_dict()
-    vispec = isinstance(head.config, ViSpecConfig)
-    config |= {
-        "num_q": head.config.num_q if vispec else 0,
-        "qkv_bias": head.config.qkv_bias,
-        "bias": head.config.fc_bias,
-        "depth": tree.depth,
-        "top_k": tree.top_k,
-        "total_token": tree.total_tokens,
-        "jaxspec": {"method": "vispec" if vispec else "eagle2", **(about or {})},
+    """Write a drafter of the method `name`; `about` goes under `jaxspec` of config.json. Replaces `folder`."""
+    method = METHODS[name]
+    config = method.write_config(drafter.config) | {
+        "dtype": jnp.dtype(dtype).name,
+        **{theirs: getattr(tree, ours) for theirs, ours in TREE_KEYS.items()},
+        "jaxspec": {"method": name, **(about or {})},
     }
-    tensors = to_tensors(head, NAMES, dtype)
-    tensors[EMBEDDING] = np.asarray(target.language_model.embed_tokens.embedding[...]).astype(dtype)
+    tensors = to_tensors(drafter, method.names, dtype)
+    if method.copies_embedding:
+        tensors[EMBEDDING] = np.asarray(target.language_model.embed_tokens.embedding[...]).astype(dtype)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -93,42 +69,9 @@ def read_drafter_config(folder: Path) -> dict:
     return read_json(path)
 
 
-def method_of(raw: dict) -> str:
-    """`jaxspec.method` where we wrote it; else ViSpec's files are known by their `num_q`."""
-    method = raw.get("jaxspec", {}).get("method") or ("vispec" if raw.get("num_q") else "eagle2")
-    if method not in METHODS:
-        raise ValueError(f"drafter method {method!r} is not known; known: {', '.join(METHODS)}")
-    return method
-
-
-def tree_of(raw: dict, method: str) -> TreeConfig:
-    default = PUBLISHED_TREES[method]
-    return TreeConfig(
-        depth=raw.get("depth", default.depth),
-        top_k=raw.get("top_k", default.top_k),
-        total_tokens=raw.get("total_token", default.total_tokens),
-    )
-
-
-def head_config(raw: dict, folder: Path) -> EagleConfig:
-    layers = raw.get("num_hidden_layers", 1)
-    if layers != 1:
-        raise ValueError(f"{folder}: a draft head has 1 layer, config.json says {layers}")
-    text = llama_text_config(transformers.LlamaConfig.from_dict({**raw, "model_type": "llama"}))
-    common = {"text": text, "qkv_bias": raw.get("qkv_bias", False), "fc_bias": raw.get("bias", True)}
-    return ViSpecConfig(**common, num_q=raw.get("num_q", 2)) if method_of(raw) == "vispec" else EagleConfig(**common)
-
-
-def check_fits(config: EagleConfig, target, folder: Path) -> None:
-    """Raises ValueError that lists every way in which the drafter cannot serve this target."""
-    ours, theirs = config.text, target.config.text
-    problems = [
-        f"{name} {getattr(ours, name)} (target: {getattr(theirs, name)})"
-        for name in ("hidden_size", "vocab_size")
-        if getattr(ours, name) != getattr(theirs, name)
-    ]
-    if problems:
-        raise ValueError(f"drafter {folder} was made for another target: {', '.join(problems)}")
+def tree_of(raw: dict) -> TreeConfig:
+    default = METHODS[method_of(raw)].tree
+    return TreeConfig(**{ours: raw.get(theirs, getattr(default, ours)) for theirs, ours in TREE_KEYS.items()})
 
 
 def check_embedding(embedding: np.ndarray, target, folder: Path) -> None:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxspec.checkpoints.hub import resolve_folder
-from jaxspec.drafters.checkpoint import load_drafter_folder, method_of, read_drafter_config
+from jaxspec.drafters.checkpoint import load_drafter_folder, read_drafter_config
+from jaxspec.drafters.registry import method_of
 from jaxspec.speculation.tree import TreeConfig
 
 

@@ -9,9 +9,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import transformers
 from flax import nnx
 
 from jaxspec import cache as caches
+from jaxspec.checkpoints.configs import llama_text_config
+from jaxspec.drafters.contract import Method
 from jaxspec.kernels.attention import LayerKV, Segment
 from jaxspec.layers import DecoderLayer, TextConfig, causal_mask, linear, rope_tables
 from jaxspec.speculation.loop import DrafterContext
@@ -155,3 +158,56 @@ class EagleHead(nnx.Module):
         beside = state.global_feature
         beside = None if beside is None else jnp.broadcast_to(beside[:, None], features.shape)
         return self.combine(target.embed(tokens), features, beside)
+
+
+def read_eagle_fields(raw: dict) -> dict:
+    """Fields of an `EagleConfig` from the Llama-style config.json of published heads."""
+    layers = raw.get("num_hidden_layers", 1)
+    if layers != 1:
+        raise ValueError(f"a draft head has 1 layer, config.json says {layers}")
+    text = llama_text_config(transformers.LlamaConfig.from_dict({**raw, "model_type": "llama"}))
+    return {"text": text, "qkv_bias": raw.get("qkv_bias", False), "fc_bias": raw.get("bias", True)}
+
+
+def write_eagle_config(config: EagleConfig) -> dict:
+    """The inverse, in the layout of published heads."""
+    text = config.text
+    rope = {"rope_type": text.rope.type, "rope_theta": text.rope.theta}
+    if text.rope.type != "default":
+        rope.update(dataclasses.asdict(text.rope), rope_type=text.rope.type)
+        rope.pop("type")
+    llama = transformers.LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=text.num_heads,
+        num_key_value_heads=text.num_kv_heads,
+        head_dim=text.head_dim,
+        rms_norm_eps=text.rms_norm_eps,
+        rope_parameters=rope,
+        max_position_embeddings=text.max_position_embeddings,
+    )
+    return llama.to_dict() | {"num_q": 0, "qkv_bias": config.qkv_bias, "bias": config.fc_bias}
+
+
+def eagle_misfits(config: EagleConfig, target_config) -> list[str]:
+    """The head shares the target's embedding and LM head."""
+    ours, theirs = config.text, target_config.text
+    return [
+        f"{name} {getattr(ours, name)} (target: {getattr(theirs, name)})"
+        for name in ("hidden_size", "vocab_size")
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
+
+
+EAGLE2 = Method(
+    title="EAGLE-2",
+    module=EagleHead,
+    read_config=lambda raw: EagleConfig(**read_eagle_fields(raw)),
+    write_config=write_eagle_config,
+    tree=TreeConfig(5, 10, 60),  # arXiv 2406.16858
+    misfits=eagle_misfits,
+    copies_embedding=True,
+)

@@ -11,9 +11,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspec.drafters.eagle import EagleConfig, EagleHead, Rows
+from jaxspec.drafters.contract import Method
+from jaxspec.drafters.eagle import (
+    EagleConfig,
+    EagleHead,
+    Rows,
+    eagle_misfits,
+    read_eagle_fields,
+    write_eagle_config,
+)
 from jaxspec.layers import linear
 from jaxspec.speculation.loop import DrafterContext
+from jaxspec.speculation.tree import TreeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,3 +123,14 @@ class ViSpecHead(EagleHead):
 def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     """Rows `index` i32 `[B, R]` of `x` `[B, S, D]`."""
     return jnp.take_along_axis(x, index[..., None], axis=1)
+
+
+VISPEC = Method(
+    title="ViSpec",
+    module=ViSpecHead,
+    read_config=lambda raw: ViSpecConfig(**read_eagle_fields(raw), num_q=raw.get("num_q", 2)),
+    write_config=lambda config: write_eagle_config(config) | {"num_q": config.num_q},
+    tree=TreeConfig(3, 8, 30),  # arXiv 2509.15235
+    misfits=eagle_misfits,
+    copies_embedding=True,
+)

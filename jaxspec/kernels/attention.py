@@ -56,9 +56,11 @@ def attend(query: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     logits = [scores(segment) for segment in segments]
     peak = jax.lax.stop_gradient(reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in logits]))
     weights = [jnp.exp(part - peak) for part in logits]
-    total = reduce(jnp.add, [part.sum(-1, keepdims=True) for part in weights])
-    out = reduce(jnp.add, [mix(part / total, segment) for part, segment in zip(weights, segments, strict=True)])
-    return out.reshape(batch, heads, length, head_dim).astype(query.dtype)
+    total = reduce(jnp.add, [part.sum(-1, keepdims=True) for part in weights])  # [B, Hkv, G, N, 1]
+    out = reduce(jnp.add, [mix(part, segment) for part, segment in zip(weights, segments, strict=True)])
+    # Divided last: by Dh numbers a row instead of S.
+    out = out.reshape(batch, heads, length, head_dim) / total.reshape(batch, heads, length, 1)
+    return out.astype(query.dtype)
 
 
 def join(segments: Sequence[Segment], length: int) -> Segment:

@@ -19,24 +19,7 @@ from jaxspec.kernels.attention import LayerKV
 from jaxspec.speculation.accept import accept
 from jaxspec.speculation.sampling import BatchSampling, choose, gumbel_noise, warp
 from jaxspec.speculation.tree import Tree, TreeConfig, root_only
-
-
-def static(default: int):
-    """A dataclass field that is part of the compiled program, not of its arguments."""
-    return dataclasses.field(default=default, metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A right-padded batch of prompts."""
-
-    input_ids: jax.Array  # i32 [B, S], image tokens expanded
-    lengths: jax.Array  # i32 [B]
-    images: Any = None  # the `Images` of all rows, or None
-    position_ids: jax.Array | None = None  # i32 [3, B, S] where the family has positions of its own
-    max_images: int = static(0)  # images of the row that has most
-    min_image_tokens: int = static(0)  # image tokens of the row that has fewest
+from jaxspec.targets.prompts import PromptBatch, static
 
 
 @jax.tree_util.register_dataclass
@@ -52,13 +35,17 @@ class Request:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DrafterContext:
-    """All a drafter ever sees of the target's prefill."""
+    """All a drafter ever sees of the target's prefill; in training, of its pass over prompts with their answers."""
 
     embeds: jax.Array  # [B, S, D], image features in place
     features: jax.Array  # [B, S, D]
+    vision: jax.Array | None  # [R, Dv], the tower's features before the target's projector
+    vision_rows: jax.Array | None  # i32 [B, S], the row of `vision` at each image token
     image_ids: jax.Array  # i32 [B, S], which image of its row a token belongs to, -1 for text
     input_ids: jax.Array  # i32 [B, S]
     lengths: jax.Array  # i32 [B]
+    prompt_lengths: jax.Array  # i32 [B], without the answers
+    seeds: jax.Array  # u32 [B], of the requests' sampling
     root: jax.Array  # i32 [B], the first token the target chose
     max_images: int = static(0)
     min_image_tokens: int = static(0)
@@ -85,15 +72,23 @@ class DecodeState:
     emitted: jax.Array  # i32 [B, P], how many rounds emitted 1, 2, .. P tokens
 
 
-def prefill(target, drafter, tree: TreeConfig, prompt: Prompt, request: Request, capacity: int, max_new: int):
+def read_prompts(target, prompt: PromptBatch):
+    """The target's prefill: features `[B, S, D]`, keys and values per layer, embeddings `[B, S, D]`, and what its tower
+    saw (`[R, Dv]` or None)."""
+    vision = None if prompt.images is None else target.encode_vision(prompt.images)
+    embeds = target.embed(prompt.input_ids, prompt.images, vision)
+    features, new_kv = target.prefill(embeds, prompt.lengths, prompt.images, prompt.position_ids)
+    return features, new_kv, embeds, vision
+
+
+def prefill(target, drafter, tree: TreeConfig, prompt: PromptBatch, request: Request, capacity: int, max_new: int):
     """Run the prompt, choose the first token, prepare the drafter.
 
     `capacity` rows hold the longest prompt plus its new tokens; `max_new` bounds `request.max_new_tokens`.
     """
     batch, room = prompt.input_ids.shape[0], tree.max_depth + 1
     with jax.named_scope("prefill"):
-        embeds = target.embed(prompt.input_ids, prompt.images)
-        features, new_kv = target.prefill(embeds, prompt.lengths, prompt.images, prompt.position_ids)
+        features, new_kv, embeds, vision = read_prompts(target, prompt)
     last = jnp.take_along_axis(features, (prompt.lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
     sampling = request.sampling
     warped = warp(target.unembed(last), sampling)
@@ -101,16 +96,7 @@ def prefill(target, drafter, tree: TreeConfig, prompt: Prompt, request: Request,
     cache = tuple(caches.extend(kv, capacity) for kv in new_kv)
     drafter_state = None
     if drafter is not None:
-        context = DrafterContext(
-            embeds=embeds,
-            features=features,
-            image_ids=jnp.full_like(prompt.input_ids, -1) if prompt.images is None else prompt.images.ids,
-            input_ids=prompt.input_ids,
-            lengths=prompt.lengths,
-            root=root,
-            max_images=prompt.max_images,
-            min_image_tokens=prompt.min_image_tokens,
-        )
+        context = context_of(prompt, features, embeds, vision, prompt.lengths, sampling.seed, root)
         with jax.named_scope("draft_prefill"):
             drafter_state = drafter.prefill(target, context, capacity)
     return DecodeState(
@@ -126,6 +112,24 @@ def prefill(target, drafter, tree: TreeConfig, prompt: Prompt, request: Request,
         done=is_stop(root[:, None], request)[:, 0] | (request.max_new_tokens <= 1),
         rounds=jnp.zeros((batch,), jnp.int32),
         emitted=jnp.zeros((batch, room), jnp.int32),
+    )
+
+
+def context_of(prompt: PromptBatch, features, embeds, vision, prompt_lengths, seeds, root) -> DrafterContext:
+    """What `read_prompts` gave, for the drafter."""
+    return DrafterContext(
+        embeds=embeds,
+        features=features,
+        vision=vision,
+        vision_rows=None if prompt.images is None else prompt.images.rows,
+        image_ids=prompt.image_ids,
+        input_ids=prompt.input_ids,
+        lengths=prompt.lengths,
+        prompt_lengths=prompt_lengths,
+        seeds=seeds,
+        root=root,
+        max_images=prompt.max_images,
+        min_image_tokens=prompt.min_image_tokens,
     )
 
 
@@ -196,7 +200,7 @@ def verify(target, tree: Tree, state: DecodeState):
     return target.forward(target.embed(tree.tokens), positions, tree.ancestors, state.cache, cache_mask)
 
 
-def position_offset(prompt: Prompt) -> jax.Array:
+def position_offset(prompt: PromptBatch) -> jax.Array:
     """i32 `[B]`: how far the position of the first new token is from the length of the prompt."""
     if prompt.position_ids is None:
         return jnp.zeros_like(prompt.lengths)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxspec.kernels.attention import LayerKV, Segment, attend
 from jaxspec.layers import ACTIVATIONS, linear
 
 
@@ -62,8 +63,12 @@ class ClipAttention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [n, T, D]
         split = (*x.shape[:2], self.num_heads, -1)
-        query, key, value = (proj(x).reshape(split) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(jax.nn.dot_product_attention(query, key, value).reshape(x.shape))
+        query, key, value = (
+            proj(x).reshape(split).swapaxes(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # [n, H, T, Dh]
+        everything = jnp.ones((1, 1, x.shape[1]), bool)
+        out = attend(query, [Segment(LayerKV(key, value), everything)])
+        return self.out_proj(out.swapaxes(1, 2).reshape(x.shape))
 
 
 class ClipMLP(nnx.Module):
@@ -93,13 +98,13 @@ class ClipEmbeddings(nnx.Module):
 
     def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
         width, init = config.hidden_size, nnx.initializers.normal(1.0)  # as large as the patches, or places drown
-        self.patch_size = config.patch_size
+        self.patch_size, self.image_size = config.patch_size, config.image_size
         self.class_embedding = nnx.Param(init(rngs.params(), (width,)))
         self.patch_embedding = linear(3 * config.patch_size**2, width, bias=False, rngs=rngs)
         self.position_embedding = nnx.Embed(config.num_patches + 1, width, embedding_init=init, rngs=rngs)
 
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
-        x = self.patch_embedding(patchify(pixel_values, self.patch_size))
+        x = self.patch_embedding(patchify(pixel_values, self.patch_size, self.image_size))
         first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
         positions = self.position_embedding.embedding[...].astype(x.dtype)
         return jnp.concatenate([first, x], axis=1) + positions
@@ -133,9 +138,14 @@ class ClipVisionTower(nnx.Module):
         return [states[layer] for layer in wanted]
 
 
-def patchify(pixel_values: jax.Array, patch: int) -> jax.Array:
-    """`[n, 3, H, W]` -> `[n, H/p * W/p, 3 * p * p]`, channel-major inside a patch like a convolution kernel."""
+def patchify(pixel_values: jax.Array, patch: int, image_size: int) -> jax.Array:
+    """`[n, 3, H, W]` -> `[n, H/p * W/p, 3 * p * p]`, channel-major inside a patch like a convolution kernel. Raises
+    ValueError where H and W are not `image_size`."""
     n, channels, height, width = pixel_values.shape
+    if (height, width) != (image_size, image_size):
+        raise ValueError(
+            f"the processor makes images of {height} x {width} pixels, the tower reads {image_size} x {image_size}"
+        )
     x = pixel_values.reshape(n, channels, height // patch, patch, width // patch, patch)
     x = x.transpose(0, 2, 4, 1, 3, 5)
     return x.reshape(n, (height // patch) * (width // patch), channels * patch * patch)

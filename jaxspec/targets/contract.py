@@ -26,6 +26,8 @@ class TargetConfig:
     """That of the ids which stands for videos, where the family reads them."""
     shared_rows: int = 0
     """Rows at the beginning of the table of features that belong to no image."""
+    vision_width: int = 0
+    """Width of what `encode_vision` gives; 0 in a family that reads only text."""
 
     def lay_out(self, inputs: Mapping) -> list[ImageLayout]:
         """The images of a processor's outputs, in reading order."""
@@ -51,21 +53,31 @@ class TargetConfig:
 
 class VisionLanguageModel(nnx.Module):
     """Base of the target families. Subclasses set `language_model` and `config` (a `TargetConfig`), and implement
-    `encode_images`."""
+    `encode_vision` and `project`."""
 
     language_model: LanguageModel
 
-    def encode_images(self, pixels: Any, dtype) -> jax.Array:
-        """The table of image features `[R, D]`, in the text model's width and `dtype`; `pixels` as `config.collate`
-        made them."""
-        raise NotImplementedError(f"{type(self).__name__} must implement encode_images")
+    @property
+    def dtype(self):
+        return self.language_model.embed_tokens.embedding.dtype
 
-    def embed(self, input_ids: jax.Array, images: Images | None = None) -> jax.Array:
-        """Token embeddings `[B, S, D]` of ids `[B, S]`, image features in place of the image tokens."""
+    def encode_vision(self, images: Images) -> jax.Array:
+        """What the tower sees, `[R, Dv]` in the model's dtype: a row for each row of the table, as the projector reads
+        them; zeros in shared rows."""
+        raise NotImplementedError(f"{type(self).__name__} must implement encode_vision")
+
+    def project(self, vision: jax.Array) -> jax.Array:
+        """The table of image features `[R, D]`, in the text model's width."""
+        raise NotImplementedError(f"{type(self).__name__} must implement project")
+
+    def embed(self, input_ids: jax.Array, images: Images | None = None, vision: jax.Array | None = None) -> jax.Array:
+        """Token embeddings `[B, S, D]` of ids `[B, S]`, image features in place of the image tokens; `vision` is
+        `encode_vision(images)` where that is there already."""
         embeds = self.language_model.embed(input_ids)
         if images is None:
             return embeds
-        table = self.encode_images(images.pixels, embeds.dtype)  # [R, D]
+        with jax.named_scope("projector"):
+            table = self.project(self.encode_vision(images) if vision is None else vision)  # [R, D]
         return jnp.where((images.ids >= 0)[..., None], table[images.rows], embeds)
 
     def forward(

@@ -67,6 +67,10 @@ class Gemma3Config(TargetConfig):
     def image_token_ids(self) -> tuple[int, ...]:
         return (self.image_token_id,)
 
+    @property
+    def vision_width(self) -> int:
+        return self.vision.hidden_size
+
     @classmethod
     def from_hf(cls, config) -> "Gemma3Config":
         """From a transformers `Gemma3Config`."""
@@ -168,12 +172,12 @@ class GemmaLanguageModel(LanguageModel):
 class SiglipEmbeddings(nnx.Module):
     def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
-        self.patch_size = config.patch_size
+        self.patch_size, self.image_size = config.patch_size, config.image_size
         self.patch_embedding = linear(3 * config.patch_size**2, width, bias=True, rngs=rngs)
         self.position_embedding = nnx.Embed(config.num_patches, width, rngs=rngs)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        x = self.patch_embedding(patchify(pixels, self.patch_size))
+        x = self.patch_embedding(patchify(pixels, self.patch_size, self.image_size))
         return x + self.position_embedding.embedding[...].astype(x.dtype)
 
 
@@ -202,12 +206,15 @@ class GemmaProjector(nnx.Module):
         self.mm_input_projection_weight = nnx.Param(init(rngs.params(), (vision.hidden_size, width)))
         self.mm_soft_emb_norm = GemmaNorm(vision.hidden_size, vision.layer_norm_eps, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[T, patches, Dv]` -> `[T, M, D]`, M averages of square blocks of patches."""
+    def pool(self, x: jax.Array) -> jax.Array:
+        """`[T, patches, Dv]` -> `[T * M, Dv]`, M averages of square blocks of patches."""
         block = self.side // self.pooled
         x = x.reshape(x.shape[0], self.pooled, block, self.pooled, block, x.shape[-1]).mean(axis=(2, 4))
-        x = self.mm_soft_emb_norm(x.reshape(x.shape[0], -1, x.shape[-1]))
-        return x @ self.mm_input_projection_weight[...]
+        return x.reshape(-1, x.shape[-1])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[R, Dv]` -> `[R, D]`."""
+        return self.mm_soft_emb_norm(x) @ self.mm_input_projection_weight[...]
 
 
 class Gemma3(VisionLanguageModel):
@@ -217,12 +224,12 @@ class Gemma3(VisionLanguageModel):
         self.multi_modal_projector = GemmaProjector(config, rngs=rngs)
         self.language_model = GemmaLanguageModel(config.text, rngs=rngs)
 
-    def encode_images(self, pixels: jax.Array, dtype) -> jax.Array:
+    def encode_vision(self, images: Images) -> jax.Array:
         with jax.named_scope("vision_tower"):
-            features = self.vision_tower(pixels.astype(dtype))
-        with jax.named_scope("projector"):
-            features = self.multi_modal_projector(features)
-        return features.reshape(-1, features.shape[-1])
+            return self.multi_modal_projector.pool(self.vision_tower(images.pixels.astype(self.dtype)))
+
+    def project(self, vision: jax.Array) -> jax.Array:
+        return self.multi_modal_projector(vision)
 
     def prompt_mask(self, valid: jax.Array, images: Images | None) -> jax.Array:
         causal = super().prompt_mask(valid, images)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.buckets import power_of_two
@@ -64,15 +63,6 @@ def stack_entries(layouts: Sequence[ImageLayout]) -> np.ndarray:
     entries = np.concatenate([layout.pixels for layout in layouts])
     spare = power_of_two(len(entries)) - len(entries)
     return np.concatenate([entries, np.zeros((spare, *entries.shape[1:]), entries.dtype)])
-
-
-def uniform_images(pixels: jax.Array, is_image: jax.Array, tokens_per_image: int) -> Images:
-    """Images of equal size, equally many `[B, n, 3, H, W]` in every prompt: placed on the device, for training."""
-    batch, per_prompt = pixels.shape[:2]
-    order = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)  # [B, S]
-    first = jnp.arange(batch)[:, None] * per_prompt * tokens_per_image
-    rows, ids = jnp.where(is_image, first + order, 0), jnp.where(is_image, order // tokens_per_image, -1)
-    return Images(pixels.reshape(-1, *pixels.shape[2:]), rows, ids)
 
 
 def split_by_tokens(layouts: Sequence[ImageLayout], tokens: Sequence[int]) -> list[list[ImageLayout]]:

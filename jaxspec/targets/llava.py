@@ -12,7 +12,7 @@ from jaxspec.checkpoints.names import NameTable
 from jaxspec.layers import LanguageModel, TextConfig, linear
 from jaxspec.targets.clip import ClipVisionConfig, ClipVisionTower
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
-from jaxspec.targets.images import ImageLayout
+from jaxspec.targets.images import ImageLayout, Images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,10 @@ class LlavaConfig(TargetConfig):
     @property
     def image_token_ids(self) -> tuple[int, ...]:
         return (self.image_token_id,)
+
+    @property
+    def vision_width(self) -> int:
+        return self.vision.hidden_size * len(self.vision_feature_layers)
 
     def lay_out(self, inputs) -> list[ImageLayout]:
         """Every image is one entry of the tower and `tokens_per_image` tokens."""
@@ -77,18 +81,20 @@ class Llava(VisionLanguageModel):
     def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.vision_tower = ClipVisionTower(config.vision, rngs=rngs)
-        width_in = config.vision.hidden_size * len(config.vision_feature_layers)
-        self.multi_modal_projector = Projector(width_in, config.text.hidden_size, bias=config.projector_bias, rngs=rngs)
+        self.multi_modal_projector = Projector(
+            config.vision_width, config.text.hidden_size, bias=config.projector_bias, rngs=rngs
+        )
         self.language_model = LanguageModel(config.text, rngs=rngs)
 
-    def encode_images(self, pixels: jax.Array, dtype) -> jax.Array:
-        """Features `[T * M, D]` of `pixels` `[T, 3, H, W]`."""
+    def encode_vision(self, images: Images) -> jax.Array:
+        """Chosen hidden states `[T * M, Dv]` of the entries `[T, 3, H, W]`."""
         with jax.named_scope("vision_tower"):
-            states = self.vision_tower(pixels.astype(dtype), self.config.vision_feature_layers)
+            states = self.vision_tower(images.pixels.astype(self.dtype), self.config.vision_feature_layers)
         states = [state[:, 1:] if self.config.drop_class_token else state for state in states]
-        with jax.named_scope("projector"):
-            features = self.multi_modal_projector(jnp.concatenate(states, axis=-1))
-        return features.reshape(-1, features.shape[-1])
+        return jnp.concatenate(states, axis=-1).reshape(-1, self.config.vision_width)
+
+    def project(self, vision: jax.Array) -> jax.Array:
+        return self.multi_modal_projector(vision)
 
 
 # Published names in the layout of the llava-hf files, also of LLaVA-NeXT; transformers 5 also writes

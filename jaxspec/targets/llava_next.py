@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from transformers.image_processing_utils import select_best_resolution
 
-from jaxspec.targets.images import ImageLayout
+from jaxspec.targets.images import ImageLayout, Images
 from jaxspec.targets.llava import Llava, LlavaConfig
 
 NEWLINE = -1
@@ -88,7 +88,10 @@ class LlavaNext(Llava):
         width = config.text.hidden_size
         self.image_newline = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width,)))
 
-    def encode_images(self, pixels: jax.Array, dtype) -> jax.Array:
-        """Newline and features `[1 + T * M, D]` of the entries `[T, 3, H, W]`."""
-        features = super().encode_images(pixels, dtype)
+    def encode_vision(self, images: Images) -> jax.Array:
+        """`[1 + T * M, Dv]` of the entries `[T, 3, H, W]`; the first row is the newline's, which no tower sees."""
+        return jnp.pad(super().encode_vision(images), ((1, 0), (0, 0)))
+
+    def project(self, vision: jax.Array) -> jax.Array:
+        features = super().project(vision[1:])
         return jnp.concatenate([self.image_newline[...].astype(features.dtype)[None], features])

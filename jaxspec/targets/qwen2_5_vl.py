@@ -18,7 +18,7 @@ from jaxspec.checkpoints.configs import llama_text_config
 from jaxspec.checkpoints.names import NameTable
 from jaxspec.layers import GatedMLP, LanguageModel, RMSNorm, TextConfig, apply_rope, linear
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
-from jaxspec.targets.images import ImageLayout
+from jaxspec.targets.images import ImageLayout, Images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,10 @@ class Qwen2_5VLConfig(TargetConfig):
     @property
     def image_token_ids(self) -> tuple[int, ...]:
         return self.image_token_id, self.video_token_id
+
+    @property
+    def vision_width(self) -> int:
+        return self.vision.unit * self.vision.hidden_size
 
     @classmethod
     def from_hf(cls, config) -> "Qwen2_5VLConfig":
@@ -248,8 +252,8 @@ class QwenMerger(nnx.Module):
         })  # fmt: skip
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[.., D]` with whole units side by side -> `[R, out]`."""
-        x = self.ln_q(x).reshape(-1, self.mlp["0"].in_features)
+        """`[R, unit * D]` -> `[R, out]`."""
+        x = self.ln_q(x.reshape(-1, self.ln_q.scale.shape[0])).reshape(x.shape)
         return self.mlp["2"](jax.nn.gelu(self.mlp["0"](x), approximate=False))
 
 
@@ -261,7 +265,7 @@ class QwenVisionTower(nnx.Module):
         self.merger = QwenMerger(config, rngs=rngs)
 
     def __call__(self, pixels: dict[str, jax.Array], dtype) -> jax.Array:
-        """Features `[R, D]`, one for each unit of each window, of what `Qwen2_5VLConfig.collate` made."""
+        """Features `[R, unit * D]` of what `Qwen2_5VLConfig.collate` made: the patches of each unit side by side."""
         x = self.patch_embed(pixels["patches"].astype(dtype))  # [W, L, D]
         rope = self.rope(pixels["places"])
         members, shape = pixels["members"], x.shape
@@ -273,7 +277,7 @@ class QwenVisionTower(nnx.Module):
                     x = frames.reshape(-1, shape[-1])[pixels["back"]].reshape(shape)
                 else:
                     x = block(x, rope, pixels["valid"])
-        return self.merger(x)
+        return x.reshape(-1, self.config.unit * shape[-1])
 
     def rope(self, places: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Cosine and sine f32 `[W, L, Dh / 2]`: half of the frequencies turn with the row, half with the column."""
@@ -289,9 +293,12 @@ class Qwen2_5VL(VisionLanguageModel):
         self.visual = QwenVisionTower(config.vision, rngs=rngs)
         self.language_model = LanguageModel(config.text, rngs=rngs)
 
-    def encode_images(self, pixels: dict[str, jax.Array], dtype) -> jax.Array:
+    def encode_vision(self, images: Images) -> jax.Array:
         with jax.named_scope("vision_tower"):
-            return self.visual(pixels, dtype)
+            return self.visual(images.pixels, self.dtype)
+
+    def project(self, vision: jax.Array) -> jax.Array:
+        return self.visual.merger(vision)
 
 
 # Published names as in the hub's files; transformers 5 also writes `model.visual.*` and `model.language_model.*`.

@@ -15,7 +15,7 @@ from jaxspec.demo.generation import conversation_of
 from jaxspec.demo.language import inventory
 from jaxspec.demo.processor import IMAGE_SIZE, PATCH_SIZE, processor_at
 from jaxspec.demo.scenes import scene_from_json
-from jaxspec.targets.images import uniform_images
+from jaxspec.speculation.loop import read_prompts
 from jaxspec.targets.llava import Llava, LlavaConfig
 from jaxspec.targets.registry import load_model, save_model
 from jaxspec.training.losses import cross_entropy, masked_mean
@@ -107,7 +107,7 @@ def target_task(recipe: TargetRecipe) -> Task:
     if recipe.init_from is not None:
         model = grow(model, load_model(Path(recipe.init_from)))
     graph, params = nnx.split(model)
-    encoder = ConversationEncoder(processor)
+    encoder = ConversationEncoder(processor, config)
 
     def pipeline(split: str, shuffle: bool) -> Pipeline:
         return Pipeline(
@@ -126,12 +126,9 @@ def target_task(recipe: TargetRecipe) -> Task:
 
     def loss(params, constants, batch, key):
         model = nnx.merge(graph, params)
-        is_image = batch["input_ids"] == config.image_token_id
-        images = uniform_images(batch["pixel_values"], is_image, config.tokens_per_image)
-        embeds = model.embed(batch["input_ids"], images)
-        features, _ = model.prefill(embeds, batch["attention_mask"].sum(axis=1), images)
+        features, *_ = read_prompts(model, batch["prompts"])
         logits = model.unembed(features[:, :-1])
-        labels, mask = batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:]
+        labels, mask = batch["prompts"].input_ids[:, 1:], batch["loss_mask"][:, 1:]
         accuracy = masked_mean(logits.argmax(-1) == labels, mask)
         return cross_entropy(logits, labels, mask), {"accuracy": accuracy}
 

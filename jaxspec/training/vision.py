@@ -18,11 +18,11 @@ from safetensors.numpy import save_file
 
 from jaxspec.checkpoints.names import NameTable, fill, to_tensors
 from jaxspec.checkpoints.tensors import SINGLE, read_folder
-from jaxspec.data.answers import open_pictures
 from jaxspec.data.scenes import load_scenes
 from jaxspec.demo.processor import IMAGE_SIZE, PATCH_SIZE, processor_at
 from jaxspec.demo.scenes import patch_labels, scene_from_json
 from jaxspec.layers import linear
+from jaxspec.media import open_images
 from jaxspec.targets.clip import ClipVisionConfig, ClipVisionTower
 from jaxspec.training.recipe import Recipe, Task
 
@@ -72,7 +72,7 @@ def vision_task(recipe: VisionRecipe) -> Task:
     side = recipe.image_size // recipe.patch_size
 
     def encode(record: dict) -> dict[str, np.ndarray]:
-        pixels = processor.image_processor(open_pictures(record["images"]), return_tensors="np")["pixel_values"][0]
+        pixels = processor.image_processor(open_images(record["images"]), return_tensors="np")["pixel_values"][0]
         return {"pixel_values": pixels, **patch_labels(scene_from_json(record["scene"]), side)[0]}
 
     def dataset(split: str) -> grain.MapDataset:

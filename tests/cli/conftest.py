@@ -34,7 +34,7 @@ def write_models(folder: Path) -> tuple[Path, Path]:
     save_model(target, config, folder / "processor", folder / "target", np.float32)
     head = ViSpecHead(ViSpecConfig(target.config.text), rngs=nnx.Rngs(1))
     about = {"mean_acceptance_length": RECORDED}
-    save_drafter_folder(head, TreeConfig(1, 4, 6), target, folder / "vispec", np.float32, about)
+    save_drafter_folder(head, "vispec", TreeConfig(1, 4, 6), target, folder / "vispec", np.float32, about)
     return folder / "target", folder / "vispec"
 
 

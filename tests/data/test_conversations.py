@@ -9,11 +9,17 @@ from jaxspec.data.conversations import ConversationEncoder, to_messages
 from jaxspec.demo.generation import conversation_of, numbered_scene
 from jaxspec.demo.processor import build_processor
 from jaxspec.demo.scenes import render
+from jaxspec.targets.llava import LlavaConfig
+from tests.helpers import config_for
 
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
     return build_processor(tmp_path_factory.mktemp("processor"), scenes=1500)
+
+
+def encoder_of(processor):
+    return ConversationEncoder(processor, LlavaConfig.from_hf(config_for(processor)))
 
 
 def _example(index):
@@ -24,38 +30,38 @@ def _example(index):
 
 
 def test_tokens_and_pixels_equal_the_processors(processor):
-    encoder = ConversationEncoder(processor)
+    encoder = encoder_of(processor)
     for index in range(10):
         scene, picture, conversation = _example(index)
         encoded = encoder([picture], conversation)
         text = processor.apply_chat_template(to_messages(conversation, 1))
         expected = processor(text=text, images=[render(scene)], return_tensors="np")
-        np.testing.assert_array_equal(encoded["input_ids"], expected["input_ids"][0])
-        np.testing.assert_allclose(encoded["pixel_values"], expected["pixel_values"], atol=1e-6)
-        assert (encoded["input_ids"].dtype, encoded["pixel_values"].dtype) == (np.int32, np.float32)
+        np.testing.assert_array_equal(encoded.prompt.input_ids, expected["input_ids"][0])
+        np.testing.assert_allclose(encoded.prompt.images[0].pixels, expected["pixel_values"], atol=1e-6)
+        assert (encoded.prompt.input_ids.dtype, encoded.prompt.images[0].pixels.dtype) == (np.int32, np.float32)
 
 
 def test_loss_mask_covers_exactly_the_answers(processor):
-    encoder = ConversationEncoder(processor)
+    encoder = encoder_of(processor)
     for index in range(20):
         _, picture, conversation = _example(index)
         encoded = encoder([picture], conversation)
         answers = "".join(f" {turn['value']}</s>" for turn in conversation if turn["from"] == "gpt")
-        assert processor.tokenizer.decode(encoded["input_ids"][encoded["loss_mask"]]) == answers
+        assert processor.tokenizer.decode(encoded.prompt.input_ids[encoded.loss_mask]) == answers
 
 
 def test_a_template_without_end_of_text_still_trains_it(processor, monkeypatch):
     # llava-hf's own template puts a space where LLaVA's training text has the end-of-text token.
     monkeypatch.setattr(processor, "chat_template", processor.chat_template.replace("'</s>'", "' '"))
     _, picture, conversation = _example(0)
-    encoded = ConversationEncoder(processor)([picture], conversation)
+    encoded = encoder_of(processor)([picture], conversation)
     answers = "".join(f" {turn['value']}</s>" for turn in conversation if turn["from"] == "gpt")
-    assert processor.tokenizer.decode(encoded["input_ids"][encoded["loss_mask"]]) == answers
+    assert processor.tokenizer.decode(encoded.prompt.input_ids[encoded.loss_mask]) == answers
 
 
-def test_text_alone_has_no_pixels(processor):
+def test_text_alone_has_no_images(processor):
     conversation = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Yes."}]
-    assert ConversationEncoder(processor)([], conversation)["pixel_values"].shape == (0, 3, 144, 144)
+    assert encoder_of(processor)([], conversation).prompt.images == []
 
 
 def test_bad_conversations_are_named():

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,6 +11,8 @@ from jaxspec.data.pipeline import Pipeline
 from jaxspec.data.scenes import load_scenes
 from jaxspec.demo.generation import conversation_of, numbered_scene
 from jaxspec.demo.processor import build_processor
+from jaxspec.targets.llava import LlavaConfig
+from tests.helpers import config_for
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +22,8 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    return ConversationEncoder(build_processor(tmp_path_factory.mktemp("processor"), scenes=1500))
+    processor = build_processor(tmp_path_factory.mktemp("processor"), scenes=1500)
+    return ConversationEncoder(processor, LlavaConfig.from_hf(config_for(processor)))
 
 
 def _take(batches, n):
@@ -27,9 +31,7 @@ def _take(batches, n):
 
 
 def _same(left, right):
-    assert left.keys() == right.keys()
-    for key in left:
-        np.testing.assert_array_equal(left[key], right[key])
+    jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
 def test_records_depend_on_split_and_index_alone(source):
@@ -43,15 +45,25 @@ def test_records_depend_on_split_and_index_alone(source):
 
 def test_shapes_and_padding(source, encoder):
     batch = Pipeline(source, encoder, sequence_length=448, batch_size=4)[0]
-    shapes = {key: (value.shape, value.dtype) for key, value in batch.items()}
-    assert shapes == {
-        "input_ids": ((4, 448), np.int32),
-        "attention_mask": ((4, 448), bool),
-        "loss_mask": ((4, 448), bool),
-        "pixel_values": ((4, 1, 3, 144, 144), np.float32),
-    }
-    assert (batch["input_ids"][~batch["attention_mask"]] == encoder.processor.tokenizer.pad_token_id).all()
-    assert not batch["loss_mask"][~batch["attention_mask"]].any()
+    prompts, mask = batch["prompts"], batch["loss_mask"]
+    images = prompts.images
+    shapes = [(value.shape, value.dtype) for value in (prompts.input_ids, images.rows, images.pixels, mask)]
+    assert shapes == [((4, 448), np.int32)] * 2 + [((4, 3, 144, 144), np.float32), ((4, 448), bool)]
+    assert prompts.lengths.dtype == np.int32 and prompts.max_images == 1
+    padding = np.arange(448) >= prompts.lengths[:, None]
+    assert not mask[padding].any() and (images.ids[padding] == -1).all()
+    assert ((prompts.input_ids == encoder.config.image_token_id) == (images.ids == 0)).all()
+
+
+def test_pixels_stand_at_the_tokens_of_their_row(source, encoder):
+    """Row i of a batch reads row i's picture, whatever pictures stand before it."""
+    batch = Pipeline(source, encoder, sequence_length=448, batch_size=3, shuffle=False)[0]["prompts"]
+    tokens = encoder.config.tokens_per_image
+    for row in range(3):
+        alone = encoder.encode_record(source[row]).prompt.images[0].pixels[0]
+        first = batch.images.rows[row][batch.images.ids[row] == 0]
+        np.testing.assert_array_equal(first, row * tokens + np.arange(tokens))
+        np.testing.assert_array_equal(batch.images.pixels[row], alone)
 
 
 def test_going_on_at_any_step_equals_never_stopping(source, encoder):
@@ -65,17 +77,19 @@ def test_going_on_at_any_step_equals_never_stopping(source, encoder):
 
 def test_every_epoch_has_all_records_in_its_own_order(source, encoder):
     pipeline = Pipeline(source, encoder, sequence_length=448, batch_size=10, seed=3)
-    rows = np.concatenate([pipeline[step]["input_ids"] for step in range(4)])
+    rows = np.concatenate([pipeline[step]["prompts"].input_ids for step in range(4)])
     first, second = ([tuple(row) for row in rows[start : start + 20]] for start in (0, 20))
     assert len(set(first)) == 20 and set(first) == set(second) and first != second
-    other = Pipeline(source, encoder, sequence_length=448, batch_size=10, seed=4)[0]["input_ids"]
+    other = Pipeline(source, encoder, sequence_length=448, batch_size=10, seed=4)[0]["prompts"].input_ids
     assert (other != rows[:10]).any()
 
 
 def test_processes_share_out_each_batch(source, encoder):
-    whole = Pipeline(source, encoder, sequence_length=448, batch_size=4)[3]["input_ids"]
+    whole = Pipeline(source, encoder, sequence_length=448, batch_size=4)[3]["prompts"].input_ids
     shares = [
-        Pipeline(source, encoder, sequence_length=448, batch_size=4, process_index=i, process_count=2)[3]["input_ids"]
+        Pipeline(source, encoder, sequence_length=448, batch_size=4, process_index=i, process_count=2)[3][
+            "prompts"
+        ].input_ids
         for i in range(2)
     ]
     np.testing.assert_array_equal(np.stack(shares, 1).reshape(whole.shape), whole)

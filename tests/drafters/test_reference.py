@@ -36,9 +36,13 @@ def context_of(expected) -> DrafterContext:
     return DrafterContext(
         embeds=jnp.asarray(expected["inputs_embeds"]),
         features=jnp.asarray(expected["hidden_states"]),
+        vision=None,
+        vision_rows=None,
         image_ids=jnp.asarray(image_ids),
         input_ids=jnp.asarray(expected["input_ids"]),
         lengths=jnp.array([length]),
+        prompt_lengths=jnp.array([length]),
+        seeds=jnp.zeros((1,), jnp.uint32),
         root=jnp.asarray(expected["sample_token"][0]),
         max_images=1,
         min_image_tokens=int(expected["image_mask"].sum()),
@@ -103,7 +107,7 @@ def test_published_files_round_trip(case, tmp_path):
     from jaxspec.drafters.checkpoint import save_drafter_folder
 
     name, target, drafter, tree, _ = case
-    save_drafter_folder(drafter, tree, target, tmp_path / name, np.float32)
+    save_drafter_folder(drafter, name, tree, target, tmp_path / name, np.float32)
     saved = load_file(tmp_path / name / "model.safetensors")
     published = load_file(REFERENCE / name / "model.safetensors")
     assert saved.keys() == published.keys()

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import jaxspec
 from jaxspec.targets.llava import Llava, LlavaConfig
-from jaxspec.training import AnswersRecipe, DrafterRecipe, Recipe, Stopped, TargetRecipe, Task, VisionRecipe, run, train
+from jaxspec.training import AnswersRecipe, EagleRecipe, Recipe, Stopped, TargetRecipe, Task, VisionRecipe, run, train
 from jaxspec.training.target import grow
 from tests.helpers import tiny_llava
 
@@ -46,8 +46,8 @@ def runs(tmp_path_factory):
     return folder
 
 
-def head_recipe(folder, name, **changes) -> DrafterRecipe:
-    recipe = DrafterRecipe(
+def head_recipe(folder, name, **changes) -> EagleRecipe:
+    recipe = EagleRecipe(
         name=name,
         run_dir=str(folder),
         dataset_dir=str(folder / "data"),
@@ -91,7 +91,7 @@ def test_resumed_training_equals_uninterrupted_training(runs):
         np.testing.assert_array_equal(resumed[name], value)
 
 
-def dying(recipe: DrafterRecipe, after: int) -> Task:
+def dying(recipe: EagleRecipe, after: int) -> Task:
     """The recipe's task, whose data ends in an error after some batches."""
     from jaxspec.training.drafter import drafter_task
 

@@ -1,0 +1,64 @@
+"""Prompts as arrays: one on the host, and a batch of them as a target's prefill reads it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxspec.buckets import bucket_below
+from jaxspec.targets.contract import TargetConfig
+from jaxspec.targets.images import ImageLayout, Images, stack_positions
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt (in training: with its answers) on the host."""
+
+    input_ids: np.ndarray  # i32 [S], image marks expanded to image tokens
+    images: list[ImageLayout]
+    position_ids: np.ndarray | None = None  # i32 [3, S] where the family has positions of its own
+
+
+def static(default: int):
+    """A dataclass field that is part of the compiled program, not of its arguments."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+    """A right-padded batch of prompts."""
+
+    input_ids: jax.Array  # i32 [B, S], image tokens expanded
+    lengths: jax.Array  # i32 [B]
+    images: Images | None = None  # those of all rows
+    position_ids: jax.Array | None = None  # i32 [3, B, S] where the family has positions of its own
+    max_images: int = static(0)  # images of the row that has most
+    min_image_tokens: int = static(0)  # image tokens of the row that has fewest, rounded down
+
+    @property
+    def image_ids(self) -> Any:
+        """Which image of its row a token belongs to, -1 for text: i32 `[B, S]`."""
+        return -np.ones(self.input_ids.shape, np.int32) if self.images is None else self.images.ids
+
+
+def stack_prompts(
+    config: TargetConfig, prompts: Sequence[EncodedPrompt], length: int, pad_token_id: int = 0
+) -> PromptBatch:
+    """Prompts of up to `length` tokens as a batch, on the host."""
+    ids = np.full((len(prompts), length), pad_token_id, np.int32)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt.input_ids)] = prompt.input_ids
+    lengths = np.array([len(prompt.input_ids) for prompt in prompts], np.int32)
+    fewest = min(sum(layout.tokens for layout in prompt.images) for prompt in prompts)
+    used = np.where(np.arange(length) < lengths[:, None], ids, -1)  # whatever the padding is, it is no image
+    return PromptBatch(
+        input_ids=ids,
+        lengths=lengths,
+        images=config.place([layout for prompt in prompts for layout in prompt.images], used),
+        position_ids=stack_positions([prompt.position_ids for prompt in prompts], length),
+        max_images=max(len(prompt.images) for prompt in prompts),
+        min_image_tokens=bucket_below(fewest),  # rounded, so that images of all sizes share a few programs
+    )

@@ -1,0 +1,85 @@
+"""Recipes of EAGLE-like heads (EAGLE-2, ViSpec), with the losses of their published recipes.
+
+Per step the head runs `mtp_steps + 1` times: each further run reads the head's own outputs of the run before, shifted
+by one, as it will when drafting (ViSpec 3.4).
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxspec.drafters.checkpoint import load_drafter_folder
+from jaxspec.drafters.eagle import EagleConfig, EagleHead
+from jaxspec.drafters.registry import METHODS
+from jaxspec.drafters.vispec import ViSpecConfig
+from jaxspec.training.drafter import DrafterRecipe, Teacher
+from jaxspec.training.losses import masked_mean, probability_l1, ranking, smooth_l1, soft_cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class EagleRecipe(DrafterRecipe):
+    """A draft head."""
+
+    method: str = "vispec"
+    num_q: int = 2
+    mtp_steps: int = 1
+    feature_noise: float = 0.0
+    """Uniform noise on the input features has amplitude `feature_noise * 512 / sequence length` (EAGLE: 0.1)."""
+    feature_weight: float = 0.0
+    soft_cross_entropy_weight: float = 0.0
+    probability_l1_weight: float = 10.0
+    ranking_weight: float = 0.1
+
+    def new_drafter(self, target) -> EagleHead:
+        """A head of the target's shape, or that of `init_from` with what it lacks."""
+        text = dataclasses.replace(target.config.text, num_layers=1, tie_word_embeddings=False)
+        common = {"text": text, "qkv_bias": text.qkv_bias}  # as in the published heads for Qwen
+        config = ViSpecConfig(**common, num_q=self.num_q) if self.method == "vispec" else EagleConfig(**common)
+        head = METHODS[self.method].module(config, rngs=nnx.Rngs(self.seed))
+        if self.init_from is not None:
+            trained, _ = load_drafter_folder(Path(self.init_from), target.model)
+            nnx.update(head, nnx.state(trained))
+        return head
+
+    def loss(self, head: EagleHead, target, teacher: Teacher, key) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The recipe's loss and, per draft position, how often the head's first choice is the target's."""
+        context, answer = teacher
+        rows = head.rows_of(context, jnp.roll(context.embeds, -1, axis=1))
+        features, lengths = context.features, context.lengths
+
+        def at_rows(x, shift):  # what stands `shift` positions after each row
+            index = jnp.minimum(rows.positions + shift, x.shape[1] - 1)
+            return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
+
+        # Row i drafts token i + 2 from the feature that stands at i + 1; the token before must be the answer's, too.
+        mask = rows.valid & at_rows(answer, 1) & at_rows(answer, 2) & (rows.positions + 2 < lengths[:, None])
+        target_features = at_rows(features, 1)
+        target_logits = target.unembed(target_features)
+        target_choice = target_logits.argmax(axis=-1)
+
+        inputs = rows.features
+        if self.feature_noise:
+            amplitude = self.feature_noise * 512 / features.shape[1]
+            inputs = inputs + jax.random.uniform(key, inputs.shape, minval=-amplitude, maxval=amplitude)
+        total, metrics = 0.0, {}
+        for step in range(self.mtp_steps + 1):
+            output, _ = head.forward(rows, inputs)
+            logits = target.unembed(output)
+            parts = {
+                "feature": (self.feature_weight, lambda: smooth_l1(output, target_features, mask)),  # noqa: B023
+                "soft_ce": (self.soft_cross_entropy_weight, lambda: soft_cross_entropy(logits, target_logits, mask)),  # noqa: B023
+                "prob_l1": (self.probability_l1_weight, lambda: probability_l1(logits, target_logits, mask)),  # noqa: B023
+                "rank": (self.ranking_weight, lambda: ranking(logits, target_logits, mask)),  # noqa: B023
+            }
+            for name, (weight, value) in parts.items():
+                if weight:
+                    part = value()
+                    total = total + weight * part / (self.mtp_steps + 1)
+                    metrics[f"{name}_{step + 1}"] = part
+            metrics[f"agreement_{step + 1}"] = masked_mean(logits.argmax(axis=-1) == target_choice, mask)
+            # Draft position step + 2 reads what the head predicted for the position before.
+            inputs = jnp.concatenate([rows.features[:, :1], output[:, :-1]], axis=1)
+        return total, metrics
