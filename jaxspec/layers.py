@@ -206,25 +206,31 @@ class LanguageModel(nnx.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
 
-    def __call__(self, embeds, position_ids, mask, cache=None, cache_mask=None):
+    def __call__(self, embeds, position_ids, mask, cache=None, cache_mask=None, tap_layers=()):
         """`embeds` `[B, N, D]`, `position_ids` i32 `[B, N]`, `mask` bool `[B, N, N]`; `cache` is one `LayerKV` per
-        layer, `cache_mask` bool `[B, 1, S]`. Returns features `[B, N, D]` (after the final norm) and one new `LayerKV`
-        per layer."""
+        layer, `cache_mask` bool `[B, 1, S]`. Returns features `[B, N, (T + 1) * D]`, the outputs of the T `tap_layers`
+        before that of the final norm, and one new `LayerKV` per layer."""
         rope = rope_tables(self.config.rope, self.config.head_dim, position_ids)
-        x, new_kv = embeds, []
+        states, new_kv = [embeds], []
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
                 past = () if cache is None else (Segment(cache[index], cache_mask),)
-                x, kv = layer(x, rope, mask, past)
+                x, kv = layer(states[-1], rope, mask, past)
+            states.append(x)
             new_kv.append(kv)
-        return self.norm(x), tuple(new_kv)
+        return self.features(states, tap_layers), tuple(new_kv)
+
+    def features(self, states: Sequence[jax.Array], tap_layers: Sequence[int]) -> jax.Array:
+        """Features `[B, N, (T + 1) * D]` of the hidden states `[B, N, D]` before the first layer and after each."""
+        return jnp.concatenate([*(states[layer] for layer in tap_layers), self.norm(states[-1])], axis=-1)
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
         """Embeddings `[.., D]` of ids `[..]`."""
         return self.embed_tokens(input_ids)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Logits f32 `[..., V]` of features `[..., D]`."""
+        """Logits f32 `[..., V]` of features `[..., D]`, or of the last D of more."""
+        hidden = hidden[..., -self.config.hidden_size :]
         kernel = self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
         return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
 

@@ -18,6 +18,10 @@ from jaxspec.speculation.tree import Tree, TreeConfig
 
 
 class DraftModel(Protocol):
+    tap_layers: tuple[int, ...] = ()
+    """Layers of the target whose outputs stand before the final features, in `DrafterContext` and in `advance`; may be
+    left out."""
+
     def prefill(self, target, context: DrafterContext, capacity: int) -> Any:
         """The state after the prompt and the first chosen token; caches hold `capacity` positions."""
 
@@ -27,7 +31,7 @@ class DraftModel(Protocol):
         """A tree whose root is `root` i32 `[B]`; `noise` f32 `[B, max_depth + 1, V]` of the depths below it."""
 
     def advance(self, target, state: Any, tokens: jax.Array, features: jax.Array, count: jax.Array) -> Any:
-        """Take in what was accepted: `features` `[B, P, D]` of the accepted nodes (root first) and the token
+        """Take in what was accepted: `features` `[B, P, (T + 1) * D]` of the accepted nodes (root first) and the token
         `tokens` i32 `[B, P]` the target chose after each; `count` i32 `[B]` of them are real, 0 for finished rows."""
 
 

@@ -28,6 +28,8 @@ class EagleConfig:
     text: TextConfig
     qkv_bias: bool = False
     fc_bias: bool = True
+    tap_layers: tuple[int, ...] = ()
+    """Layers of the target whose outputs the head reads beside the final features (0: embeddings, i: layer i)."""
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +62,15 @@ class EagleHead(nnx.Module):
         width = config.text.hidden_size
         self.fc = linear(2 * width, width, bias=config.fc_bias, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config.text, input_norm=False, qkv_bias=config.qkv_bias, rngs=rngs)])
+        if config.tap_layers:
+            taps = len(config.tap_layers)
+            self.tap_fc = linear((taps + 1) * width, width, bias=False, rngs=rngs)
+            # [0 | I]: training starts from the head that reads the final features only.
+            self.tap_fc.kernel[...] = jnp.eye((taps + 1) * width, width, k=-taps * width)
+
+    @property
+    def tap_layers(self) -> tuple[int, ...]:
+        return self.config.tap_layers
 
     # -- the head ------------------------------------------------------------------------------------------------
 
@@ -67,6 +78,11 @@ class EagleHead(nnx.Module):
         """Layer input `[B, N, D]`."""
         del global_features
         return self.fc(jnp.concatenate([embeds, features], axis=-1))
+
+    def observe(self, features: jax.Array) -> jax.Array:
+        """What the head reads `[.., D]` of the target's features `[.., (T + 1) * D]` (EAGLE-3's fusion of layers, arXiv
+        2503.01840, in front of an EAGLE-2 head)."""
+        return self.tap_fc(features) if self.tap_layers else features
 
     def run(self, x, positions, mask, past=()) -> tuple[jax.Array, LayerKV]:
         """The decoder layer on inputs `[B, N, D]`."""
@@ -86,7 +102,7 @@ class EagleHead(nnx.Module):
     def rows_of(self, context: DrafterContext, next_embeds: jax.Array) -> Rows:
         """The rows of a prompt; `next_embeds` `[B, S, D]` are its embeddings shifted by one."""
         positions = jnp.broadcast_to(jnp.arange(next_embeds.shape[1]), next_embeds.shape[:2])
-        return Rows(next_embeds, context.features, positions, positions < context.lengths[:, None])
+        return Rows(next_embeds, self.observe(context.features), positions, positions < context.lengths[:, None])
 
     def final_global_feature(self, rows: Rows, last: jax.Array) -> jax.Array | None:
         """What decoding steps set beside their features; `last` i32 `[B]` is the last row."""
@@ -138,7 +154,7 @@ class EagleHead(nnx.Module):
     def advance(self, target, state: EagleState, tokens, features, count) -> EagleState:
         length = tokens.shape[1]
         steps = jnp.arange(length)
-        x = self.step_inputs(target, tokens, features, state)
+        x = self.step_inputs(target, tokens, self.observe(features), state)
         mask = causal_mask(steps < count[:, None])
         positions = state.next_position[:, None] + steps
         output, kv = self.run(
@@ -166,7 +182,12 @@ def read_eagle_fields(raw: dict) -> dict:
     if layers != 1:
         raise ValueError(f"a draft head has 1 layer, config.json says {layers}")
     text = llama_text_config(transformers.LlamaConfig.from_dict({**raw, "model_type": "llama"}))
-    return {"text": text, "qkv_bias": raw.get("qkv_bias", False), "fc_bias": raw.get("bias", True)}
+    return {
+        "text": text,
+        "qkv_bias": raw.get("qkv_bias", False),
+        "fc_bias": raw.get("bias", True),
+        "tap_layers": tuple(raw.get("tap_layers", ())),
+    }
 
 
 def write_eagle_config(config: EagleConfig) -> dict:
@@ -189,13 +210,17 @@ def write_eagle_config(config: EagleConfig) -> dict:
         rope_parameters=rope,
         max_position_embeddings=text.max_position_embeddings,
     )
-    return llama.to_dict() | {"num_q": 0, "qkv_bias": config.qkv_bias, "bias": config.fc_bias}
+    ours = {"tap_layers": list(config.tap_layers)} if config.tap_layers else {}
+    return llama.to_dict() | {"num_q": 0, "qkv_bias": config.qkv_bias, "bias": config.fc_bias} | ours
 
 
 def eagle_misfits(config: EagleConfig, target_config) -> list[str]:
     """The head shares the target's embedding and LM head."""
     ours, theirs = config.text, target_config.text
+    too_deep = [layer for layer in config.tap_layers if not 0 <= layer <= theirs.num_layers]
     return [
+        *(f"tap layer {layer} (the target has {theirs.num_layers})" for layer in too_deep),
+    ] + [
         f"{name} {getattr(ours, name)} (target: {getattr(theirs, name)})"
         for name in ("hidden_size", "vocab_size")
         if getattr(ours, name) != getattr(theirs, name)

@@ -28,10 +28,17 @@ from jaxspec.speculation.tree import TreeConfig
 @dataclasses.dataclass(frozen=True)
 class ViSpecConfig(EagleConfig):
     num_q: int = 2
+    global_feature: bool = True
+    """False: all `num_q` vectors replace the image's tokens and nothing stands beside the features (an ablation)."""
 
     def __post_init__(self):
         if self.num_q < 1:
             raise ValueError(f"num_q must be at least 1 (the global feature), got {self.num_q}")
+
+    @property
+    def replaced(self) -> int:
+        """Vectors that take the place of an image's tokens."""
+        return self.num_q - self.global_feature
 
 
 class VisionAdaptor(nnx.Module):
@@ -64,12 +71,15 @@ class ViSpecHead(EagleHead):
         super().__init__(config, rngs=rngs)
         width = config.text.hidden_size
         self.imadpt = VisionAdaptor(config, rngs=rngs)
+        if not config.global_feature:
+            return
         self.img_fc = linear(2 * width, width, bias=True, rngs=rngs)
         # [I | 0]: training starts from the head without a global feature.
         self.img_fc.kernel[...] = jnp.eye(2 * width, width)
 
     def combine(self, embeds, features, global_features):
-        features = self.img_fc(jnp.concatenate([features, global_features], axis=-1))
+        if self.config.global_feature:
+            features = self.img_fc(jnp.concatenate([features, global_features], axis=-1))
         return super().combine(embeds, features, global_features)
 
     def final_global_feature(self, rows: Rows, last: jax.Array) -> jax.Array:
@@ -79,9 +89,10 @@ class ViSpecHead(EagleHead):
         batch, length, width = next_embeds.shape
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
         valid = positions < context.lengths[:, None]
+        features = self.observe(context.features)
         if context.max_images == 0:
             nothing = jnp.zeros_like(next_embeds)
-            return Rows(next_embeds, context.features, positions, valid, nothing)
+            return Rows(next_embeds, features, positions, valid, nothing)
 
         # Rows are shifted by one against tokens: row i stands for token i + 1.
         image_ids = jnp.roll(context.image_ids, -1, axis=1).at[:, -1].set(-1)
@@ -96,12 +107,12 @@ class ViSpecHead(EagleHead):
         global_features = jnp.where((latest >= 0)[..., None], global_features, 0)
 
         # An image keeps its last num_q - 1 rows, filled with the adaptor's vectors in order.
-        replaced = self.config.num_q - 1
+        replaced = self.config.replaced
         is_image = image_ids >= 0
         this_image = jnp.maximum(image_ids, 0)
         from_end = jnp.take_along_axis(last_row, this_image, axis=1) - positions  # 0 for an image's last row
         is_direct = is_image & (from_end < replaced)
-        flat = vectors[:, :, :-1].reshape(batch, -1, width)  # [B, n * replaced, D]
+        flat = vectors[:, :, :replaced].reshape(batch, -1, width)  # [B, n * replaced, D]
         slot = this_image * replaced + jnp.clip(replaced - 1 - from_end, 0, max(replaced - 1, 0))
         direct = take_rows(flat, slot) if replaced else jnp.zeros_like(next_embeds)
 
@@ -111,7 +122,7 @@ class ViSpecHead(EagleHead):
         order = jnp.argsort(~kept, axis=1, stable=True)[:, :slots]
         return Rows(
             embeds=take_rows(next_embeds, order),
-            features=take_rows(context.features, order),
+            features=take_rows(features, order),
             positions=jnp.take_along_axis(positions, order, axis=1),
             valid=jnp.take_along_axis(kept, order, axis=1),
             global_features=take_rows(global_features, order),
@@ -125,11 +136,18 @@ def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index[..., None], axis=1)
 
 
+def write_vispec_config(config: ViSpecConfig) -> dict:
+    ours = {} if config.global_feature else {"global_feature": False}
+    return write_eagle_config(config) | {"num_q": config.num_q} | ours
+
+
 VISPEC = Method(
     title="ViSpec",
     module=ViSpecHead,
-    read_config=lambda raw: ViSpecConfig(**read_eagle_fields(raw), num_q=raw.get("num_q", 2)),
-    write_config=lambda config: write_eagle_config(config) | {"num_q": config.num_q},
+    read_config=lambda raw: ViSpecConfig(
+        **read_eagle_fields(raw), num_q=raw.get("num_q", 2), global_feature=raw.get("global_feature", True)
+    ),
+    write_config=write_vispec_config,
     tree=TreeConfig(3, 8, 30),  # arXiv 2509.15235
     misfits=eagle_misfits,
     copies_embedding=True,

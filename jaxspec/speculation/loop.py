@@ -38,7 +38,7 @@ class DrafterContext:
     """All a drafter ever sees of the target's prefill; in training, of its pass over prompts with their answers."""
 
     embeds: jax.Array  # [B, S, D], image features in place
-    features: jax.Array  # [B, S, D]
+    features: jax.Array  # [B, S, (T + 1) * D], the drafter's tap layers before the final features
     vision: jax.Array | None  # [R, Dv], the tower's features before the target's projector
     vision_rows: jax.Array | None  # i32 [B, S], the row of `vision` at each image token
     image_ids: jax.Array  # i32 [B, S], which image of its row a token belongs to, -1 for text
@@ -72,12 +72,17 @@ class DecodeState:
     emitted: jax.Array  # i32 [B, P], how many rounds emitted 1, 2, .. P tokens
 
 
-def read_prompts(target, prompt: PromptBatch):
-    """The target's prefill: features `[B, S, D]`, keys and values per layer, embeddings `[B, S, D]`, and what its tower
-    saw (`[R, Dv]` or None)."""
+def taps_of(drafter) -> tuple[int, ...]:
+    """The layers of the target whose outputs a drafter reads beside the final features."""
+    return getattr(drafter, "tap_layers", ())
+
+
+def read_prompts(target, prompt: PromptBatch, tap_layers: tuple[int, ...] = ()):
+    """The target's prefill: features `[B, S, (T + 1) * D]`, keys and values per layer, embeddings `[B, S, D]`, and what
+    its tower saw (`[R, Dv]` or None)."""
     vision = None if prompt.images is None else target.encode_vision(prompt.images)
     embeds = target.embed(prompt.input_ids, prompt.images, vision)
-    features, new_kv = target.prefill(embeds, prompt.lengths, prompt.images, prompt.position_ids)
+    features, new_kv = target.prefill(embeds, prompt.lengths, prompt.images, prompt.position_ids, tap_layers)
     return features, new_kv, embeds, vision
 
 
@@ -88,7 +93,7 @@ def prefill(target, drafter, tree: TreeConfig, prompt: PromptBatch, request: Req
     """
     batch, room = prompt.input_ids.shape[0], tree.max_depth + 1
     with jax.named_scope("prefill"):
-        features, new_kv, embeds, vision = read_prompts(target, prompt)
+        features, new_kv, embeds, vision = read_prompts(target, prompt, taps_of(drafter))
     last = jnp.take_along_axis(features, (prompt.lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
     sampling = request.sampling
     warped = warp(target.unembed(last), sampling)
@@ -158,7 +163,7 @@ def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> Dec
         else:
             tree, drafter_state = drafter.propose(target, config, drafter_state, state.root, noise, sampling)
     with jax.named_scope("verify"):
-        features, new_kv = verify(target, tree, state)
+        features, new_kv = verify(target, tree, state, taps_of(drafter))
         warped = warp(target.unembed(features), sampling)  # [B, N, V]
         node_noise = jnp.take_along_axis(noise, tree.depths[..., None], axis=1)
         accepted = accept(tree, choose(warped, node_noise, sampling), config.max_depth)
@@ -193,11 +198,12 @@ def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> Dec
     )
 
 
-def verify(target, tree: Tree, state: DecodeState):
-    """The target on all nodes of the tree at once: features `[B, N, D]`, keys and values per layer."""
+def verify(target, tree: Tree, state: DecodeState, tap_layers: tuple[int, ...] = ()):
+    """The target on all nodes of the tree at once: features `[B, N, (T + 1) * D]`, keys and values per layer."""
     positions = (state.lengths + state.offset)[:, None] + tree.depths
     cache_mask = caches.filled(state.lengths, state.cache[0].keys.shape[2])
-    return target.forward(target.embed(tree.tokens), positions, tree.ancestors, state.cache, cache_mask)
+    embeds = target.embed(tree.tokens)
+    return target.forward(embeds, positions, tree.ancestors, state.cache, cache_mask, tap_layers)
 
 
 def position_offset(prompt: PromptBatch) -> jax.Array:

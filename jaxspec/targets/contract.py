@@ -87,9 +87,12 @@ class VisionLanguageModel(nnx.Module):
         mask: jax.Array,
         cache: tuple[LayerKV, ...] | None = None,
         cache_mask: jax.Array | None = None,
+        tap_layers: Sequence[int] = (),
     ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
-        """Features `[B, N, D]` (after the final norm) of new tokens, and their keys and values per layer."""
-        return self.language_model(embeds, position_ids, mask, cache, cache_mask)
+        """Features `[B, N, (T + 1) * D]` of new tokens, and their keys and values per layer. The last D features are
+        those after the final norm; before them come the hidden states of the T `tap_layers` (0: the embeddings, i: the
+        output of the i-th layer)."""
+        return self.language_model(embeds, position_ids, mask, cache, cache_mask, tap_layers)
 
     def prefill(
         self,
@@ -97,17 +100,18 @@ class VisionLanguageModel(nnx.Module):
         lengths: jax.Array,
         images: Images | None = None,
         position_ids: jax.Array | None = None,
+        tap_layers: Sequence[int] = (),
     ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
         """A right-padded prompt `[B, S, D]` with `lengths` i32 `[B]`; as `forward`. `images` are those of `embed`;
         `position_ids` `[3, B, S]` where the family has positions of its own."""
         places = jnp.broadcast_to(jnp.arange(embeds.shape[1]), embeds.shape[:2])
         mask = self.prompt_mask(places < lengths[:, None], images)
-        return self.forward(embeds, places if position_ids is None else position_ids, mask)
+        return self.forward(embeds, places if position_ids is None else position_ids, mask, tap_layers=tap_layers)
 
     def prompt_mask(self, valid: jax.Array, images: Images | None) -> jax.Array:
         """Who sees whom in a prompt, bool `[B, S, S]`; `valid` bool `[B, S]`."""
         return causal_mask(valid)
 
     def unembed(self, features: jax.Array) -> jax.Array:
-        """Logits f32 `[..., V]`."""
+        """Logits f32 `[..., V]` of features as `forward` gives them, tapped layers or not."""
         return self.language_model.unembed(features)

@@ -145,14 +145,14 @@ class GemmaLanguageModel(LanguageModel):
         embeds = self.embed_tokens(input_ids)
         return embeds * jnp.asarray(self.config.hidden_size**0.5, embeds.dtype)
 
-    def __call__(self, embeds, position_ids, mask, cache=None, cache_mask=None):
+    def __call__(self, embeds, position_ids, mask, cache=None, cache_mask=None, tap_layers=()):
         config = self.config
         ropes = {
             local: rope_tables(config.local_rope if local else config.rope, config.head_dim, position_ids)
             for local in (False, True)
         }
         back = position_ids[:, :, None] - position_ids[:, None, :]  # [B, N, N]
-        x, new_kv = embeds, []
+        states, new_kv = [embeds], []
         for index, (layer, window) in enumerate(zip(self.layers, config.windows, strict=True)):
             with jax.named_scope(f"layer_{index}"):
                 seen, past = mask, ()
@@ -164,9 +164,10 @@ class GemmaLanguageModel(LanguageModel):
                         rows = jnp.arange(cache[index].keys.shape[2])
                         past_mask = cache_mask & (position_ids[:, :, None] - rows < window)
                     past = (Segment(cache[index], past_mask),)
-                x, kv = layer(x, ropes[window is not None], seen, past)
+                x, kv = layer(states[-1], ropes[window is not None], seen, past)
+            states.append(x)
             new_kv.append(kv)
-        return self.norm(x), tuple(new_kv)
+        return self.features(states, tap_layers), tuple(new_kv)
 
 
 class SiglipEmbeddings(nnx.Module):

@@ -18,7 +18,7 @@ from jaxspec.data.scenes import load_scenes
 from jaxspec.drafters.checkpoint import save_drafter_folder
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.metrics import Acceptance, pooled
-from jaxspec.speculation.loop import DrafterContext, context_of, read_prompts
+from jaxspec.speculation.loop import DrafterContext, context_of, read_prompts, taps_of
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.training.recipe import Recipe, Task
 
@@ -95,7 +95,8 @@ def drafter_task(recipe: DrafterRecipe) -> Task:
     def loss(params, constants, batch, key):
         rest, target_params = constants
         model = nnx.merge(target_graph, target_params)
-        return recipe.loss(nnx.merge(graph, params, rest), model, teach(model, batch, key), key)
+        drafter = nnx.merge(graph, params, rest)
+        return recipe.loss(drafter, model, teach(model, batch, key, taps_of(drafter)), key)
 
     about = {
         "recipe": recipe.name,
@@ -130,10 +131,10 @@ def drafter_task(recipe: DrafterRecipe) -> Task:
     )
 
 
-def teach(target, batch, key) -> Teacher:
+def teach(target, batch, key, tap_layers: tuple[int, ...] = ()) -> Teacher:
     """One pass of the target over a batch of `jaxspec.data.pipeline`; no gradient goes into it."""
     prompts, answer = batch["prompts"], batch["loss_mask"]
-    features, _, embeds, vision = jax.lax.stop_gradient(read_prompts(target, prompts))
+    features, _, embeds, vision = jax.lax.stop_gradient(read_prompts(target, prompts, tap_layers))
     count = prompts.lengths.shape[0]
     first = jnp.argmax(answer, axis=1)  # of the answer's tokens
     context = context_of(

@@ -16,7 +16,15 @@ from jaxspec.drafters.eagle import EagleConfig, EagleHead
 from jaxspec.drafters.registry import METHODS
 from jaxspec.drafters.vispec import ViSpecConfig
 from jaxspec.training.drafter import DrafterRecipe, Teacher
-from jaxspec.training.losses import masked_mean, probability_l1, ranking, smooth_l1, soft_cross_entropy
+from jaxspec.training.losses import (
+    expected_share,
+    masked_mean,
+    overlap,
+    probability_l1,
+    ranking,
+    smooth_l1,
+    soft_cross_entropy,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +33,9 @@ class EagleRecipe(DrafterRecipe):
 
     method: str = "vispec"
     num_q: int = 2
+    global_feature: bool = True
+    tap_layers: tuple[int, ...] = ()
+    """Layers of the target whose outputs the head reads beside the final features (ours)."""
     mtp_steps: int = 1
     feature_noise: float = 0.0
     """Uniform noise on the input features has amplitude `feature_noise * 512 / sequence length` (EAGLE: 0.1)."""
@@ -32,12 +43,15 @@ class EagleRecipe(DrafterRecipe):
     soft_cross_entropy_weight: float = 0.0
     probability_l1_weight: float = 10.0
     ranking_weight: float = 0.1
+    acceptance_weight: float = 0.0
+    """Of the expected share of `mtp_steps + 1` draft tokens in a row that is rejected (ours)."""
 
     def new_drafter(self, target) -> EagleHead:
         """A head of the target's shape, or that of `init_from` with what it lacks."""
         text = dataclasses.replace(target.config.text, num_layers=1, tie_word_embeddings=False)
-        common = {"text": text, "qkv_bias": text.qkv_bias}  # as in the published heads for Qwen
-        config = ViSpecConfig(**common, num_q=self.num_q) if self.method == "vispec" else EagleConfig(**common)
+        config = EagleConfig(text, qkv_bias=text.qkv_bias, tap_layers=self.tap_layers)  # bias as published for Qwen
+        if self.method == "vispec":
+            config = ViSpecConfig(**vars(config), num_q=self.num_q, global_feature=self.global_feature)
         head = METHODS[self.method].module(config, rngs=nnx.Rngs(self.seed))
         if self.init_from is not None:
             trained, _ = load_drafter_folder(Path(self.init_from), target.model)
@@ -56,7 +70,7 @@ class EagleRecipe(DrafterRecipe):
 
         # Row i drafts token i + 2 from the feature that stands at i + 1; the token before must be the answer's, too.
         mask = rows.valid & at_rows(answer, 1) & at_rows(answer, 2) & (rows.positions + 2 < lengths[:, None])
-        target_features = at_rows(features, 1)
+        target_features = at_rows(features[..., -context.embeds.shape[-1] :], 1)
         target_logits = target.unembed(target_features)
         target_choice = target_logits.argmax(axis=-1)
 
@@ -64,7 +78,7 @@ class EagleRecipe(DrafterRecipe):
         if self.feature_noise:
             amplitude = self.feature_noise * 512 / features.shape[1]
             inputs = inputs + jax.random.uniform(key, inputs.shape, minval=-amplitude, maxval=amplitude)
-        total, metrics = 0.0, {}
+        total, metrics, overlaps = 0.0, {}, []
         for step in range(self.mtp_steps + 1):
             output, _ = head.forward(rows, inputs)
             logits = target.unembed(output)
@@ -74,6 +88,7 @@ class EagleRecipe(DrafterRecipe):
                 "prob_l1": (self.probability_l1_weight, lambda: probability_l1(logits, target_logits, mask)),  # noqa: B023
                 "rank": (self.ranking_weight, lambda: ranking(logits, target_logits, mask)),  # noqa: B023
             }
+            overlaps.append(overlap(logits, target_logits) * mask)
             for name, (weight, value) in parts.items():
                 if weight:
                     part = value()
@@ -82,4 +97,6 @@ class EagleRecipe(DrafterRecipe):
             metrics[f"agreement_{step + 1}"] = masked_mean(logits.argmax(axis=-1) == target_choice, mask)
             # Draft position step + 2 reads what the head predicted for the position before.
             inputs = jnp.concatenate([rows.features[:, :1], output[:, :-1]], axis=1)
-        return total, metrics
+        rejected = 1 - masked_mean(expected_share(overlaps), mask)
+        metrics["expected_length"] = 1 + (1 - rejected) * len(overlaps)
+        return total + self.acceptance_weight * rejected, metrics

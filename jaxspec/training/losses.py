@@ -1,5 +1,7 @@
 """Losses of targets and drafters. All are means over the positions a mask selects, in float32."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -44,3 +46,20 @@ def ranking(logits: jax.Array, target_logits: jax.Array, mask: jax.Array, top: i
     chosen = jnp.take_along_axis(logits.astype(jnp.float32), order, axis=-1)
     remaining = jnp.flip(jax.lax.cumlogsumexp(jnp.flip(chosen, -1), axis=chosen.ndim - 1), -1)
     return -masked_mean(jnp.sum(chosen - remaining, axis=-1), mask)
+
+
+def overlap(logits: jax.Array, target_logits: jax.Array) -> jax.Array:
+    """The probability f32 `[B, S]` that an optimal coupling of draft and target agrees, logits `[B, S, V]`."""
+    draft, target = (jax.nn.softmax(each.astype(jnp.float32), axis=-1) for each in (logits, target_logits))
+    return jnp.minimum(draft, target).sum(axis=-1)
+
+
+def expected_share(overlaps: Sequence[jax.Array]) -> jax.Array:
+    """Expected accepted share f32 `[B, S]` of a chain of K draft tokens that begins at each row: entry k of `overlaps`
+    `[B, S]` is the probability that the k-th token of a draft is accepted if it stands in that row."""
+    reached, total = jnp.ones_like(overlaps[0]), jnp.zeros_like(overlaps[0])
+    for depth, each in enumerate(overlaps):
+        following = jnp.pad(each[:, depth:], ((0, 0), (0, depth)))  # what stands `depth` rows later
+        reached = reached * following
+        total = total + reached
+    return total / len(overlaps)
