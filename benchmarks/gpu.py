@@ -1,0 +1,172 @@
+"""Times of one round at published shapes, with random weights: what the implementation keeps of what a drafter earns.
+
+    python benchmarks/gpu.py --output docs/results/h200                # 7B shapes on an accelerator, bfloat16
+    python benchmarks/gpu.py --shapes tiny --dtype float32 --output runs/gpu    # the same code on any machine
+
+A drafter that earns `a` tokens a round speeds decoding up by `a * t_step / t_round`, so `efficiency` (speed-up divided
+by mean acceptance length) is `t_step / t_round`, whatever the weights: times of an autoregressive step and of a round
+of proposing, verifying and committing say it all. `bandwidth_share` compares the step with the time in which the
+device's memory yields every weight once. Medians over runs that take turns.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+from jaxspec.checkpoints.names import abstract
+from jaxspec.drafters.eagle import EagleConfig
+from jaxspec.drafters.registry import METHODS
+from jaxspec.drafters.vispec import ViSpecConfig
+from jaxspec.layers import RopeConfig, TextConfig
+from jaxspec.speculation import loop
+from jaxspec.speculation.sampling import BatchSampling, SamplingParams
+from jaxspec.speculation.tree import TreeConfig
+from jaxspec.targets.clip import ClipVisionConfig
+from jaxspec.targets.llava import Llava, LlavaConfig
+from jaxspec.targets.prompts import EncodedPrompt, stack_prompts
+
+CLIP = ClipVisionConfig(1024, 4096, 24, 16, 336, 14)
+SMALL_CLIP = ClipVisionConfig(32, 64, 2, 2, 28, 14)
+SHAPES = {  # config.json of llava-hf/llava-1.5-7b-hf; the text model of Qwen2.5-VL-7B-Instruct; a toy
+    "llava-7b": LlavaConfig(TextConfig(32064, 4096, 11008, 32, 32, 32, 128), CLIP, 32000),
+    "qwen-7b-text": LlavaConfig(
+        TextConfig(152064, 3584, 18944, 28, 28, 4, 128, rope=RopeConfig(1e6), qkv_bias=True), CLIP, 151655
+    ),
+    "tiny": LlavaConfig(TextConfig(320, 64, 128, 2, 4, 2, 16), SMALL_CLIP, 319),
+}
+HEADS = {
+    "eagle2": lambda text: EagleConfig(text, qkv_bias=text.qkv_bias),
+    "vispec": lambda text: ViSpecConfig(text, qkv_bias=text.qkv_bias),
+}
+TREES = {"published": None, "3/8/30": TreeConfig(3, 8, 30), "chain of 5": TreeConfig.chain(5)}
+MEMORY = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "TPU v5e": 8.2e11, "TPU v5p": 2.77e12, "TPU v6e": 1.64e12}
+"""Bytes a second, from the makers' data sheets."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """What to time."""
+
+    output: Path
+    shapes: tuple[Literal["llava-7b", "qwen-7b-text", "tiny"], ...] = ("llava-7b", "qwen-7b-text")
+    heads: tuple[Literal["eagle2", "vispec"], ...] = ("eagle2", "vispec")
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    batch_sizes: tuple[int, ...] = (1, 8)
+    rounds: int = 64
+    """In one timed run."""
+    runs: int = 5
+
+    def write(self) -> None:
+        rows = [row for shape in self.shapes for batch in self.batch_sizes for row in self.measure(shape, batch)]
+        device = jax.devices()[0]
+        about = {"device": device.device_kind, "jax": jax.__version__, **dataclasses.asdict(self), "rows": rows}
+        self.output.mkdir(parents=True, exist_ok=True)
+        temporary = self.output / "rounds.json.tmp"
+        temporary.write_text(json.dumps(about, indent=2, default=str) + "\n")
+        temporary.replace(self.output / "rounds.json")
+
+    def measure(self, shape: str, batch: int):
+        """A row per arm."""
+        config = SHAPES[shape]
+        target = random_module(lambda rngs: Llava(config, rngs=rngs), self.dtype)
+        arms = {"autoregressive": (None, TreeConfig.autoregressive())}
+        for name in self.heads:
+            head = HEADS[name](dataclasses.replace(config.text, num_layers=1))
+            drafter = random_module(
+                lambda rngs, name=name, head=head: METHODS[name].module(head, rngs=rngs), self.dtype
+            )
+            for label, tree in TREES.items():
+                tree = tree or METHODS[name].tree
+                if tree.top_k <= config.text.vocab_size:
+                    arms[f"{name}, {label}"] = drafter, tree
+        runners = {name: Runner(config, target, *arm, batch, self.rounds) for name, arm in arms.items()}
+        times = {name: [] for name in runners}
+        for _ in range(self.runs):
+            for name, runner in runners.items():
+                times[name].append(runner())
+        prefill, step = (statistics.median(pair[i] for pair in times["autoregressive"]) for i in (0, 1))
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(target.language_model)))
+        speed = next((value for kind, value in MEMORY.items() if kind in jax.devices()[0].device_kind), None)
+        for name, (_, tree) in arms.items():
+            seconds = statistics.median(pair[1] for pair in times[name])
+            yield {
+                "shape": shape, "batch": batch, "arm": name, "nodes": tree.total_tokens,
+                "round_ms": 1e3 * seconds, "efficiency": step / seconds, "prefill_ms": 1e3 * prefill,
+                "bandwidth_share": None if speed is None else weights / speed / step,
+            }  # fmt: skip
+            share = "" if speed is None else f", {weights / speed / step:.2f} of memory speed in a step"
+            print(
+                f"{shape} batch {batch} {name}: {1e3 * seconds:.2f} ms, efficiency {step / seconds:.2f}{share}",
+                flush=True,
+            )
+
+
+class Runner:
+    """Prefill once more and decode `rounds` rounds; seconds of the prefill and of one round."""
+
+    def __init__(self, config: LlavaConfig, target, drafter, tree: TreeConfig, batch: int, rounds: int):
+        rng = np.random.default_rng(0)
+        ids = rng.integers(0, config.image_token_id, 32 + config.tokens_per_image + 16)
+        ids[32 : 32 + config.tokens_per_image] = config.image_token_id
+        pixels = rng.standard_normal((1, 3, config.vision.image_size, config.vision.image_size), np.float32)
+        images = config.lay_out({"pixel_values": pixels})
+        self.prompt = jax.device_put(stack_prompts(config, [EncodedPrompt(ids, images)] * batch, len(ids)))
+        limit = rounds * (tree.max_depth + 1) + 1
+        self.request = loop.Request(
+            BatchSampling.from_params([SamplingParams()] * batch), jnp.full((batch,), limit), jnp.full((batch, 1), -1)
+        )
+        self.models, self.rounds = (target, drafter), jnp.int32(rounds)
+        self.count = rounds
+        self.prefill = jax.jit(partial(self.start, tree=tree, capacity=len(ids) + limit, limit=limit))
+        self.decode = jax.jit(partial(self.go_on, tree=tree), donate_argnums=1)
+        self()
+
+    @staticmethod
+    def start(models, prompt, request, tree, capacity, limit):
+        return loop.prefill(*models, tree, prompt, request, capacity, limit)
+
+    @staticmethod
+    def go_on(models, state, rounds, tree):
+        return loop.decode(*models, tree, state, rounds)
+
+    def __call__(self) -> tuple[float, float]:
+        started = time.perf_counter()
+        state = jax.block_until_ready(self.prefill(self.models, self.prompt, self.request))
+        read = time.perf_counter()
+        state = jax.block_until_ready(self.decode(self.models, state, self.rounds))
+        ended = time.perf_counter()
+        done = int(np.asarray(state.rounds).min())
+        if done != self.count:
+            raise RuntimeError(f"{done} rounds were run instead of {self.count}")
+        return read - started, (ended - read) / self.count
+
+
+def random_module(build, dtype: str) -> nnx.Module:
+    """A module with random weights at fan-in scale, drawn on the device in `dtype`."""
+    graph, state = nnx.split(abstract(build))
+    leaves, tree = jax.tree.flatten(state)
+
+    @jax.jit
+    def draw():
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        scale = [1.0 if leaf.ndim < 2 else leaf.shape[0] ** -0.5 for leaf in leaves]
+        return [
+            (s * jax.random.normal(key, leaf.shape)).astype(dtype)
+            for key, leaf, s in zip(keys, leaves, scale, strict=True)
+        ]
+
+    return nnx.merge(graph, jax.tree.unflatten(tree, draw()))
+
+
+if __name__ == "__main__":
+    tyro.cli(Rounds, description=__doc__).write()
