@@ -1,8 +1,9 @@
 """EAGLE-2's draft head (arXiv 2401.15077, 2406.16858): one decoder layer on token embeddings and target features.
 
 Row i of the head reads `fc([embedding of token i+1 ; feature of position i])` and predicts the feature of position i+1;
-the target's LM head turns that into the distribution of token i+2. ViSpec (vispec.py) changes how the rows of a prompt
-are made and what stands beside a feature; everything else is here.
+the target's LM head turns that into the distribution of token i+2. ViSpec (vispec.py) and SpecVLM (specvlm.py) change
+how the rows of a prompt are made and what stands beside a feature; everything else is here. EagleVLM (arXiv 2509.11815,
+SpecVLM's baseline) is this head with an input norm in its layer; like EAGLE-2 it sees every image token.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ class EagleConfig:
 
     text: TextConfig
     qkv_bias: bool = False
+    input_norm: bool = False
     fc_bias: bool = True
 
 
@@ -59,7 +61,9 @@ class EagleHead(nnx.Module):
         self.config = config
         width = config.text.hidden_size
         self.fc = linear(2 * width, width, bias=config.fc_bias, rngs=rngs)
-        self.layers = nnx.List([DecoderLayer(config.text, input_norm=False, qkv_bias=config.qkv_bias, rngs=rngs)])
+        self.layers = nnx.List(
+            [DecoderLayer(config.text, input_norm=config.input_norm, qkv_bias=config.qkv_bias, rngs=rngs)]
+        )
 
     # -- the head ------------------------------------------------------------------------------------------------
 
@@ -83,8 +87,9 @@ class EagleHead(nnx.Module):
             x = jnp.where(rows.is_direct[..., None], rows.direct, x)
         return self.run(x, rows.positions, causal_mask(rows.valid))
 
-    def rows_of(self, context: DrafterContext, next_embeds: jax.Array) -> Rows:
-        """The rows of a prompt; `next_embeds` `[B, S, D]` are its embeddings shifted by one."""
+    def rows_of(self, context: DrafterContext, next_embeds: jax.Array, key: jax.Array | None = None) -> Rows:
+        """The rows of a prompt; `next_embeds` `[B, S, D]` are its embeddings shifted by one. A `key` says that the head
+        is in training, where a method may draw how it makes its rows."""
         positions = jnp.broadcast_to(jnp.arange(next_embeds.shape[1]), next_embeds.shape[:2])
         return Rows(next_embeds, context.features, positions, positions < context.lengths[:, None])
 
@@ -166,7 +171,12 @@ def read_eagle_fields(raw: dict) -> dict:
     if layers != 1:
         raise ValueError(f"a draft head has 1 layer, config.json says {layers}")
     text = llama_text_config(transformers.LlamaConfig.from_dict({**raw, "model_type": "llama"}))
-    return {"text": text, "qkv_bias": raw.get("qkv_bias", False), "fc_bias": raw.get("bias", True)}
+    return {
+        "text": text,
+        "qkv_bias": raw.get("qkv_bias", False),
+        "input_norm": raw.get("input_norm", False),
+        "fc_bias": raw.get("bias", True),
+    }
 
 
 def write_eagle_config(config: EagleConfig) -> dict:
@@ -189,7 +199,8 @@ def write_eagle_config(config: EagleConfig) -> dict:
         rope_parameters=rope,
         max_position_embeddings=text.max_position_embeddings,
     )
-    return llama.to_dict() | {"num_q": 0, "qkv_bias": config.qkv_bias, "bias": config.fc_bias}
+    ours = {"input_norm": True} if config.input_norm else {}
+    return llama.to_dict() | {"num_q": 0, "qkv_bias": config.qkv_bias, "bias": config.fc_bias} | ours
 
 
 def eagle_misfits(config: EagleConfig, target_config) -> list[str]:
@@ -211,3 +222,4 @@ EAGLE2 = Method(
     misfits=eagle_misfits,
     copies_embedding=True,
 )
+EAGLEVLM = dataclasses.replace(EAGLE2, title="EagleVLM", tree=TreeConfig(7, 10, 60))  # arXiv 2509.11815
