@@ -18,7 +18,9 @@ from flax import nnx
 from jaxspec import Drafter, Target, TreeConfig, load_target
 from jaxspec import cache as caches
 from jaxspec.demo.processor import build_processor
+from jaxspec.drafters.compressor import CompressorConfig
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
+from jaxspec.drafters.specvlm import SpecVLMConfig, SpecVLMHead
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.kernels.attention import LayerKV
 from jaxspec.speculation.tree import grow_tree
@@ -52,16 +54,17 @@ def linked_target(folder: Path) -> Target:
 
 def linked_head(target: Target, method: str, seed: int = 1) -> EagleHead:
     """A head that runs the target's first layer on the token's embedding, with small random weights everywhere else."""
-    text = dataclasses.replace(target.config.text, num_layers=1)
+    fresh = fresh_head(target, method, seed)
+    head = randomized(fresh, seed, scale=0.1)
     if method == "vispec":
-        head = ViSpecHead(ViSpecConfig(text, num_q=3), rngs=nnx.Rngs(seed))
-        passed_on = head.img_fc.kernel[...]
-        head = randomized(head, seed, scale=0.1)
-        head.img_fc.kernel[...] += passed_on
-    else:
-        head = randomized(EagleHead(EagleConfig(text), rngs=nnx.Rngs(seed)), seed, scale=0.1)
-    width, first = text.hidden_size, target.model.language_model.layers[0]
+        head.img_fc.kernel[...] += fresh.img_fc.kernel[...]
+    if method == "specvlm":
+        for mine, theirs in zip(convolutions(head), convolutions(fresh), strict=True):
+            mine.kernel[...] += theirs.kernel[...]
+    width, first = target.config.text.hidden_size, target.model.language_model.layers[0]
     head.fc.kernel[...] += jnp.eye(2 * width, width)
+    if head.config.input_norm:
+        nnx.update(head.layers[0].input_layernorm, nnx.state(first.input_layernorm))
     nnx.update(head.layers[0].self_attn, nnx.state(first.self_attn))
     nnx.update(head.layers[0].mlp, nnx.state(first.mlp))
     return head
@@ -69,12 +72,23 @@ def linked_head(target: Target, method: str, seed: int = 1) -> EagleHead:
 
 def random_head(target: Target, method: str = "eagle2", seed: int = 2) -> EagleHead:
     """A head that knows nothing of its target."""
+    return randomized(fresh_head(target, method, seed), seed, scale=1.0)
+
+
+def fresh_head(target: Target, method: str, seed: int) -> EagleHead:
     text = dataclasses.replace(target.config.text, num_layers=1)
-    if method == "vispec":
-        head = ViSpecHead(ViSpecConfig(text, num_q=3), rngs=nnx.Rngs(seed))
-    else:
-        head = EagleHead(EagleConfig(text), rngs=nnx.Rngs(seed))
-    return randomized(head, seed, scale=1.0)
+    match method:
+        case "vispec":
+            return ViSpecHead(ViSpecConfig(text, num_q=3), rngs=nnx.Rngs(seed))
+        case "specvlm":
+            compressor = CompressorConfig(pruning_ratio=5, pooling_ratio=4, gate_hidden_size=16)
+            return SpecVLMHead(SpecVLMConfig(text, compressor=compressor), rngs=nnx.Rngs(seed))
+        case _:
+            return EagleHead(EagleConfig(text, input_norm=method == "eaglevlm"), rngs=nnx.Rngs(seed))
+
+
+def convolutions(head: SpecVLMHead) -> list[nnx.Linear]:
+    return [head.compressor.convolution.embeds, head.compressor.convolution.features]
 
 
 @jax.tree_util.register_dataclass
@@ -140,6 +154,8 @@ TREE = TreeConfig(depth=2, top_k=3, total_tokens=10)
 DRAFTERS = {
     "eagle2": lambda target: Drafter(linked_head(target, "eagle2"), TREE, "eagle2", {}),
     "vispec": lambda target: Drafter(linked_head(target, "vispec"), TREE, "vispec", {}),
+    "eaglevlm": lambda target: Drafter(linked_head(target, "eaglevlm"), TREE, "eaglevlm", {}),
+    "specvlm": lambda target: Drafter(linked_head(target, "specvlm"), TREE, "specvlm", {}),
     "chain": lambda target: Drafter(linked_head(target, "eagle2"), TreeConfig.chain(3), "eagle2", {}),
     "random": lambda target: Drafter(random_head(target), TREE, "eagle2", {}),
     "self": lambda target: Drafter(SelfDrafter(1.0), TreeConfig(2, 2, 8), "self", {}),

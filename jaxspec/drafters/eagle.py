@@ -1,8 +1,9 @@
 """EAGLE-2's draft head (arXiv 2401.15077, 2406.16858): one decoder layer on token embeddings and target features.
 
 Row i of the head reads `fc([embedding of token i+1 ; feature of position i])` and predicts the feature of position i+1;
-the target's LM head turns that into the distribution of token i+2. ViSpec (vispec.py) changes how the rows of a prompt
-are made and what stands beside a feature; everything else is here.
+the target's LM head turns that into the distribution of token i+2. ViSpec (vispec.py) and SpecVLM (specvlm.py) change
+how the rows of a prompt are made and what stands beside a feature; everything else is here. EagleVLM (arXiv 2509.11815,
+SpecVLM's baseline) is this head with an input norm in its layer; like EAGLE-2 it sees every image token.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ class EagleConfig:
 
     text: TextConfig
     qkv_bias: bool = False
+    input_norm: bool = False
     fc_bias: bool = True
     tap_layers: tuple[int, ...] = ()
     """Layers of the target whose outputs the head reads beside the final features (0: embeddings, i: layer i)."""
@@ -61,7 +63,9 @@ class EagleHead(nnx.Module):
         self.config = config
         width = config.text.hidden_size
         self.fc = linear(2 * width, width, bias=config.fc_bias, rngs=rngs)
-        self.layers = nnx.List([DecoderLayer(config.text, input_norm=False, qkv_bias=config.qkv_bias, rngs=rngs)])
+        self.layers = nnx.List(
+            [DecoderLayer(config.text, input_norm=config.input_norm, qkv_bias=config.qkv_bias, rngs=rngs)]
+        )
         if config.tap_layers:
             taps = len(config.tap_layers)
             self.tap_fc = linear((taps + 1) * width, width, bias=False, rngs=rngs)
@@ -99,8 +103,9 @@ class EagleHead(nnx.Module):
             x = jnp.where(rows.is_direct[..., None], rows.direct, x)
         return self.run(x, rows.positions, causal_mask(rows.valid))
 
-    def rows_of(self, context: DrafterContext, next_embeds: jax.Array) -> Rows:
-        """The rows of a prompt; `next_embeds` `[B, S, D]` are its embeddings shifted by one."""
+    def rows_of(self, context: DrafterContext, next_embeds: jax.Array, key: jax.Array | None = None) -> Rows:
+        """The rows of a prompt; `next_embeds` `[B, S, D]` are its embeddings shifted by one. A `key` says that the head
+        is in training, where a method may draw how it makes its rows."""
         positions = jnp.broadcast_to(jnp.arange(next_embeds.shape[1]), next_embeds.shape[:2])
         return Rows(next_embeds, self.observe(context.features), positions, positions < context.lengths[:, None])
 
@@ -185,6 +190,7 @@ def read_eagle_fields(raw: dict) -> dict:
     return {
         "text": text,
         "qkv_bias": raw.get("qkv_bias", False),
+        "input_norm": raw.get("input_norm", False),
         "fc_bias": raw.get("bias", True),
         "tap_layers": tuple(raw.get("tap_layers", ())),
     }
@@ -210,7 +216,8 @@ def write_eagle_config(config: EagleConfig) -> dict:
         rope_parameters=rope,
         max_position_embeddings=text.max_position_embeddings,
     )
-    ours = {"tap_layers": list(config.tap_layers)} if config.tap_layers else {}
+    ours = {"input_norm": True} if config.input_norm else {}
+    ours |= {"tap_layers": list(config.tap_layers)} if config.tap_layers else {}
     return llama.to_dict() | {"num_q": 0, "qkv_bias": config.qkv_bias, "bias": config.fc_bias} | ours
 
 
@@ -236,3 +243,4 @@ EAGLE2 = Method(
     misfits=eagle_misfits,
     copies_embedding=True,
 )
+EAGLEVLM = dataclasses.replace(EAGLE2, title="EagleVLM", tree=TreeConfig(7, 10, 60))  # arXiv 2509.11815

@@ -1,12 +1,15 @@
 """The methods of drafting. A method is one file here and one line in this table."""
 
 from jaxspec.drafters.contract import Method
-from jaxspec.drafters.eagle import EAGLE2
+from jaxspec.drafters.eagle import EAGLE2, EAGLEVLM
+from jaxspec.drafters.specvlm import SPECVLM
 from jaxspec.drafters.vispec import VISPEC
 
 METHODS: dict[str, Method] = {
     "eagle2": EAGLE2,
     "vispec": VISPEC,
+    "eaglevlm": EAGLEVLM,
+    "specvlm": SPECVLM,
 }
 
 

@@ -20,7 +20,8 @@ from jaxspec.drafters.eagle import (
     read_eagle_fields,
     write_eagle_config,
 )
-from jaxspec.layers import linear
+from jaxspec.drafters.rows import fewest_image_rows, image_spans, row_order, take_rows
+from jaxspec.layers import TextConfig, linear
 from jaxspec.speculation.loop import DrafterContext
 from jaxspec.speculation.tree import TreeConfig
 
@@ -44,12 +45,11 @@ class ViSpecConfig(EagleConfig):
 class VisionAdaptor(nnx.Module):
     """Learned queries attend once to the embeddings of one image: no norm, no MLP, no positions."""
 
-    def __init__(self, config: ViSpecConfig, *, rngs: nnx.Rngs):
-        text = config.text
+    def __init__(self, text: TextConfig, num_q: int, *, qkv_bias: bool, rngs: nnx.Rngs):
         width, heads = text.hidden_size, text.num_heads
-        self.q = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (config.num_q, heads, width // heads)))
-        self.k_proj = linear(width, width, bias=config.qkv_bias, rngs=rngs)
-        self.v_proj = linear(width, width, bias=config.qkv_bias, rngs=rngs)
+        self.q = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_q, heads, width // heads)))
+        self.k_proj = linear(width, width, bias=qkv_bias, rngs=rngs)
+        self.v_proj = linear(width, width, bias=qkv_bias, rngs=rngs)
         self.o_proj = linear(width, width, bias=False, rngs=rngs)
 
     def __call__(self, embeds: jax.Array, masks: jax.Array) -> jax.Array:
@@ -70,7 +70,7 @@ class ViSpecHead(EagleHead):
     def __init__(self, config: ViSpecConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         width = config.text.hidden_size
-        self.imadpt = VisionAdaptor(config, rngs=rngs)
+        self.imadpt = VisionAdaptor(config.text, config.num_q, qkv_bias=config.qkv_bias, rngs=rngs)
         if not config.global_feature:
             return
         self.img_fc = linear(2 * width, width, bias=True, rngs=rngs)
@@ -85,7 +85,7 @@ class ViSpecHead(EagleHead):
     def final_global_feature(self, rows: Rows, last: jax.Array) -> jax.Array:
         return jnp.take_along_axis(rows.global_features, last[:, None, None], axis=1)[:, 0]
 
-    def rows_of(self, context: DrafterContext, next_embeds: jax.Array) -> Rows:
+    def rows_of(self, context: DrafterContext, next_embeds: jax.Array, key: jax.Array | None = None) -> Rows:
         batch, length, width = next_embeds.shape
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
         valid = positions < context.lengths[:, None]
@@ -94,11 +94,8 @@ class ViSpecHead(EagleHead):
             nothing = jnp.zeros_like(next_embeds)
             return Rows(next_embeds, features, positions, valid, nothing)
 
-        # Rows are shifted by one against tokens: row i stands for token i + 1.
-        image_ids = jnp.roll(context.image_ids, -1, axis=1).at[:, -1].set(-1)
-        masks = image_ids[:, None] == jnp.arange(context.max_images)[:, None]  # [B, n, S]
+        image_ids, masks, last_row = image_spans(context)
         vectors = self.imadpt(next_embeds, masks)  # [B, n, num_q, D]
-        last_row = jnp.max(jnp.where(masks, positions[:, None], -1), axis=-1)  # [B, n], -1 for absent images
 
         # The global feature of the latest image that ended before the row.
         ended = (last_row[:, None] < positions[..., None]) & (last_row >= 0)[:, None]  # [B, S, n]
@@ -118,8 +115,8 @@ class ViSpecHead(EagleHead):
 
         # Dropped rows leave: what stays moves up, in order, with its original position.
         kept = valid & (~is_image | is_direct)
-        slots = min(length, length - context.min_image_tokens + context.max_images * replaced)
-        order = jnp.argsort(~kept, axis=1, stable=True)[:, :slots]
+        slots = min(length, length - fewest_image_rows(context) + context.max_images * replaced)
+        order = row_order(positions, kept, slots)
         return Rows(
             embeds=take_rows(next_embeds, order),
             features=take_rows(features, order),
@@ -129,11 +126,6 @@ class ViSpecHead(EagleHead):
             direct=take_rows(direct, order),
             is_direct=jnp.take_along_axis(is_direct, order, axis=1),
         )
-
-
-def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows `index` i32 `[B, R]` of `x` `[B, S, D]`."""
-    return jnp.take_along_axis(x, index[..., None], axis=1)
 
 
 def write_vispec_config(config: ViSpecConfig) -> dict:

@@ -1,4 +1,4 @@
-"""Recipes of EAGLE-like heads (EAGLE-2, ViSpec), with the losses of their published recipes.
+"""Recipes of EAGLE-like heads (EAGLE-2, EagleVLM, ViSpec), with the losses of their published recipes.
 
 Per step the head runs `mtp_steps + 1` times: each further run reads the head's own outputs of the run before, shifted
 by one, as it will when drafting (ViSpec 3.4).
@@ -6,6 +6,7 @@ by one, as it will when drafting (ViSpec 3.4).
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxspec.drafters.checkpoint import load_drafter_folder
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
 from jaxspec.drafters.registry import METHODS
 from jaxspec.drafters.vispec import ViSpecConfig
+from jaxspec.layers import TextConfig
 from jaxspec.training.drafter import DrafterRecipe, Teacher
 from jaxspec.training.losses import (
     expected_share,
@@ -31,6 +33,8 @@ from jaxspec.training.losses import (
 class EagleRecipe(DrafterRecipe):
     """A draft head."""
 
+    methods: ClassVar[tuple[str, ...]] = ("eagle2", "eaglevlm", "vispec")
+    """Those that the recipe trains."""
     method: str = "vispec"
     num_q: int = 2
     global_feature: bool = True
@@ -46,12 +50,23 @@ class EagleRecipe(DrafterRecipe):
     acceptance_weight: float = 0.0
     """Of the expected share of `mtp_steps + 1` draft tokens in a row that is rejected (ours)."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.method not in self.methods:
+            known = ", ".join(self.methods)
+            raise ValueError(f"method of {type(self).__name__} must be one of {known}, got {self.method!r}")
+
+    def head_config(self, text: TextConfig) -> EagleConfig:
+        """Of a head whose one layer is `text`."""
+        # The bias is as in the published heads for Qwen.
+        common = {"text": text, "qkv_bias": text.qkv_bias, "tap_layers": self.tap_layers}
+        if self.method == "vispec":
+            return ViSpecConfig(**common, num_q=self.num_q, global_feature=self.global_feature)
+        return EagleConfig(**common, input_norm=self.method == "eaglevlm")
+
     def new_drafter(self, target) -> EagleHead:
         """A head of the target's shape, or that of `init_from` with what it lacks."""
-        text = dataclasses.replace(target.config.text, num_layers=1, tie_word_embeddings=False)
-        config = EagleConfig(text, qkv_bias=text.qkv_bias, tap_layers=self.tap_layers)  # bias as published for Qwen
-        if self.method == "vispec":
-            config = ViSpecConfig(**vars(config), num_q=self.num_q, global_feature=self.global_feature)
+        config = self.head_config(dataclasses.replace(target.config.text, num_layers=1, tie_word_embeddings=False))
         head = METHODS[self.method].module(config, rngs=nnx.Rngs(self.seed))
         if self.init_from is not None:
             trained, _ = load_drafter_folder(Path(self.init_from), target.model)
@@ -61,7 +76,8 @@ class EagleRecipe(DrafterRecipe):
     def loss(self, head: EagleHead, target, teacher: Teacher, key) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The recipe's loss and, per draft position, how often the head's first choice is the target's."""
         context, answer = teacher
-        rows = head.rows_of(context, jnp.roll(context.embeds, -1, axis=1))
+        rows_key, noise_key = jax.random.split(key)
+        rows = head.rows_of(context, jnp.roll(context.embeds, -1, axis=1), rows_key)
         features, lengths = context.features, context.lengths
 
         def at_rows(x, shift):  # what stands `shift` positions after each row
@@ -77,7 +93,7 @@ class EagleRecipe(DrafterRecipe):
         inputs = rows.features
         if self.feature_noise:
             amplitude = self.feature_noise * 512 / features.shape[1]
-            inputs = inputs + jax.random.uniform(key, inputs.shape, minval=-amplitude, maxval=amplitude)
+            inputs = inputs + jax.random.uniform(noise_key, inputs.shape, minval=-amplitude, maxval=amplitude)
         total, metrics, overlaps = 0.0, {}, []
         for step in range(self.mtp_steps + 1):
             output, _ = head.forward(rows, inputs)

@@ -1,0 +1,40 @@
+"""SpecVLM for LLaVA-1.5-7B with the values of arXiv 2509.11815; it has not been run here.
+
+"published" marks what the paper states, "ours" what it leaves open. It trains on LLaVA-1.5's mix-665K as it is; a
+recipe here reads answers from `answers_dir`, in the layout that configs/demo_answers.py writes.
+"""
+
+from jaxspec.drafters.compressor import CompressorConfig
+from jaxspec.training import SpecVLMRecipe
+
+recipe = SpecVLMRecipe(
+    name="specvlm_llava15_7b",
+    target="llava-hf/llava-1.5-7b-hf",  # published
+    answers_dir="runs/llava15_7b_answers",  # ours: the target's own answers (published: those of mix-665K)
+    compressor=CompressorConfig(
+        mode="select",  # published: the default of its three modes
+        pruning_ratio=20,  # published
+        pooling_ratio=20,  # published
+        convolution_ratio=3,  # published
+        shared_ratio=3,  # published, of mode "weighted"
+        num_queries=2,  # published
+        gate_hidden_size=256,  # ours
+        gate_temperature=1.0,  # ours
+    ),
+    steps=5195,  # published: one epoch in its main tables (665K / 128), up to five in its scaling study
+    batch_size=128,  # published
+    sequence_length=2048,  # ours
+    learning_rate=8e-5,  # published (5e-5 for 13B)
+    warmup_steps=0,  # published
+    decay="linear",  # ours
+    final_learning_rate_ratio=1.0,  # ours: a constant rate, for no decay is named
+    adam_b2=0.95,  # published: AdamW(0.9, 0.95)
+    weight_decay=0.0,  # published
+    clip_norm=0.0,  # ours: by value instead, as EAGLE-2 does
+    clip_value=0.5,  # ours, EAGLE-2's
+    feature_weight=1.0,  # published: SmoothL1
+    soft_cross_entropy_weight=0.1,  # published
+    depth=7,  # published
+    top_k=10,  # published
+    total_tokens=60,  # published
+)

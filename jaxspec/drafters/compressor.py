@@ -1,0 +1,304 @@
+"""SpecVLM's elastic visual compressor (arXiv 2509.11815, section 3): few rows in place of an image's many.
+
+Each primitive turns the rows of every image into groups, one row each: pruning keeps a random subset, pooling averages
+runs of consecutive rows, convolution mixes them, a resampler asks the whole image a few learned questions, and text
+only leaves nothing. A mode says which of them a head has and how they work together. Groups never cross images.
+
+The source leaves open, ours: runs go along the token sequence (the published ratios are not squares); the target's
+features are reduced as the embeddings are, but with a convolution of their own, and beside a resampler's vectors stands
+the image's mean feature; a group has the position of the last row it stands for.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxspec.drafters.rows import ImageSpans, row_order, take_rows
+from jaxspec.drafters.vispec import VisionAdaptor
+from jaxspec.layers import TextConfig, linear
+
+PRIMITIVES = ("pruning", "pooling", "convolution", "resampler", "text_only")
+MODES: dict[str, tuple[str, ...]] = {
+    "select": PRIMITIVES,
+    "weighted": ("pruning", "pooling", "convolution"),
+    "concat": ("pruning", "pooling", "convolution", "resampler"),
+    **{name: (name,) for name in PRIMITIVES},
+}
+MAX_CONVOLUTION_RATIO = 5  # its kernels have ratio * D * D parameters (published limit)
+PRUNING_LOTS = 2**32 - 1  # what is folded into a request's seed; sampling noise folds in positions, which are smaller
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressorConfig:
+    """Ratios count image tokens per group; defaults are published but for the gate's, which are ours.
+
+    Raises ValueError for a mode that is not known and for sizes that cannot be.
+    """
+
+    mode: str = "select"
+    """select: a gate picks one primitive per request; weighted: a gate's weights mix pruning, pooling and convolution;
+    concat: all but text_only, side by side; or one primitive by its name."""
+    pruning_ratio: int = 20
+    pooling_ratio: int = 20
+    convolution_ratio: int = 3
+    shared_ratio: int = 3
+    """Of the three that mode weighted mixes, in place of their own."""
+    num_queries: int = 2
+    """Vectors that the resampler makes of an image."""
+    gate_hidden_size: int = 256
+    gate_temperature: float = 1.0
+    """Of the Gumbel-softmax in training: the lower, the closer the gradient is to the hard choice's."""
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"compressor mode {self.mode!r} is not known; known: {', '.join(MODES)}")
+        for name in (*RATIOS, "num_queries", "gate_hidden_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for name in ("convolution_ratio", "shared_ratio"):
+            if getattr(self, name) > MAX_CONVOLUTION_RATIO:
+                raise ValueError(
+                    f"{name} must be at most {MAX_CONVOLUTION_RATIO}, for a convolution's parameters grow with it, "
+                    f"got {getattr(self, name)}"
+                )
+        if not self.gate_temperature > 0:
+            raise ValueError(f"gate_temperature must be above 0, got {self.gate_temperature}")
+
+    @property
+    def primitives(self) -> tuple[str, ...]:
+        return MODES[self.mode]
+
+    @property
+    def has_gate(self) -> bool:
+        return self.mode in ("select", "weighted")
+
+    def ratio(self, primitive: str) -> int:
+        """Of pruning, pooling or convolution in this mode."""
+        return self.shared_ratio if self.mode == "weighted" else getattr(self, f"{primitive}_ratio")
+
+    def most_groups(self, rows: int, images: int) -> int:
+        """A bound of the groups that so many rows of so many images become."""
+        fixed = {"resampler": images * self.num_queries, "text_only": 0}
+        bounds = [
+            fixed[name] if name in fixed else most_runs(rows, images, self.ratio(name)) for name in self.primitives
+        ]
+        return sum(bounds) if self.mode == "concat" else max(bounds)
+
+    def slots(self, length: int, fewest: int, images: int) -> int:
+        """A bound of text rows and groups together in prompts of `length` rows, at least `fewest` of them images'."""
+        # A row more of an image is a row less of text: but for rounding up, the sum is a line, and an end decides.
+        return max(length - rows + self.most_groups(rows, images) for rows in (fewest, length))
+
+
+RATIOS = ("pruning_ratio", "pooling_ratio", "convolution_ratio", "shared_ratio")
+
+
+class Groups(NamedTuple):
+    """G rows that stand for the images of a prompt, those of an image together and in order."""
+
+    embeds: jax.Array  # [B, G, D]
+    features: jax.Array  # [B, G, D]
+    positions: jax.Array  # i32 [B, G], the last row that the group stands for
+    valid: jax.Array  # bool [B, G]
+
+
+class VisualCompressor(nnx.Module):
+    """The primitives of a mode, with the parameters they need and no others."""
+
+    def __init__(self, config: CompressorConfig, text: TextConfig, *, qkv_bias: bool, rngs: nnx.Rngs):
+        self.config = config
+        width = text.hidden_size
+        if "convolution" in config.primitives:
+            self.convolution = Convolution(config.ratio("convolution"), width, rngs=rngs)
+        if "resampler" in config.primitives:
+            self.resampler = VisionAdaptor(text, config.num_queries, qkv_bias=qkv_bias, rngs=rngs)
+        if config.has_gate:
+            self.gate = Gate(width, config.gate_hidden_size, len(config.primitives), rngs=rngs)
+
+    def __call__(self, spans: ImageSpans, embeds, features, seeds, question, key: jax.Array | None) -> Groups:
+        """Groups of rows `[B, S, D]` (`embeds` and `features`).
+
+        Args:
+          seeds: u32 `[B]`, of the random subset.
+          question: `[B, D]`, what the gate reads.
+          key: in training, of the gate's Gumbel noise; None for its best choice.
+        """
+        groups = [self.groups_of(name, spans, embeds, features, seeds) for name in self.config.primitives]
+        if self.config.mode == "select":
+            return select(groups, self.gate(question), self.config.gate_temperature, key)
+        if self.config.mode == "weighted":
+            return weigh(groups, jax.nn.softmax(self.gate(question), axis=-1))
+        return Groups(*(jnp.concatenate(parts, axis=1) for parts in zip(*groups, strict=True)))
+
+    def groups_of(self, primitive: str, spans: ImageSpans, embeds, features, seeds) -> Groups:
+        match primitive:
+            case "pruning":
+                rows, valid = random_rows(spans, self.config.ratio(primitive), seeds)
+                return Groups(take_rows(embeds, rows), take_rows(features, rows), rows, valid)
+            case "pooling":
+                runs = runs_of(spans, self.config.ratio(primitive))
+                return Groups(mean(runs, embeds), mean(runs, features), runs.last, runs.valid)
+            case "convolution":
+                runs = runs_of(spans, self.config.ratio(primitive))
+                return Groups(*self.convolution(runs, embeds, features), runs.last, runs.valid)
+            case "resampler":
+                queries = self.config.num_queries
+                vectors = self.resampler(embeds, spans.masks)  # [B, n, q, D]
+                size = jnp.maximum(spans.masks.sum(axis=-1, keepdims=True), 1)
+                total = jnp.einsum(
+                    "bns,bsd->bnd", spans.masks.astype(features.dtype), features, preferred_element_type=jnp.float32
+                )
+                last = jnp.repeat(spans.last, queries, axis=1)  # [B, n * q]
+                return Groups(
+                    vectors.reshape(vectors.shape[0], -1, vectors.shape[-1]),
+                    jnp.repeat((total / size).astype(features.dtype), queries, axis=1),
+                    last,
+                    last >= 0,
+                )
+            case "text_only":
+                return Groups(embeds[:, :0], features[:, :0], spans.ids[:, :0], spans.ids[:, :0] >= 0)
+        raise ValueError(f"primitive {primitive!r} is not known; known: {', '.join(PRIMITIVES)}")
+
+
+class Convolution(nnx.Module):
+    """Kernel and stride are `ratio` rows; one for the embeddings, one for the features. Starts as the average."""
+
+    def __init__(self, ratio: int, width: int, *, rngs: nnx.Rngs):
+        def average(key, shape, dtype):
+            del key
+            return jnp.tile(jnp.eye(width, dtype=dtype), (ratio, 1)) / ratio
+
+        self.embeds = nnx.Linear(ratio * width, width, kernel_init=average, rngs=rngs)
+        self.features = nnx.Linear(ratio * width, width, kernel_init=average, rngs=rngs)
+
+    def __call__(self, runs: "Runs", embeds, features) -> tuple[jax.Array, jax.Array]:
+        """Both `[B, G, D]`; a run that is short is filled with zeros."""
+        flat = (*runs.valid.shape, -1)
+        return self.embeds(gather(runs, embeds).reshape(flat)), self.features(gather(runs, features).reshape(flat))
+
+
+class Gate(nnx.Module):
+    """What a question asks for: logits over the primitives, all equal before training."""
+
+    def __init__(self, width: int, hidden: int, choices: int, *, rngs: nnx.Rngs):
+        self.hidden = linear(width, hidden, bias=True, rngs=rngs)
+        self.output = linear(hidden, choices, bias=True, rngs=rngs, zero=True)
+
+    def __call__(self, question: jax.Array) -> jax.Array:
+        """f32 `[B, choices]` of `[B, D]`."""
+        return self.output(jax.nn.silu(self.hidden(question))).astype(jnp.float32)
+
+
+# -- groups of rows --------------------------------------------------------------------------------------------------
+
+
+class Runs(NamedTuple):
+    """Runs of up to `ratio` consecutive rows of one image, in order; the last run of an image may be shorter."""
+
+    members: jax.Array  # i32 [B, G, ratio]
+    present: jax.Array  # bool [B, G, ratio], False for members too many
+    last: jax.Array  # i32 [B, G], -1 where there is no run
+    valid: jax.Array  # bool [B, G]
+
+
+def most_runs(rows: int, images: int, ratio: int) -> int:
+    """A bound of the sum of ceil(M / ratio) over images with M rows each, `rows` together."""
+    return -(-rows // ratio) + images
+
+
+def sizes_of(spans: ImageSpans, ratio: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each image, i32 `[B, n]`: its rows, how many image rows come before it, its groups of `ratio`."""
+    rows = spans.masks.sum(axis=-1)
+    return rows, jnp.cumsum(rows, axis=1) - rows, -(-rows // ratio)
+
+
+def runs_of(spans: ImageSpans, ratio: int) -> Runs:
+    length, images = spans.ids.shape[1], spans.masks.shape[1]
+    rows, before, count = sizes_of(spans, ratio)
+    ends = jnp.cumsum(count, axis=1)  # [B, n], in groups
+    number = jnp.arange(min(length, most_runs(length, images, ratio)))  # [G]
+    valid = number < ends[:, -1:]
+    image = jnp.minimum((number[:, None] >= ends[:, None]).sum(axis=-1), images - 1)  # [B, G]
+
+    def of_image(x):  # [B, n] -> [B, G]
+        return jnp.take_along_axis(x, image, axis=1)
+
+    inside = (number - of_image(ends - count))[..., None] * ratio + jnp.arange(ratio)  # counted within the image
+    present = valid[..., None] & (inside < of_image(rows)[..., None])
+    image_rows = row_order(jnp.broadcast_to(jnp.arange(length), spans.ids.shape), spans.ids >= 0, length)
+    place = jnp.where(present, of_image(before)[..., None] + inside, 0)  # among all image rows
+    members = jnp.take_along_axis(image_rows, place.reshape(len(place), -1), axis=1).reshape(place.shape)
+    return Runs(members, present, jnp.max(jnp.where(present, members, -1), axis=-1), valid)
+
+
+def gather(runs: Runs, x: jax.Array) -> jax.Array:
+    """`[B, G, ratio, D]` of rows `[B, S, D]`, 0 for members that are not there."""
+    taken = take_rows(x, runs.members.reshape(len(x), -1)).reshape(*runs.members.shape, -1)
+    return jnp.where(runs.present[..., None], taken, 0)
+
+
+def mean(runs: Runs, x: jax.Array) -> jax.Array:
+    """`[B, G, D]` of rows `[B, S, D]`."""
+    count = jnp.maximum(runs.present.sum(axis=-1, keepdims=True), 1)
+    return (gather(runs, x).sum(axis=2, dtype=jnp.float32) / count).astype(x.dtype)
+
+
+def random_rows(spans: ImageSpans, ratio: int, seeds: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """ceil(M / ratio) of the M rows of each image, in order: i32 and bool `[B, G]`. All subsets are equally likely; a
+    request's depends on its seed and its prompt, not on the batch around it."""
+    length, images = spans.ids.shape[1], spans.masks.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(length), spans.ids.shape)
+
+    def lots_of(seed):  # drawn row by row, so that padding changes nothing
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), PRUNING_LOTS)
+        return jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row)))(jnp.arange(length))
+
+    _, before, count = sizes_of(spans, ratio)
+    behind_text = jnp.where(spans.ids >= 0, spans.ids, images)
+    shuffled = jnp.lexsort((jax.vmap(lots_of)(seeds), behind_text))  # [B, S], image after image
+    place = jnp.argsort(shuffled, axis=1)  # of each row among the shuffled
+    of_row = jnp.maximum(spans.ids, 0)
+    allowed = jnp.take_along_axis(before + count, of_row, axis=1)
+    kept = (spans.ids >= 0) & (place < allowed)
+    rows = row_order(positions, kept, min(length, most_runs(length, images, ratio)))
+    return rows, jnp.take_along_axis(kept, rows, axis=1)
+
+
+# -- primitives together ---------------------------------------------------------------------------------------------
+
+
+def select(groups: list[Groups], logits: jax.Array, temperature: float, key: jax.Array | None) -> Groups:
+    """Each request's groups of the one primitive that `logits` f32 `[B, K]` prefer.
+
+    In training the choice is drawn with Gumbel noise, and what was chosen is multiplied by 1 with the gradient of its
+    Gumbel-softmax probability (straight-through, arXiv 1611.01144). A request without image rows teaches the gate
+    nothing: neither one without images, nor one for which text_only was drawn.
+    """
+    scores = logits if key is None else logits + jax.random.gumbel(key, logits.shape)
+    choice = scores.argmax(axis=-1)  # [B]
+    widest = max(each.valid.shape[1] for each in groups)
+
+    def chosen_of(*parts):
+        padded = [jnp.pad(x, ((0, 0), (0, widest - x.shape[1]), *[(0, 0)] * (x.ndim - 2))) for x in parts]
+        return jnp.stack(padded, axis=1)[jnp.arange(len(choice)), choice]
+
+    chosen = Groups(*(chosen_of(*parts) for parts in zip(*groups, strict=True)))
+    if key is None:
+        return chosen
+    probability = jnp.take_along_axis(jax.nn.softmax(scores / temperature, axis=-1), choice[:, None], axis=1)
+    one = 1 + (probability - jax.lax.stop_gradient(probability))[..., None].astype(chosen.embeds.dtype)
+    return chosen._replace(embeds=one * chosen.embeds, features=one * chosen.features)
+
+
+def weigh(groups: list[Groups], weights: jax.Array) -> Groups:
+    """The sum of primitives with one ratio, `weights` f32 `[B, K]`; at the positions of the last, which is of runs."""
+
+    def mixed(*parts):
+        return jnp.einsum("bk,bkgd->bgd", weights.astype(parts[0].dtype), jnp.stack(parts, axis=1))
+
+    embeds, features, _, _ = zip(*groups, strict=True)
+    return groups[-1]._replace(embeds=mixed(*embeds), features=mixed(*features))

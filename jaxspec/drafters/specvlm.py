@@ -1,0 +1,79 @@
+"""SpecVLM (arXiv 2509.11815): EagleVLM's head that sees each image through an elastic visual compressor.
+
+The rows of an image are replaced by the few that the compressor (compressor.py) makes of them, which pass `fc` like any
+other row; the target keeps all its tokens. In mode "select" a gate reads the target's feature of the last prompt token
+and picks how images are compressed, request by request.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxspec.drafters.compressor import CompressorConfig, VisualCompressor
+from jaxspec.drafters.contract import Method
+from jaxspec.drafters.eagle import (
+    EagleConfig,
+    EagleHead,
+    Rows,
+    eagle_misfits,
+    read_eagle_fields,
+    write_eagle_config,
+)
+from jaxspec.drafters.rows import fewest_image_rows, image_spans, row_order, take_rows
+from jaxspec.speculation.loop import DrafterContext
+from jaxspec.speculation.tree import TreeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecVLMConfig(EagleConfig):
+    input_norm: bool = True
+    compressor: CompressorConfig = CompressorConfig()
+
+
+class SpecVLMHead(EagleHead):
+    def __init__(self, config: SpecVLMConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        self.compressor = VisualCompressor(config.compressor, config.text, qkv_bias=config.qkv_bias, rngs=rngs)
+
+    def rows_of(self, context: DrafterContext, next_embeds: jax.Array, key: jax.Array | None = None) -> Rows:
+        rows = super().rows_of(context, next_embeds)
+        if context.max_images == 0:
+            return rows
+        spans = image_spans(context)
+        question = take_rows(rows.features, context.prompt_lengths[:, None] - 1)[:, 0]  # [B, D]
+        groups = self.compressor(spans, rows.embeds, rows.features, context.seeds, question, key)
+
+        def joined(text, image):
+            return jnp.concatenate([text, image], axis=1)
+
+        positions = joined(rows.positions, groups.positions)
+        valid = joined(rows.valid & (spans.ids < 0), groups.valid)
+        slots = self.config.compressor.slots(next_embeds.shape[1], fewest_image_rows(context), context.max_images)
+        order = row_order(positions, valid, slots)
+        return Rows(
+            embeds=take_rows(joined(rows.embeds, groups.embeds), order),
+            features=take_rows(joined(rows.features, groups.features), order),
+            positions=jnp.take_along_axis(positions, order, axis=1),
+            valid=jnp.take_along_axis(valid, order, axis=1),
+        )
+
+
+def read_specvlm_config(raw: dict) -> SpecVLMConfig:
+    compressor = raw.get("compressor", {})
+    known = [field.name for field in dataclasses.fields(CompressorConfig)]
+    if unknown := [name for name in compressor if name not in known]:
+        raise ValueError(f"compressor has no {', '.join(unknown)}; it has {', '.join(known)}")
+    return SpecVLMConfig(**read_eagle_fields(raw), compressor=CompressorConfig(**compressor))
+
+
+SPECVLM = Method(
+    title="SpecVLM",
+    module=SpecVLMHead,
+    read_config=read_specvlm_config,
+    write_config=lambda config: write_eagle_config(config) | {"compressor": dataclasses.asdict(config.compressor)},
+    tree=TreeConfig(7, 10, 60),  # arXiv 2509.11815
+    misfits=eagle_misfits,
+    copies_embedding=True,
+)
