@@ -6,6 +6,7 @@ parts), its pictures under `image` or `images`: LLaVA-Pretrain, LLaVA's instruct
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def read_records(path: Path) -> list[Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     try:
         if text.lstrip().startswith("["):
             return json.loads(text)
@@ -76,7 +77,9 @@ def standard_record(record: Any, number: int, folder: Path) -> dict[str, Any]:
         turns = turns[:-1]
     check_turns(turns)
     names = record.get("image") or record.get("images") or inline
-    names = [names] if isinstance(names, str) else list(names)
+    names = names if isinstance(names, list) else [names]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("its images are no paths")
     marks = sum(turn["value"].count(MARK) for turn in turns)
     if names and not marks:
         first = next(turn for turn in turns if turn["from"] == "human")
@@ -85,7 +88,7 @@ def standard_record(record: Any, number: int, folder: Path) -> dict[str, Any]:
         raise ValueError(f"it has {marks} {MARK} marks for {len(names)} images")
     paths = [folder / name for name in names]
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises where a name is too long for any file
             raise ValueError(f"its image {path} does not exist")
     return {"id": str(record.get("id", number)), "images": list(map(str, paths)), "conversations": turns}
 
@@ -95,7 +98,7 @@ def standard_turn(turn: Any, inline: list[str]) -> dict[str, str]:
     if not isinstance(turn, dict):
         raise ValueError(f"a turn is no JSON object but {type(turn).__name__}")
     speaker, words = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if speaker not in ROLES:
+    if not isinstance(speaker, str) or speaker not in ROLES:
         raise ValueError(f"a turn is by {speaker!r}; known: {', '.join(ROLES)}")
     if isinstance(words, list):
         words = "".join(part_text(part, inline) for part in words)

@@ -41,6 +41,7 @@ class Order:
         self._stream = (records.shuffle() if shuffle else records).repeat()
         self._count, self._batch_size, self._limit, self._seed = count, batch_size, limit, seed
         self._length_of, self._window = length_of, WINDOW if shuffle else 1
+        self._lengths = np.full(count, -1, np.int32)  # those that are known
         self._made: dict[range, list[tuple[np.ndarray, int]]] = {}
         self._lock = threading.Lock()
 
@@ -68,7 +69,10 @@ class Order:
 
     def _make(self, window: range) -> list[tuple[np.ndarray, int]]:
         records = self._records(window)
-        lengths = np.array([min(self._length_of(index), self._limit) for index in records.tolist()])
+        for index in records.tolist():
+            if self._lengths[index] < 0:
+                self._lengths[index] = min(self._length_of(index), self._limit)
+        lengths = self._lengths[records]
         if self._window > 1:
             by_length = np.argsort(lengths, kind="stable")
             order = np.random.default_rng((self._seed, window.start)).permutation(len(window))

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from jaxspec.data.formats import check_turns, standard_record
 from jaxspec.data.sources import ConversationFiles, ConversationSource, build_conversations
 
 QUESTION, ANSWER = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}
@@ -100,6 +103,26 @@ def test_broken_records_are_left_out_and_named(folder):
     assert list(reasons) == ["1", *BROKEN] and reasons["1"] == "it is no JSON object but str"
     for name, (_, message) in BROKEN.items():
         assert message in reasons[name]
+
+
+KEYS = ["conversations", "messages", "from", "role", "value", "content", "type", "image", "images", "id", "text"]
+WORDS = st.sampled_from(["human", "gpt", "user", "image", "text", "<image>", "sub/a.png", "x" * 5000, "a\0b", ""])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+@given(VALUES)
+def test_whatever_a_record_is_it_is_read_or_refused(folder, value):
+    try:
+        record = standard_record({"conversations": value} if isinstance(value, list) else value, 0, folder / "images")
+    except ValueError as error:
+        assert str(error)
+    else:
+        check_turns(record["conversations"])
 
 
 def test_a_built_set_holds_the_records_and_needs_the_files_no_more(folder):
