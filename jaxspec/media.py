@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 ImageLike = Any  # PIL.Image.Image, path, bytes, uint8 array [H, W, 3], data: URL
 MAX_PIXELS = 64_000_000
@@ -60,6 +60,13 @@ def open_image(image: ImageLike, name: str = "image 1") -> Image.Image:
 def open_images(images: Sequence[ImageLike]) -> list[Image.Image]:
     """Several, numbered from 1 where one is refused."""
     return [open_image(image, f"image {number}") for number, image in enumerate(images, 1)]
+
+
+def image_size(image: str | Path | bytes, name: str = "image 1") -> tuple[int, int]:
+    """Width and height of the picture that `open_image` gives, from the header. Raises ValueError where it cannot."""
+    with readable(name), Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as header:
+        turned = header.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return header.size[::-1] if turned else header.size
 
 
 @contextlib.contextmanager

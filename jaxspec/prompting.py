@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxspec.media import ImageLike, open_images
+from jaxspec.targets.processors import process
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.video import Video, as_video
 
@@ -44,7 +45,7 @@ def encode_prompt(target, prompt: Prompt, images: Sequence[ImageLike] = (), raw:
     arguments = {"images": pictures} if pictures else {}
     if videos:
         arguments["videos"] = [(video.pictures(f"video {number}"), video.fps) for number, video in enumerate(videos, 1)]
-    inputs = target.processor(text=[text], return_tensors="np", **arguments)
+    inputs = process(target.processor, text, **arguments)
     ids = np.asarray(inputs["input_ids"][0], np.int32)
     layouts = target.config.lay_out(inputs)
     return EncodedPrompt(ids, layouts, target.config.position_ids(ids, layouts))

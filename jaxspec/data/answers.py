@@ -129,3 +129,7 @@ class AnswerEncoder:
         layouts = self.config.lay_out(inputs)
         encoded = EncodedPrompt(ids, layouts, self.config.position_ids(ids, layouts))
         return Example(encoded, np.arange(len(ids)) >= len(prompt))
+
+    def length(self, record: dict) -> int:
+        """How many tokens `encode_record` will give."""
+        return len(record["prompt_ids"]) + len(record["answer_ids"])

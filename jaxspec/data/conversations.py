@@ -1,133 +1,170 @@
 """Turns one conversation about pictures into the arrays a model trains on.
 
-The chat template and the processor decide every token, so that training sees exactly what generation will see. Only
-the assistant's words count in the loss; which tokens those are is found from character positions, which holds for any
-fast tokenizer whatever it does at the borders of segments.
+The chat template and the family's own processor decide every token and pixel, so that training sees exactly what
+generation will see. Only the assistant's words count in the loss, each answer with the token that ends it. Which tokens
+those are is found from character positions: a processor puts some text in place of an image's mark, which text depends
+on nothing but the image's size, and so the text that the tokenizer saw is known. This holds for any family and any fast
+tokenizer, whatever it does at the borders of segments.
 """
 
-from __future__ import annotations
-
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
+from jaxspec.data.formats import MARK, ROLES, check_turns
 from jaxspec.data.pipeline import Example
-from jaxspec.media import open_images
+from jaxspec.media import image_size, open_images
 from jaxspec.targets.contract import TargetConfig
+from jaxspec.targets.processors import adds_special, process
 from jaxspec.targets.prompts import EncodedPrompt
-
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 
 
 class ConversationEncoder:
-    """Encodes LLaVA-style conversations with one LLaVA-1.5-style processor (every picture takes as many tokens).
+    """Encodes conversations with the processor of any target family.
 
     Args:
-      processor: what `transformers.AutoProcessor.from_pretrained` gives; its tokenizer must be a fast one.
+      processor: a target's; its tokenizer must be a fast one.
       config: the target's.
 
     Raises:
-      ValueError: the tokenizer isn't a fast one, or the processor has no chat template.
+      ValueError: the tokenizer isn't a fast one, or there is no chat template.
     """
 
     def __init__(self, processor, config: TargetConfig):
-        if not getattr(processor.tokenizer, "is_fast", False):
-            raise ValueError(f"The tokenizer must be a fast one; got {type(processor.tokenizer).__name__}.")
-        if not processor.chat_template:
+        self.processor, self.config, self.tokenizer = processor, config, processor.tokenizer
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ValueError(f"The tokenizer must be a fast one; got {type(self.tokenizer).__name__}.")
+        if not (getattr(processor, "chat_template", None) or self.tokenizer.chat_template):
             raise ValueError("The processor must have a chat template; it has none.")
-        self.processor, self.config = processor, config
-        blank = processor(text=processor.image_token, images=[Image.new("RGB", (64, 64))], return_tensors="np")
-        self.tokens_per_image = int(np.sum(blank["input_ids"] == processor.image_token_id))
+        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self._ends = tuple({*special, self.tokenizer.eos_token})
+        self._expansions: dict[tuple[int, int], str] = {}
 
-    def __call__(self, images: Sequence[bytes], conversations: Sequence[dict[str, str]]) -> Example:
+    def __call__(self, images: Sequence[bytes | str], conversations: Sequence[dict[str, str]]) -> Example:
         """Encodes one conversation.
 
         Args:
-          images: encoded pictures (PNG, JPEG, ...) in the order of their `<image>` markers.
-          conversations: turns {"from": "human" | "gpt", "value": text}, alternating, the human first.
+          images: encoded pictures (PNG, JPEG, ...) or their paths, in the order of their `<image>` marks.
+          conversations: turns {"from", "value"} that alternate "human" and "gpt", behind at most one "system" turn.
 
         Returns:
-          The whole conversation, with a mask that is True on the assistant's tokens and the end-of-text token of each
-          answer.
+          The whole conversation, with a mask that is True on the assistant's tokens and the end-of-turn token of each
+          answer. An answer that its template doesn't end gets the tokenizer's end-of-text token, for a model that
+          never sees it never learns to stop.
 
         Raises:
-          ValueError: turns that don't alternate, or markers and pictures that differ in number.
+          ValueError: turns that don't alternate, marks and pictures that differ in number, pictures that cannot be
+            read, a target that reads none.
         """
-        messages = to_messages(conversations, len(images))
-        text, spans = self._text_and_answers(messages)
-        # The processor would do the same expansion, but it doesn't report character positions.
-        marker = self.processor.image_token
-        expanded = marker * self.tokens_per_image
-        text, spans = _replace_tracking(text, marker, expanded, spans)
-        encoded = self.processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=True)
-        offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-        mask = np.zeros(len(offsets), bool)
-        for start, stop in spans:
-            # Special tokens that the tokenizer adds have empty spans at 0, which are never within an answer.
-            mask |= (offsets[:, 0] >= start) & (offsets[:, 1] <= stop) & (offsets[:, 1] > offsets[:, 0])
-        ids, inputs = np.asarray(encoded["input_ids"], np.int32), {}
-        if images:
-            inputs = self.processor.image_processor(open_images(images), return_tensors="np")
-        layouts = self.config.lay_out({**inputs, "input_ids": ids[None]})
+        text, answers = self._text_and_answers(images, conversations)
+        pictures = open_images(images)
+        inputs = process(self.processor, text, **({"images": pictures} if pictures else {}))
+        ids = np.asarray(inputs["input_ids"][0], np.int32)
+        expanded, answers = self._expand(text, answers, [picture.size for picture in pictures])
+        encoded = self._tokenize(expanded, return_offsets_mapping=True)
+        layouts = self.config.lay_out(inputs)
+        if encoded["input_ids"] != ids.tolist():
+            raise ValueError("The processor must expand an image by its size alone; this one does something else.")
+        if self.config.is_image(ids).sum() != sum(layout.tokens for layout in layouts):
+            raise ValueError("The words of a conversation must not hold the target's own marks of images.")
+        starts, stops = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+        mask = np.zeros(len(ids), bool)
+        for start, stop in answers:  # special tokens that the tokenizer adds span 0 characters and are in no answer
+            mask |= (starts < stop) & (stops > start)
         return Example(EncodedPrompt(ids, layouts, self.config.position_ids(ids, layouts)), mask)
 
     def encode_record(self, record: dict) -> Example:
         """A record of a data source with `images` and `conversations`."""
         return self(record["images"], record["conversations"])
 
-    def _text_and_answers(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text with its image markers, and the (start, stop) characters of each answer."""
-        end = self.processor.tokenizer.eos_token
-        text, spans, rendered = "", [], ""
-        for turn in range(0, len(messages), 2):
-            prompt = self._render(messages[: turn + 1], prompt=True)
-            full = self._render(messages[: turn + 2], prompt=False)
+    def length(self, record: dict) -> int:
+        """How many tokens `encode_record` will give, without decoding a picture."""
+        text, answers = self._text_and_answers(record["images"], record["conversations"])
+        sizes = [image_size(image, f"image {number}") for number, image in enumerate(record["images"], 1)]
+        return len(self._tokenize(self._expand(text, answers, sizes)[0])["input_ids"])
+
+    def _text_and_answers(self, images, conversations) -> tuple[str, list[tuple[int, int]]]:
+        """The whole text with its image marks, and the (start, stop) characters of each answer."""
+        messages = to_messages(conversations, len(images))
+        if images and not self.config.image_token_ids:
+            raise ValueError(f"This target reads no images; the conversation has {len(images)}.")
+        text, answers, rendered = "", [], ""
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(messages[:turn], prompt=True)
+            full = self._render(messages[: turn + 1], prompt=False)
             if not (prompt.startswith(rendered) and full.startswith(prompt)):
                 raise ValueError("The chat template must only append to earlier turns; this one rewrites them.")
             text += prompt[len(rendered) :]
-            # Some templates leave the end-of-text token to the trainer; without it a model never learns to stop.
             answer = full[len(prompt) :].rstrip()
-            answer = answer if answer.endswith(end) else answer + end
-            spans.append((len(text), len(text) + len(answer)))
-            text += answer
+            if answer.endswith(self._ends):
+                after = full[len(prompt) + len(answer) :]
+            else:
+                answer, after = answer + self.tokenizer.eos_token, ""
+            answers.append((len(text), len(text) + len(answer)))
+            text += answer + after
             rendered = full
-        bos = self.processor.tokenizer.bos_token
-        if bos and text.startswith(bos):
-            # The tokenizer adds it itself.
-            text, spans = text[len(bos) :], [(start - len(bos), stop - len(bos)) for start, stop in spans]
-        return text, spans
+        return text, answers
 
     def _render(self, messages: list[dict], prompt: bool) -> str:
         return self.processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
 
+    def _expand(self, text: str, answers, sizes: Sequence[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
+        """The text as the tokenizer sees it, for images of these (width, height), and where the answers are in it."""
+        if not sizes:
+            return text, answers
+        first, *pieces = text.split(self.processor.image_token)
+        if len(pieces) != len(sizes):
+            raise ValueError(f"The chat template must mark each image once; got {len(pieces)} marks for {len(sizes)}.")
+        expanded, ends, growth, at = first, [], [0], len(first)
+        for piece, size in zip(pieces, sizes, strict=True):
+            at += len(self.processor.image_token)
+            ends.append(at)
+            expanded += self._expansion(size)
+            growth.append(len(expanded) - at)
+            expanded += piece
+            at += len(piece)
+        shifts = [growth[np.searchsorted(ends, start, side="right")] for start, _ in answers]  # no mark in an answer
+        return expanded, [(start + by, stop + by) for (start, stop), by in zip(answers, shifts, strict=True)]
+
+    def _expansion(self, size: tuple[int, int]) -> str:
+        """What the processor puts in place of the mark of an image of that (width, height)."""
+        if size not in self._expansions:
+            mark, blank = self.processor.image_token, Image.new("RGB", size)
+            alone = self.processor(text=[mark], images=[blank], return_tensors="np", add_special_tokens=False)
+            text = self.tokenizer.decode(alone["input_ids"][0], clean_up_tokenization_spaces=False)
+            self._expansions[size] = sys.intern(text)  # few sizes expand differently
+        return self._expansions[size]
+
+    def _tokenize(self, text: str, **options) -> dict[str, list]:
+        return self.tokenizer(text, add_special_tokens=adds_special(self.tokenizer, text), **options)
+
 
 def to_messages(conversations: Sequence[dict[str, str]], n_images: int) -> list[dict]:
-    """LLaVA-style turns as chat-template messages, each `<image>` marker as an image entry ahead of the turn's text.
+    """LLaVA-style turns as chat-template messages. A turn's only `<image>` mark becomes an image entry ahead of its
+    text, as in LLaVA's own training; where there are several, each stands where its mark stands.
 
     Raises:
-      ValueError: no turns, turns that don't alternate human and gpt and end with gpt, or markers and pictures that
-        differ in number.
+      ValueError: turns that are not as `jaxspec.data.formats.check_turns` wants them, or marks and pictures that differ
+        in number.
     """
-    roles = [ROLES.get(turn["from"]) for turn in conversations]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise ValueError(
-            f"A conversation must alternate human and gpt and end with gpt; got {[t['from'] for t in conversations]}."
-        )
-    markers = sum(turn["value"].count("<image>") for turn in conversations)
-    if markers != n_images:
-        raise ValueError(f"A conversation must have one <image> per picture; got {markers} for {n_images} pictures.")
-    messages = []
-    for role, turn in zip(roles, conversations, strict=True):
-        content = [{"type": "image"}] * turn["value"].count("<image>")
-        content = [*content, {"type": "text", "text": turn["value"].replace("<image>", "").strip()}]
-        messages.append({"role": role, "content": content})
-    return messages
+    check_turns(conversations)
+    marks = sum(turn["value"].count(MARK) for turn in conversations)
+    if marks != n_images:
+        raise ValueError(f"A conversation must have one {MARK} per picture; got {marks} for {n_images} pictures.")
+    return [{"role": ROLES[turn["from"]], "content": to_parts(turn["value"].strip())} for turn in conversations]
 
 
-def _replace_tracking(text: str, old: str, new: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
-    """Replaces `old` by `new` and moves the spans with the text they cover."""
-    growth = len(new) - len(old)
-    moved = [(start + growth * text.count(old, 0, start), stop + growth * text.count(old, 0, stop))
-             for start, stop in spans]  # fmt: skip
-    return text.replace(old, new), moved
+def to_parts(words: str) -> list[dict]:
+    """The entries of one message."""
+    image, (first, *rest) = {"type": "image"}, words.split(MARK)
+    if len(rest) < 2:
+        text = words.replace(MARK, "").strip()
+        return [image] * len(rest) + [{"type": "text", "text": text}]
+    parts = [{"type": "text", "text": first}]
+    for piece in rest:
+        parts += [image, {"type": "text", "text": piece}]
+    return [part for part in parts if part["type"] == "image" or part["text"].strip()]

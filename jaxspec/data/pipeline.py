@@ -1,12 +1,11 @@
-"""The input pipeline: a random-access source of conversations becomes batches of fixed shape.
+"""The input pipeline: a random-access source of conversations becomes batches of few shapes.
 
 Everything is a function of (seed, step). That makes a run repeatable, lets a stopped run go on at any step without
 replaying what came before, and gives each process of a multi-host run its own share without coordination.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from jaxspec.data.order import Order
 from jaxspec.targets.contract import TargetConfig
 from jaxspec.targets.prompts import EncodedPrompt, stack_prompts
 
@@ -67,15 +67,26 @@ class Cutter:
 class Pipeline:
     """Batches of conversations, for ever.
 
+    A record that cannot be encoded (a damaged picture, more image tokens than `sequence_length`) is left out with a
+    warning that names it: its row repeats another one of the batch without counting in the loss, so that shapes and
+    the order of all others stay. Where no row of a batch can be encoded, something else is wrong, and it raises.
+
     Args:
       source: random access to records.
-      encoder: `encode_record(record)` gives the `Example` of one record, and `config` is the target's
-        (`jaxspec.data.conversations.ConversationEncoder`, `jaxspec.data.answers.AnswerEncoder`).
-      sequence_length: tokens per row.
+      encoder: `encode_record(record)` gives the `Example` of one record, `length(record)` how many tokens it has, and
+        `config` is the target's (`jaxspec.data.conversations.ConversationEncoder`,
+        `jaxspec.data.answers.AnswerEncoder`).
+      sequence_length: most tokens per row; longer conversations are cut.
       batch_size: rows per batch over all processes together.
       seed: decides the order; each epoch has its own.
       shuffle: False keeps the order of the source, epoch after epoch.
+      length_buckets: pads a batch to the bucket (`jaxspec.buckets.bucket`) of its longest row instead of to
+        `sequence_length`, and with `shuffle` puts conversations of similar length together (`jaxspec.data.order`).
+        Little padding is left to save, so several short conversations are never packed into one row.
       process_index, process_count: which share of each batch this process gets.
+
+    Attributes:
+      skipped: how many rows this process has left out so far.
 
     Raises:
       ValueError: sizes that don't fit each other.
@@ -90,6 +101,7 @@ class Pipeline:
         batch_size: int,
         seed: int = 0,
         shuffle: bool = True,
+        length_buckets: bool = False,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -100,13 +112,12 @@ class Pipeline:
         if not len(source):
             raise ValueError("The source must hold at least one record; it is empty.")
         self.cutter = Cutter(sequence_length, encoder.config)
-        self._encoder = encoder
-        dataset = grain.MapDataset.source(source).seed(seed)
-        if shuffle:
-            dataset = dataset.shuffle()
-        # Repeating before sharing out lets batches cross the end of an epoch, so that none is short.
-        dataset = dataset.repeat()[process_index::process_count]
-        self._batches = dataset.map(self._encode).batch(batch_size // process_count, batch_fn=self._stack)
+        self.skipped = 0
+        self._source, self._encoder = source, encoder
+        self._share = slice(process_index, None, process_count)
+        length_of = self._length if length_buckets else None
+        self._order = Order(len(source), batch_size, sequence_length, seed, shuffle, length_of)
+        self._batches = grain.MapDataset.range(sys.maxsize // batch_size).map(self._make)
 
     @property
     def truncated(self) -> int:
@@ -127,12 +138,12 @@ class Pipeline:
           num_threads: threads that prepare batches; 0 prepares each when it is asked for.
           prefetch: how many batches may be ready ahead.
           num_workers: processes that prepare batches, for machines with many cores; the batches and their order stay
-            the same, but what the workers cut isn't counted in `truncated`. A script that uses them must guard its
-            entry with `if __name__ == "__main__"`.
+            the same, but what the workers cut or leave out isn't counted in `truncated` and `skipped`. A script that
+            uses them must guard its entry with `if __name__ == "__main__"`.
 
         Returns:
-          An iterator of dicts with B = batch_size / process_count rows: `prompts`, a `PromptBatch` of S =
-          sequence_length tokens, and `loss_mask` bool [B, S].
+          An iterator of dicts with B = batch_size / process_count rows: `prompts`, a `PromptBatch` of S tokens, and
+          `loss_mask` bool [B, S]. S is sequence_length, or with `length_buckets` a bucket up to it.
         """
         if start_step < 0:
             raise ValueError(f"start_step must be at least 0; got {start_step}.")
@@ -147,11 +158,40 @@ class Pipeline:
             )
         return iter(dataset)
 
-    def _encode(self, record: dict[str, Any]) -> Example:
-        return self.cutter(self._encoder.encode_record(record))
+    def _make(self, step: int) -> dict[str, Any]:
+        indices, length = self._order[step]
+        examples, errors = [], []
+        for index in indices[self._share].tolist():
+            try:
+                examples.append(self._encode(index, length))
+            except ValueError as error:
+                examples.append(None)
+                errors.append(f"{self._name(index)}: {error}")
+        good = next((example for example in examples if example is not None), None)
+        if good is None:
+            raise ValueError(f"no record of step {step} can be encoded; the first, {errors[0]}")
+        for error in errors:
+            self.skipped += 1
+            warnings.warn(f"left out, {error} ({self.skipped} so far)", stacklevel=2)
+        silent = dataclasses.replace(good, loss_mask=np.zeros_like(good.loss_mask))
+        return self._stack([silent if example is None else example for example in examples], length)
 
-    def _stack(self, rows: Sequence[Example]) -> dict[str, Any]:
-        length = self.cutter.sequence_length
+    def _encode(self, index: int, length: int) -> Example:
+        example = self.cutter(self._encoder.encode_record(self._source[index]))
+        if len(example.loss_mask) > length:
+            raise ValueError(f"it has {len(example.loss_mask)} tokens, more than the {length} that its length told")
+        return example
+
+    def _length(self, index: int) -> int:
+        try:
+            return self._encoder.length(self._source[index])
+        except ValueError:
+            return 0  # `_make` will tell
+
+    def _name(self, index: int) -> str:
+        return f"record {self._source[index].get('id', index)}"
+
+    def _stack(self, rows: Sequence[Example], length: int) -> dict[str, Any]:
         masks = [np.pad(row.loss_mask, (0, length - len(row.loss_mask))) for row in rows]
         prompts = stack_prompts(self._encoder.config, [row.prompt for row in rows], length)
         return {"prompts": prompts, "loss_mask": np.stack(masks)}

@@ -1,7 +1,8 @@
 """Processors where transformers' own cannot be had: text models have none, Qwen2.5-VL's wants torchvision for videos.
 
-Both answer to what `jaxspec.prompting` asks of a processor: `apply_chat_template(messages, add_generation_prompt)` and
-`processor(text=[..], images=[..], videos=[..], return_tensors="np")`, images and videos only where there are some.
+Both answer to what jaxspec asks of a processor: `apply_chat_template(messages, add_generation_prompt)` and, by
+`process`, `processor(text=[..], images=[..], videos=[..], return_tensors="np", add_special_tokens=..)`, with images and
+videos only where there are some.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,18 @@ from jaxspec.checkpoints.tensors import read_json
 VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 """Pixels of a video's frame where a folder does not say, as in Qwen's own utilities."""
 MAX_VIDEO_TOKENS = 128_000
+
+
+def process(processor, text: str, **things) -> BatchFeature:
+    """What a processor makes of one text and the images and videos it marks."""
+    return processor(
+        text=[text], return_tensors="np", add_special_tokens=adds_special(processor.tokenizer, text), **things
+    )
+
+
+def adds_special(tokenizer, text: str) -> bool:
+    """Whether the tokenizer shall add its special tokens: not where the template has written the first one already."""
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 class TextProcessor:
@@ -36,10 +49,10 @@ class TextProcessor:
         ]
         return self.tokenizer.apply_chat_template(flat, add_generation_prompt=add_generation_prompt, tokenize=tokenize)
 
-    def __call__(self, text: list[str], return_tensors: str = "np") -> transformers.BatchEncoding:
-        bos = self.tokenizer.bos_token
-        written = bos and all(each.startswith(bos) for each in text)  # by the template
-        return self.tokenizer(text, return_tensors=return_tensors, add_special_tokens=not written)
+    def __call__(
+        self, text: list[str], return_tensors: str = "np", add_special_tokens: bool = True
+    ) -> transformers.BatchEncoding:
+        return self.tokenizer(text, return_tensors=return_tensors, add_special_tokens=add_special_tokens)
 
 
 class QwenProcessor:
@@ -73,6 +86,7 @@ class QwenProcessor:
         images: Sequence[Image.Image] | None = None,
         videos: Sequence[tuple[Sequence[Image.Image], float]] | None = None,
         return_tensors: str = "np",
+        add_special_tokens: bool = True,
     ) -> BatchFeature:
         """`videos` are pairs of RGB frames of one size and frames per second. Beside what the image processor returns:
         `pixel_values_videos` f32 `[P, C]`, `video_grid_thw` `[n, 3]` and `second_per_grid_ts` `[n]`; and what
@@ -87,7 +101,7 @@ class QwenProcessor:
         for mark, grid in zip(self.marks, ("image_grid_thw", "video_grid_thw"), strict=True):
             counts = iter(np.prod(inputs.get(grid, np.zeros((0, 3))), axis=1) // merged)
             text = [spread_marks(each, mark, counts) for each in text]
-        inputs |= self.tokenizer(text, return_tensors="np")
+        inputs |= self.tokenizer(text, return_tensors="np", add_special_tokens=add_special_tokens)
         kinds = [inputs["input_ids"] == self.tokenizer.convert_tokens_to_ids(mark) for mark in self.marks]
         inputs["mm_token_type_ids"] = kinds[0] + 2 * kinds[1].astype(np.int64)
         return BatchFeature(inputs, tensor_type=return_tensors)

@@ -86,6 +86,7 @@ def drafter_task(recipe: DrafterRecipe) -> Task:
             batch_size=recipe.batch_size,
             seed=recipe.seed,
             shuffle=shuffle,
+            length_buckets=recipe.length_buckets,
         )
 
     held_out = min(recipe.validation_records, len(answers) // 2)

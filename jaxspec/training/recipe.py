@@ -19,6 +19,8 @@ class Recipe:
     steps: int = 1000
     batch_size: int = 8
     sequence_length: int = 384
+    length_buckets: bool = False
+    """Batches of similar lengths, each padded to a bucket instead of to `sequence_length`."""
     learning_rate: float = 1e-3
     final_learning_rate_ratio: float = 0.05
     warmup_steps: int = 100

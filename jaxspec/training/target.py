@@ -120,6 +120,7 @@ def target_task(recipe: TargetRecipe) -> Task:
             batch_size=recipe.batch_size,
             seed=recipe.seed,
             shuffle=shuffle,
+            length_buckets=recipe.length_buckets,
         )
 
     training, validation = pipeline("train", True), pipeline("validation", False)

@@ -1,0 +1,165 @@
+"""Conversations from files, and as a data set that is made of them once.
+
+`ConversationFiles` reads the file and leaves the pictures in their folder. `build_conversations` writes both into a
+tensorflow-datasets ArrayRecord, pictures as the encoded bytes that they are, after looking at every one of them; a
+`ConversationSource` opens it. A record is {"id", "images", "conversations"} either way.
+
+    build_conversations("data", "llava_pretrain", "blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain")
+    source = ConversationSource("data", "llava_pretrain", needs_images=True)
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from jaxspec.data.formats import read_records, standard_record
+from jaxspec.media import open_images
+from jaxspec.quiet import quiet
+
+SHOWN = 20
+"""How many of the skipped records a summary names; the data set's metadata has all."""
+
+
+class ConversationFiles:
+    """Random access to the records of one file that can be used; `images` are paths.
+
+    Args:
+      path: a JSON list or JSON lines, in any of the shapes of `jaxspec.data.formats`.
+      image_folder: where the pictures' paths start; the file's own folder if None.
+
+    Attributes:
+      skipped: (id, reason) of each record that cannot be used.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: neither JSON list nor JSON lines, or no record can be used.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None):
+        path = Path(path)
+        folder = path.parent if image_folder is None else Path(image_folder)
+        self.skipped: list[tuple[str, str]] = []
+        self._records = []
+        for number, record in enumerate(read_records(path)):
+            try:
+                self._records.append(standard_record(record, number, folder))
+            except ValueError as error:
+                name = record.get("id", number) if isinstance(record, dict) else number
+                self.skipped.append((str(name), str(error)))
+        if not self._records:
+            why = f"; the first, {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
+            raise ValueError(f"none of the {len(self.skipped)} records in {path} can be used{why}")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._records[index]
+
+
+class Conversations(tfds.core.GeneratorBasedBuilder):
+    """Conversations about pictures. Features: `id` the record's name; `images` encoded pictures in the order of their
+    marks; `conversations` turns {"from", "value"} as JSON. Metadata: `with_images`, how many records have pictures;
+    `skipped`, [id, reason] of the records of the file that could not be used."""
+
+    name = "conversations"
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = {}  # nothing is downloaded
+
+    def __init__(self, *, files: ConversationFiles | None = None, **kwargs):
+        self.files = files
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()  # which keeps any bytes as they are
+        features = {"id": text, "images": tfds.features.Sequence(text), "conversations": text}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(features),
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
+        skipped, with_images = list(self.files.skipped), 0
+        for index in range(len(self.files)):
+            record = self.files[index]
+            try:
+                open_images(record["images"])
+            except ValueError as error:
+                skipped.append((record["id"], str(error)))
+                continue
+            with_images += bool(record["images"])
+            images = [Path(path).read_bytes() for path in record["images"]]
+            yield index, {**record, "images": images, "conversations": json.dumps(record["conversations"])}
+        if len(skipped) == len(self.files) + len(self.files.skipped):
+            raise ValueError(f"none of the {len(skipped)} records can be used; the last, {': '.join(skipped[-1])}")
+        self.info.metadata.update(with_images=with_images, skipped=skipped)
+
+
+def build_conversations(
+    data_dir: str | os.PathLike[str],
+    name: str,
+    path: str | os.PathLike[str],
+    image_folder: str | os.PathLike[str] | None = None,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Make the data set `name` in `data_dir` of a file and its pictures, unless it is there already.
+
+    `report` is told how many records it has and which ones were skipped, and why. Raises as `ConversationFiles`.
+    """
+    builder = builder_of(data_dir, name)
+    if not Path(builder.data_dir).exists():
+        builder = builder_of(data_dir, name, ConversationFiles(path, image_folder))
+        builder.download_and_prepare()
+    metadata, skipped = builder.info.metadata, builder.info.metadata["skipped"]
+    count = builder.info.splits["train"].num_examples
+    report(f"{name}: {count} records, {metadata['with_images']} with images; {len(skipped)} skipped")
+    for record_id, reason in skipped[:SHOWN]:
+        report(f"  skipped {record_id}: {reason}")
+    if len(skipped) > SHOWN:
+        report(f"  and {len(skipped) - SHOWN} more, named in {Path(builder.data_dir) / 'metadata.json'}")
+
+
+def builder_of(data_dir, name: str, files: ConversationFiles | None = None) -> Conversations:
+    with quiet("absl"):  # tensorflow-datasets warns of every configuration that is made by arguments
+        config = tfds.core.BuilderConfig(name=name)
+        return Conversations(data_dir=os.fspath(data_dir), config=config, file_format="array_record", files=files)
+
+
+class ConversationSource:
+    """Random access to a data set that `build_conversations` made; `images` are encoded pictures.
+
+    Raises:
+      FileNotFoundError: there is none of that name.
+      ValueError: `needs_images` and it has none.
+    """
+
+    def __init__(self, data_dir: str | os.PathLike[str], name: str, needs_images: bool = False):
+        builder = builder_of(data_dir, name)
+        if not Path(builder.data_dir).exists():
+            raise FileNotFoundError(f"no data set {name!r} in {data_dir}; make it with build_conversations")
+        if needs_images and not builder.info.metadata["with_images"]:
+            raise ValueError(f"the data set {name!r} in {data_dir} has no images, which this recipe needs")
+        self._records = builder.as_data_source("train")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"A record's position must lie within 0..{len(self) - 1}; got {index}.")
+        record = self._records[index]
+        return {
+            "id": record["id"].decode(),
+            "images": list(record["images"]),
+            "conversations": json.loads(record["conversations"]),
+        }
