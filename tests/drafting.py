@@ -2,8 +2,8 @@
 
 Equality of speculative and autoregressive decoding says little where every draft is rejected. `linked_target` is
 random, but its first layer does most of the work, and `linked_head` builds draft heads around a copy of that layer, so
-they agree with it often. `SelfDrafter` is the target drafting for itself with noisy logits, so it agrees as often as
-its noise allows, at every temperature.
+they agree with it often; `linked_lm` is a text model that is the target's with noise. `SelfDrafter` is the target
+drafting for itself with noisy logits, so it agrees as often as its noise allows, at every temperature.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from jaxspec import Drafter, Target, TreeConfig, load_target
 from jaxspec import cache as caches
 from jaxspec.demo.processor import build_processor
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
+from jaxspec.drafters.massv import MassvConfig, MassvDrafter
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.kernels.attention import LayerKV
 from jaxspec.speculation.tree import grow_tree
@@ -75,6 +76,27 @@ def random_head(target: Target, method: str = "eagle2", seed: int = 2) -> EagleH
     else:
         head = EagleHead(EagleConfig(text), rngs=nnx.Rngs(seed))
     return randomized(head, seed, scale=1.0)
+
+
+def linked_lm(target: Target, multimodal: bool, vocab_size: int, seed: int = 4) -> MassvDrafter:
+    """A text model that is the target's with noise in its matrices, cut or padded to `vocab_size` tokens; with eyes its
+    projector is the target's with noise."""
+    text = dataclasses.replace(target.config.text, vocab_size=vocab_size)
+    config = MassvConfig(text, "llama", target.config.vision_width if multimodal else 0)
+    drafter, model = MassvDrafter(config, rngs=nnx.Rngs(seed)), target.model
+    pairs = [(drafter.language_model, model.language_model)]
+    if multimodal:
+        pairs.append((drafter.projector, model.multi_modal_projector))
+    rng = np.random.default_rng(seed)
+
+    def noisy(theirs, ours):
+        size = [(0, max(0, b - a)) for a, b in zip(theirs.shape, ours.shape, strict=True)]
+        theirs = jnp.pad(theirs, size)[tuple(slice(n) for n in ours.shape)]
+        return theirs * (1 + 0.1 * rng.normal(size=theirs.shape)) if theirs.ndim > 1 else theirs
+
+    for ours, theirs in pairs:
+        nnx.update(ours, jax.tree.map(noisy, nnx.state(theirs), nnx.state(ours)))
+    return drafter
 
 
 @jax.tree_util.register_dataclass
@@ -142,5 +164,7 @@ DRAFTERS = {
     "vispec": lambda target: Drafter(linked_head(target, "vispec"), TREE, "vispec", {}),
     "chain": lambda target: Drafter(linked_head(target, "eagle2"), TreeConfig.chain(3), "eagle2", {}),
     "random": lambda target: Drafter(random_head(target), TREE, "eagle2", {}),
+    "massv": lambda target: Drafter(linked_lm(target, True, 643), TREE, "massv", {}),
+    "text_lm": lambda target: Drafter(linked_lm(target, False, 633), TreeConfig.chain(4), "massv", {}),
     "self": lambda target: Drafter(SelfDrafter(1.0), TreeConfig(2, 2, 8), "self", {}),
 }
