@@ -3,12 +3,25 @@
 from jaxspec.training.answers import AnswersRecipe, generate_answers
 from jaxspec.training.drafter import DrafterRecipe, drafter_task
 from jaxspec.training.eagle import EagleRecipe
+from jaxspec.training.language_model import SmallLanguageModelRecipe, language_model_task
 from jaxspec.training.loop import Stopped, train
+from jaxspec.training.massv import MassvRecipe
 from jaxspec.training.recipe import Recipe, Task
 from jaxspec.training.target import TargetRecipe, target_task
 from jaxspec.training.vision import VisionRecipe, vision_task
 
-__all__ = ["AnswersRecipe", "EagleRecipe", "Recipe", "Stopped", "TargetRecipe", "Task", "VisionRecipe", "run"]
+__all__ = [
+    "AnswersRecipe",
+    "EagleRecipe",
+    "MassvRecipe",
+    "Recipe",
+    "SmallLanguageModelRecipe",
+    "Stopped",
+    "TargetRecipe",
+    "Task",
+    "VisionRecipe",
+    "run",
+]
 
 
 def run(recipe: AnswersRecipe | Recipe) -> None:
@@ -18,6 +31,8 @@ def run(recipe: AnswersRecipe | Recipe) -> None:
             generate_answers(recipe)
         case DrafterRecipe():
             train(recipe, drafter_task(recipe))
+        case SmallLanguageModelRecipe():
+            train(recipe, language_model_task(recipe))
         case TargetRecipe():
             train(recipe, target_task(recipe))
         case VisionRecipe():
