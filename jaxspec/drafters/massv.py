@@ -80,18 +80,20 @@ class MassvDrafter(nnx.Module):
 
     def sequence(self, context: DrafterContext) -> DraftSequence:
         """The target's sequence with projected features at image tokens, or without these tokens."""
-        embeds, lengths = self.embed(context.input_ids), context.lengths
-        places = jnp.broadcast_to(jnp.arange(embeds.shape[1]), embeds.shape[:2])
+        ids, lengths = context.input_ids, context.lengths
+        places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         if context.max_images == 0:
-            return DraftSequence(embeds, places, lengths)
+            return DraftSequence(self.embed(ids), places, lengths)
         is_image = context.image_ids >= 0
         if self.config.multimodal:
             with jax.named_scope("draft_projector"):
                 table = self.projector(context.vision)  # [R, D]
-            return DraftSequence(jnp.where(is_image[..., None], table[context.vision_rows], embeds), places, lengths)
+            embeds = jnp.where(is_image[..., None], table[context.vision_rows], self.embed(ids))
+            return DraftSequence(embeds, places, lengths)
+        # Text moves up, in order.
         kept = (places < lengths[:, None]) & ~is_image
-        order = jnp.argsort(~kept, axis=1, stable=True)[:, : embeds.shape[1] - context.min_image_tokens]
-        return DraftSequence(jnp.take_along_axis(embeds, order[..., None], axis=1), order, kept.sum(axis=1))
+        places = jnp.argsort(~kept, axis=1, stable=True)[:, : ids.shape[1] - context.min_image_tokens]
+        return DraftSequence(self.embed(jnp.take_along_axis(ids, places, axis=1)), places, kept.sum(axis=1))
 
     def forward(self, sequence: DraftSequence) -> tuple[jax.Array, tuple[LayerKV, ...]]:
         """Features `[B, R, D]` of whole sequences, and keys and values per layer."""

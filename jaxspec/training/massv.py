@@ -3,6 +3,7 @@ it does. Each phase is a run of its own; the second starts from the first one's 
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -51,7 +52,7 @@ class MassvRecipe(DrafterRecipe):
         return next_token_loss(drafter.language_model.unembed(features[:, :-1]), ids, answer & sequence.valid)
 
 
-def new_massv(target, source: str, multimodal: bool, seed: int = 0) -> MassvDrafter:
+def new_massv(target, source: str | Path, multimodal: bool, seed: int = 0) -> MassvDrafter:
     """A drafter for a loaded target from `source`, a text model or a MASSV drafter (folder or repo id), in float32.
 
     A projector that `source` lacks starts fresh; without `multimodal` there is none. Raises ValueError for a target

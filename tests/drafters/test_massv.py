@@ -19,7 +19,7 @@ from jaxspec.checkpoints.names import abstract
 from jaxspec.checkpoints.tensors import read_file
 from jaxspec.drafters.checkpoint import load_drafter_folder, save_drafter_folder
 from jaxspec.drafters.eagle import EagleHead
-from jaxspec.drafters.massv import MassvConfig, MassvDrafter
+from jaxspec.drafters.massv import MASSV, MassvConfig, MassvDrafter
 from jaxspec.layers import causal_mask
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.loop import DrafterContext, context_of, read_prompts
@@ -31,6 +31,7 @@ from jaxspec.training.drafter import Teacher
 from jaxspec.training.massv import new_massv
 from tests.families import FAMILIES, TEXT, family_target
 from tests.folders import write_random
+from tests.targets.published import CONFIGS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 REFERENCE = Path(__file__).parent.parent / "reference"
@@ -99,8 +100,11 @@ def text_context(rows: list[np.ndarray], roots) -> DrafterContext:
     )
 
 
-@pytest.mark.parametrize("config", [TreeConfig.chain(4), TreeConfig(2, 2, 11)], ids=["chain", "tree"])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family, config",
+    [("llama", TreeConfig.chain(4)), ("llama", TreeConfig(2, 2, 11)), ("gemma3_text", TreeConfig(2, 2, 11))],
+    ids=["llama-chain", "llama-tree", "gemma3-tree"],
+)
 def test_drafts_are_those_of_the_plain_text_model(family, config):
     """Over rounds that accept some of a draft: what follows the root and every node of the tree, and in the end the
     cache, which then is that of a fresh prefill."""
@@ -156,7 +160,10 @@ def check_states(state, expected):
                 np.testing.assert_allclose(part[row, :, :used], same[row, :, :used], rtol=1e-4, atol=1e-4)
 
 
-def read_images(family: str, more: list[list[int]] = ((), (), ())):
+read = jax.jit(read_prompts)
+
+
+def read_images(family: str, more: tuple = ((), (), ())):
     """The encoded prompts of a batch with one image, two of different sizes, and none, each with some `more` tokens;
     and what a drafter sees of them, without its root."""
     target = targets(family)
@@ -169,16 +176,14 @@ def read_images(family: str, more: list[list[int]] = ((), (), ())):
         ids = np.concatenate([prompts[index].input_ids, np.asarray(tokens, np.int32)])
         prompts[index] = dataclasses.replace(prompts[index], input_ids=ids, position_ids=None)
     batch = stack_prompts(target.config, prompts, 256)
-    features, _, embeds, vision = jax.jit(lambda model: read_prompts(model, batch))(target.model)
+    features, _, embeds, vision = read(target.model, batch)
     context = context_of(batch, features, embeds, vision, batch.lengths, np.zeros(3, np.uint32), np.zeros(3, np.int32))
     return prompts, context
 
 
 def spliced(drafter, target, prompts, context, tails) -> list[np.ndarray]:
     """Each prompt and its tail as the text model shall read them: made row by row."""
-    vision = iter(())
-    if drafter.config.multimodal:
-        vision = np.asarray(context.vision)
+    vision = np.asarray(context.vision)
     last = drafter.config.text.vocab_size - 1
     rows = []
     for index, (prompt, tail) in enumerate(zip(prompts, tails, strict=True)):
@@ -213,8 +218,7 @@ def test_prompts_with_images(family, multimodal):
     tokens = np.array([[11, 12, 13], [14, 15, 16], [17, 18, 19]], np.int32)
     advance = jax.jit(lambda drafter, state, count: drafter.advance(target.model, state, tokens, None, count))
     state = advance(drafter, state, np.array([2, 0, 3]))
-    more = [[8, 11], [], [10, 17, 18]]
-    _, longer = read_images(family, more)
+    _, longer = read_images(family, ((8, 11), (), (10, 17, 18)))
     check_states(state, prefill(drafter, dataclasses.replace(longer, root=np.array([12, 9, 19], np.int32))))
 
 
@@ -222,25 +226,24 @@ def test_prompts_with_images(family, multimodal):
 
 
 @pytest.mark.parametrize("phase", [0, 1, 2])
-@pytest.mark.parametrize("family", ["llava_next", "gemma3"])
-def test_loss_is_the_cross_entropy_of_the_answers(family, phase):
-    """Also where the id of image tokens lies outside of the drafter's vocabulary."""
-    target = targets(family)
-    outside = target.config.text.vocab_size - min(target.config.image_token_ids)
-    drafter = random_drafter(target.model, LMS[family], phase != 0, fewer=outside if family == "gemma3" else 3)
-    answers = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
-    prompts, context = read_images(family, answers)
+def test_loss_is_the_cross_entropy_of_the_answers(phase):
+    """And each phase trains its part, all of it."""
+    target = targets("gemma3")
+    drafter = random_drafter(target.model, "gemma3_text", phase != 0)
+    answers = ((5, 6, 7, 8), (9, 10), (11, 12, 13))
+    prompts, context = read_images("gemma3", answers)
+    outside = target.config.text.vocab_size - 1  # as Gemma3's image token lies outside of its text model's vocabulary
+    context = dataclasses.replace(context, input_ids=np.where(context.image_ids >= 0, outside, context.input_ids))
     lengths = np.array([len(prompt.input_ids) for prompt in prompts])
     places = np.arange(256)
     answer = (places < lengths[:, None]) & (places >= (lengths - [4, 2, 3])[:, None])
     recipe = MassvRecipe(name="massv", phase=phase)
     graph, params, rest = nnx.split(drafter, lambda path, _: recipe.trains(path), ...)
 
-    @jax.jit
     def loss_of(params, rest):
         return recipe.loss(nnx.merge(graph, params, rest), target.model, Teacher(context, answer), None)
 
-    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, rest)
+    (loss, metrics), grads = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params, rest)
     rows = spliced(drafter, target, prompts, context, [[]] * 3)
     logits = jax.nn.log_softmax(plain(drafter, rows, (3, 256))[1])
     ends = zip(range(3), rows, answers, strict=True)
@@ -274,9 +277,10 @@ def test_a_projector_comes_and_goes(tmp_path):
 def lm_folder(tmp_path: Path, family: str, **text) -> Path:
     """A Hugging Face folder of a random small text model."""
     hf_config, _ = FAMILIES[family]()
-    for name, value in text.items():
-        setattr(hf_config, name, value)
-    return write_random(tmp_path / family, hf_config)
+    raw = hf_config.to_dict() | text
+    if raw.get("layer_types"):
+        raw["layer_types"] = raw["layer_types"][: raw["num_hidden_layers"]]
+    return write_random(tmp_path / family, type(hf_config).from_dict(raw))
 
 
 def assert_same(state, other):
@@ -304,8 +308,7 @@ def test_saved_drafters_come_back(family, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
 def test_a_text_models_folder_is_the_text_only_drafter(family, layers, tmp_path):
     target = targets("llava_next")
-    kinds = {"layer_types": ["sliding_attention", "full_attention"][:layers]} if family == "gemma3_text" else {}
-    folder = lm_folder(tmp_path, family, num_hidden_layers=layers, **kinds)
+    folder = lm_folder(tmp_path, family, num_hidden_layers=layers)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"top_k": 50}))  # of its sampling: no tree
     drafter = load_drafter(folder, target)
@@ -344,6 +347,25 @@ def random_target(**text):
     config = transformers.LlamaConfig(**TEXT | text)
     family = family_of(config)
     return family.model(family.config_from_hf(config), rngs=nnx.Rngs(0))
+
+
+PAIRS = {
+    "Qwen/Qwen2.5-VL-7B-Instruct": "Qwen/Qwen2.5-1.5B-Instruct",
+    "google/gemma-3-12b-it": "google/gemma-3-1b-it",
+    "llava-hf/llava-1.5-7b-hf": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+}
+
+
+def test_published_pairs_fit():
+    """And nothing else of them does, since each family has a tokenizer of its own."""
+    for target, own in PAIRS.items():
+        raw = CONFIGS[target]
+        hf_config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        target_config = family_of(hf_config).config_from_hf(hf_config)
+        for lm in PAIRS.values():
+            config = MASSV.read_config(CONFIGS[lm])
+            assert MASSV.read_config(json.loads(json.dumps(MASSV.write_config(config)))) == config
+            assert bool(MASSV.misfits(config, target_config)) == (lm != own)
 
 
 def refusal(folder: Path, target) -> str:
