@@ -7,6 +7,7 @@ models and, with `input_norm=False`, the EAGLE / ViSpec draft heads.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +193,14 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), kv
 
 
+class Uncommitted(NamedTuple):
+    """Tokens that come after those of a cache and are not written to it: the levels of a tree that grows."""
+
+    kv: tuple[LayerKV, ...]  # per layer, [B, Hkv, T, Dh]
+    mask: jax.Array  # bool [B, N, T], which of them each new token sees
+    position_ids: jax.Array  # i32 [B, T]
+
+
 class LanguageModel(nnx.Module):
     """Token embedding, decoder layers, final norm, LM head."""
 
@@ -206,15 +215,18 @@ class LanguageModel(nnx.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
 
-    def __call__(self, embeds, position_ids, mask, cache=None, cache_mask=None, tap_layers=()):
+    def __call__(self, embeds, position_ids, mask, cache=None, cache_mask=None, uncommitted=None, tap_layers=()):
         """`embeds` `[B, N, D]`, `position_ids` i32 `[B, N]`, `mask` bool `[B, N, N]`; `cache` is one `LayerKV` per
-        layer, `cache_mask` bool `[B, 1, S]`. Returns features `[B, N, (T + 1) * D]`, the outputs of the T `tap_layers`
-        before that of the final norm, and one new `LayerKV` per layer."""
+        layer, `cache_mask` bool `[B, 1, S]`; `uncommitted` an `Uncommitted` or None. Returns features
+        `[B, N, (T + 1) * D]`, the outputs of the T `tap_layers` before that of the final norm, and one new `LayerKV` per
+        layer."""
         rope = rope_tables(self.config.rope, self.config.head_dim, position_ids)
         states, new_kv = [embeds], []
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
-                past = () if cache is None else (Segment(cache[index], cache_mask),)
+                past = [] if cache is None else [Segment(cache[index], cache_mask)]
+                if uncommitted is not None:
+                    past.append(Segment(uncommitted.kv[index], uncommitted.mask))
                 x, kv = layer(states[-1], rope, mask, past)
             states.append(x)
             new_kv.append(kv)

@@ -2,8 +2,8 @@
 
 Equality of speculative and autoregressive decoding says little where every draft is rejected. `linked_target` is
 random, but its first layer does most of the work, and `linked_head` builds draft heads around a copy of that layer, so
-they agree with it often. `SelfDrafter` is the target drafting for itself with noisy logits, so it agrees as often as
-its noise allows, at every temperature.
+they agree with it often; `linked_lm` is a text model that is the target's with noise. `SelfDrafter` is the target
+drafting for itself with noisy logits, so it agrees as often as its noise allows, at every temperature.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from jaxspec import cache as caches
 from jaxspec.demo.processor import build_processor
 from jaxspec.drafters.compressor import CompressorConfig
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
+from jaxspec.drafters.massv import MassvConfig, MassvDrafter
 from jaxspec.drafters.specvlm import SpecVLMConfig, SpecVLMHead
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.kernels.attention import LayerKV
@@ -91,6 +92,27 @@ def convolutions(head: SpecVLMHead) -> list[nnx.Linear]:
     return [head.compressor.convolution.embeds, head.compressor.convolution.features]
 
 
+def linked_lm(target: Target, multimodal: bool, vocab_size: int, seed: int = 4) -> MassvDrafter:
+    """A text model that is the target's with noise in its matrices, cut or padded to `vocab_size` tokens; with eyes its
+    projector is the target's with noise."""
+    text = dataclasses.replace(target.config.text, vocab_size=vocab_size)
+    config = MassvConfig(text, "llama", target.config.vision_width if multimodal else 0)
+    drafter, model = MassvDrafter(config, rngs=nnx.Rngs(seed)), target.model
+    pairs = [(drafter.language_model, model.language_model)]
+    if multimodal:
+        pairs.append((drafter.projector, model.multi_modal_projector))
+    rng = np.random.default_rng(seed)
+
+    def noisy(theirs, ours):
+        size = [(0, max(0, b - a)) for a, b in zip(theirs.shape, ours.shape, strict=True)]
+        theirs = jnp.pad(theirs, size)[tuple(slice(n) for n in ours.shape)]
+        return theirs * (1 + 0.1 * rng.normal(size=theirs.shape)) if theirs.ndim > 1 else theirs
+
+    for ours, theirs in pairs:
+        nnx.update(ours, jax.tree.map(noisy, nnx.state(theirs), nnx.state(ours)))
+    return drafter
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SelfState:
@@ -158,5 +180,7 @@ DRAFTERS = {
     "specvlm": lambda target: Drafter(linked_head(target, "specvlm"), TREE, "specvlm", {}),
     "chain": lambda target: Drafter(linked_head(target, "eagle2"), TreeConfig.chain(3), "eagle2", {}),
     "random": lambda target: Drafter(random_head(target), TREE, "eagle2", {}),
+    "massv": lambda target: Drafter(linked_lm(target, True, 643), TREE, "massv", {}),
+    "text_lm": lambda target: Drafter(linked_lm(target, False, 633), TreeConfig.chain(4), "massv", {}),
     "self": lambda target: Drafter(SelfDrafter(1.0), TreeConfig(2, 2, 8), "self", {}),
 }

@@ -1,4 +1,4 @@
-"""Hugging Face config objects -> ours, for the parts that families share."""
+"""Hugging Face config objects -> ours and back, for the parts that families share."""
 
 import dataclasses
 
@@ -49,3 +49,29 @@ def rope_config(parameters: dict) -> RopeConfig:
     values = {key: value for key, value in parameters.items() if key in known and value is not None}
     values["mrope_section"] = tuple(values.get("mrope_section", ()))
     return RopeConfig(theta=parameters["rope_theta"], type=parameters.get("rope_type", "default"), **values)
+
+
+def published_text_fields(text: TextConfig) -> dict:
+    """The inverse of `common_text_fields`, for the constructor of a transformers config."""
+    return {
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_hidden_layers": text.num_layers,
+        "num_attention_heads": text.num_heads,
+        "num_key_value_heads": text.num_kv_heads,
+        "head_dim": text.head_dim,
+        "rms_norm_eps": text.rms_norm_eps,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "attention_bias": text.attention_bias,
+        "max_position_embeddings": text.max_position_embeddings,
+    }
+
+
+def published_rope(rope: RopeConfig) -> dict:
+    """The inverse of `rope_config`, for text models."""
+    parameters = {"rope_type": rope.type, "rope_theta": rope.theta}
+    if rope.type != "default":
+        named = dataclasses.asdict(rope)
+        parameters |= {key: value for key, value in named.items() if key not in ("type", "theta", "mrope_section")}
+    return parameters

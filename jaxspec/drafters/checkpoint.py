@@ -1,8 +1,9 @@
 """Drafter folders in and out, in the layout the authors publish: config.json and `model.safetensors`.
 
 Tensor names of EAGLE and ViSpec: `fc`, `layers.0.*`, `embed_tokens` (a copy of the target's, used here only to see that
-the drafter belongs to the target) and for ViSpec `imadpt.*`, `img_fc`. Folders written here say more about themselves
-under the key `jaxspec` of config.json, which other readers ignore.
+the drafter belongs to the target) and for ViSpec `imadpt.*`, `img_fc`. The folder of a small text model, as published,
+is a drafter as well (massv.py). Folders written here say more about themselves under the key `jaxspec` of config.json,
+which other readers ignore.
 """
 
 import json
@@ -16,8 +17,10 @@ from safetensors.numpy import save_file
 
 from jaxspec.checkpoints.names import abstract, fill, to_tensors
 from jaxspec.checkpoints.tensors import read_folder, read_json
+from jaxspec.drafters.contract import Method
 from jaxspec.drafters.registry import METHODS, method_of
 from jaxspec.speculation.tree import TreeConfig
+from jaxspec.targets.registry import settle_tying
 
 EMBEDDING = "embed_tokens.weight"
 TREE_KEYS = {"depth": "depth", "top_k": "top_k", "total_token": "total_tokens"}  # as in published files
@@ -26,18 +29,19 @@ TREE_KEYS = {"depth": "depth", "top_k": "top_k", "total_token": "total_tokens"} 
 def load_drafter_folder(folder: Path, target, dtype=jnp.float32) -> tuple[nnx.Module, TreeConfig]:
     """The drafter of a folder and its tree. Raises FileNotFoundError or ValueError, naming what does not fit."""
     raw = read_drafter_config(folder)
-    method = METHODS[method_of(raw)]
+    tensors = read_folder(folder)
+    method = METHODS[method_of(raw, tensors)]
     try:
         config = method.read_config(raw)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     if problems := method.misfits(config, target.config):
         raise ValueError(f"drafter {folder} was made for another target: {', '.join(problems)}")
-    tensors = read_folder(folder)
     if method.copies_embedding and EMBEDDING in tensors:
         check_embedding(tensors.pop(EMBEDDING), target, folder)
+    config, tensors = settle_tying(config, tensors, method.names)
     drafter = abstract(lambda rngs: method.module(config, rngs=rngs))
-    return fill(drafter, tensors, method.names, str(folder), dtype), tree_of(raw)
+    return fill(drafter, tensors, method.names, str(folder), dtype), tree_of(raw, method)
 
 
 def save_drafter_folder(
@@ -69,9 +73,12 @@ def read_drafter_config(folder: Path) -> dict:
     return read_json(path)
 
 
-def tree_of(raw: dict) -> TreeConfig:
-    default = METHODS[method_of(raw)].tree
-    return TreeConfig(**{ours: raw.get(theirs, getattr(default, ours)) for theirs, ours in TREE_KEYS.items()})
+def tree_of(raw: dict, method: Method) -> TreeConfig:
+    """The tree that config.json names, or the published one: a language model's config may have a `top_k` of its own
+    (for sampling), but no whole tree."""
+    if not TREE_KEYS.keys() <= raw.keys():
+        return method.tree
+    return TreeConfig(**{ours: raw[theirs] for theirs, ours in TREE_KEYS.items()})
 
 
 def check_embedding(embedding: np.ndarray, target, folder: Path) -> None:

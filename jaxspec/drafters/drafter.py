@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxspec.checkpoints.hub import resolve_folder
+from jaxspec.checkpoints.tensors import read_folder
 from jaxspec.drafters.checkpoint import load_drafter_folder, read_drafter_config
 from jaxspec.drafters.registry import method_of
 from jaxspec.speculation.tree import TreeConfig
@@ -36,4 +37,4 @@ def load_drafter(path_or_repo_id: str | Path, target) -> Drafter:
         raise ValueError(f"drafter {folder} was trained for the target {recorded}, not for {target.fingerprint()}")
     dtype = target.model.language_model.embed_tokens.embedding.dtype
     model, tree = load_drafter_folder(folder, target.model, jnp.dtype(dtype))
-    return Drafter(model, tree, method_of(raw), about)
+    return Drafter(model, tree, method_of(raw, read_folder(folder)), about)

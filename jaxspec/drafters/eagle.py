@@ -14,7 +14,7 @@ import transformers
 from flax import nnx
 
 from jaxspec import cache as caches
-from jaxspec.checkpoints.configs import llama_text_config
+from jaxspec.checkpoints.configs import llama_text_config, published_rope, published_text_fields
 from jaxspec.drafters.contract import Method
 from jaxspec.kernels.attention import LayerKV, Segment
 from jaxspec.layers import DecoderLayer, TextConfig, causal_mask, linear, rope_tables
@@ -199,22 +199,10 @@ def read_eagle_fields(raw: dict) -> dict:
 def write_eagle_config(config: EagleConfig) -> dict:
     """The inverse, in the layout of published heads."""
     text = config.text
-    rope = {"rope_type": text.rope.type, "rope_theta": text.rope.theta}
-    if text.rope.type != "default":
-        rope.update(dataclasses.asdict(text.rope), rope_type=text.rope.type)
-        rope.pop("type")
     llama = transformers.LlamaConfig(
         architectures=["LlamaForCausalLM"],
-        vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_hidden_layers=1,
-        num_attention_heads=text.num_heads,
-        num_key_value_heads=text.num_kv_heads,
-        head_dim=text.head_dim,
-        rms_norm_eps=text.rms_norm_eps,
-        rope_parameters=rope,
-        max_position_embeddings=text.max_position_embeddings,
+        **published_text_fields(text) | {"num_hidden_layers": 1},
+        rope_parameters=published_rope(text.rope),
     )
     ours = {"input_norm": True} if config.input_norm else {}
     ours |= {"tap_layers": list(config.tap_layers)} if config.tap_layers else {}

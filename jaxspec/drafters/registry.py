@@ -1,7 +1,10 @@
 """The methods of drafting. A method is one file here and one line in this table."""
 
+from collections.abc import Container
+
 from jaxspec.drafters.contract import Method
 from jaxspec.drafters.eagle import EAGLE2, EAGLEVLM
+from jaxspec.drafters.massv import MASSV
 from jaxspec.drafters.specvlm import SPECVLM
 from jaxspec.drafters.vispec import VISPEC
 
@@ -10,13 +13,26 @@ METHODS: dict[str, Method] = {
     "vispec": VISPEC,
     "eaglevlm": EAGLEVLM,
     "specvlm": SPECVLM,
+    "massv": MASSV,
 }
 
+WHOLE_MODEL = "model.embed_tokens.weight"
+"""A tensor of every Hugging Face causal language model, and of no published head."""
 
-def method_of(raw: dict) -> str:
-    """The name of the method whose config.json this is: `jaxspec.method` where we wrote it; else ViSpec's files are
-    known by their `num_q`. Raises ValueError for a method that is not known."""
-    name = raw.get("jaxspec", {}).get("method") or ("vispec" if raw.get("num_q") else "eagle2")
+
+def method_of(raw: dict, tensors: Container[str]) -> str:
+    """The name of the method whose config.json this is, beside the names of its tensors.
+
+    Where we wrote it: `jaxspec.method`. Else ViSpec's files are known by their `num_q`. A language model of its own is
+    known by its tensors: published heads are called `llama` in config.json, too. Raises ValueError for a method that is
+    not known.
+    """
+    if method := raw.get("jaxspec", {}).get("method"):
+        name = method
+    elif raw.get("num_q"):
+        name = "vispec"
+    else:
+        name = "massv" if WHOLE_MODEL in tensors else "eagle2"
     if name not in METHODS:
         raise ValueError(f"drafter method {name!r} is not known; known: {', '.join(METHODS)}")
     return name

@@ -92,7 +92,7 @@ class VisionLanguageModel(nnx.Module):
         """Features `[B, N, (T + 1) * D]` of new tokens, and their keys and values per layer. The last D features are
         those after the final norm; before them come the hidden states of the T `tap_layers` (0: the embeddings, i: the
         output of the i-th layer)."""
-        return self.language_model(embeds, position_ids, mask, cache, cache_mask, tap_layers)
+        return self.language_model(embeds, position_ids, mask, cache, cache_mask, tap_layers=tap_layers)
 
     def prefill(
         self,

@@ -145,7 +145,7 @@ class GemmaLanguageModel(LanguageModel):
         embeds = self.embed_tokens(input_ids)
         return embeds * jnp.asarray(self.config.hidden_size**0.5, embeds.dtype)
 
-    def __call__(self, embeds, position_ids, mask, cache=None, cache_mask=None, tap_layers=()):
+    def __call__(self, embeds, position_ids, mask, cache=None, cache_mask=None, uncommitted=None, tap_layers=()):
         config = self.config
         ropes = {
             local: rope_tables(config.local_rope if local else config.rope, config.head_dim, position_ids)
@@ -155,7 +155,7 @@ class GemmaLanguageModel(LanguageModel):
         states, new_kv = [embeds], []
         for index, (layer, window) in enumerate(zip(self.layers, config.windows, strict=True)):
             with jax.named_scope(f"layer_{index}"):
-                seen, past = mask, ()
+                seen, past = mask, []
                 if window is not None:
                     seen = mask & (back < window)
                 if cache is not None:
@@ -163,7 +163,12 @@ class GemmaLanguageModel(LanguageModel):
                     if window is not None:  # row j of a cache holds position j
                         rows = jnp.arange(cache[index].keys.shape[2])
                         past_mask = cache_mask & (position_ids[:, :, None] - rows < window)
-                    past = (Segment(cache[index], past_mask),)
+                    past.append(Segment(cache[index], past_mask))
+                if uncommitted is not None:
+                    recent = uncommitted.mask
+                    if window is not None:
+                        recent &= position_ids[:, :, None] - uncommitted.position_ids[:, None, :] < window
+                    past.append(Segment(uncommitted.kv[index], recent))
                 x, kv = layer(states[-1], ropes[window is not None], seen, past)
             states.append(x)
             new_kv.append(kv)

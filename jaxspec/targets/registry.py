@@ -104,7 +104,7 @@ def settle_tying(config, tensors: dict[str, np.ndarray], names: NameTable):
     by_name = {names.canonical(name): name for name in tensors}
     head = by_name.get(names.published("language_model.lm_head.kernel"))
     embedding = by_name.get(names.published("language_model.embed_tokens.embedding"))
-    if not config.text.tie_word_embeddings or head is None or embedding is None:
+    if head is None or embedding is None or not config.text.tie_word_embeddings:
         return config, tensors
     if same_values(tensors[head], tensors[embedding]):
         return config, {name: array for name, array in tensors.items() if name != head}

@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import transformers
 from flax import nnx
 
-from jaxspec.checkpoints.configs import llama_text_config
+from jaxspec.checkpoints.configs import llama_text_config, published_rope, published_text_fields
 from jaxspec.checkpoints.names import NameTable
 from jaxspec.layers import LanguageModel, TextConfig
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
@@ -26,11 +27,32 @@ class TextTargetConfig(TargetConfig):
         return []
 
 
+def language_model(text: TextConfig, *, rngs: nnx.Rngs) -> LanguageModel:
+    """A fresh text model of whichever kind the config describes."""
+    return (GemmaLanguageModel if isinstance(text, GemmaTextConfig) else LanguageModel)(text, rngs=rngs)
+
+
+def published_text_config(text: TextConfig, model_type: str) -> transformers.PretrainedConfig:
+    """The transformers config of a causal language model: the inverse of `TextTargetConfig.from_hf`."""
+    fields = published_text_fields(text) | {"rope_parameters": published_rope(text.rope)}
+    if isinstance(text, GemmaTextConfig):
+        fields["rope_parameters"] = {
+            "full_attention": published_rope(text.rope),
+            "sliding_attention": published_rope(text.local_rope),
+        }
+        kinds = {False: "full_attention", True: "sliding_attention"}
+        fields["layer_types"] = [kinds[window is not None] for window in text.windows]
+        fields["sliding_window"] = next((window for window in text.windows if window is not None), None)
+        fields["query_pre_attn_scalar"] = round(text.query_scale**-2)
+    else:
+        fields |= {"mlp_bias": text.mlp_bias, "sliding_window": None}
+    return transformers.AutoConfig.for_model(model_type, **fields)
+
+
 class TextModel(VisionLanguageModel):
     def __init__(self, config: TextTargetConfig, *, rngs: nnx.Rngs):
         self.config = config
-        gemma = isinstance(config.text, GemmaTextConfig)
-        self.language_model = (GemmaLanguageModel if gemma else LanguageModel)(config.text, rngs=rngs)
+        self.language_model = language_model(config.text, rngs=rngs)
 
 
 TEXT_NAMES = NameTable(

@@ -3,7 +3,9 @@
 from jaxspec.training.answers import AnswersRecipe, generate_answers
 from jaxspec.training.drafter import DrafterRecipe, drafter_task
 from jaxspec.training.eagle import EagleRecipe
+from jaxspec.training.language_model import SmallLanguageModelRecipe, language_model_task
 from jaxspec.training.loop import Stopped, train
+from jaxspec.training.massv import MassvRecipe
 from jaxspec.training.recipe import Recipe, Task
 from jaxspec.training.specvlm import SpecVLMRecipe
 from jaxspec.training.target import TargetRecipe, target_task
@@ -12,7 +14,9 @@ from jaxspec.training.vision import VisionRecipe, vision_task
 __all__ = [
     "AnswersRecipe",
     "EagleRecipe",
+    "MassvRecipe",
     "Recipe",
+    "SmallLanguageModelRecipe",
     "SpecVLMRecipe",
     "Stopped",
     "TargetRecipe",
@@ -29,6 +33,8 @@ def run(recipe: AnswersRecipe | Recipe) -> None:
             generate_answers(recipe)
         case DrafterRecipe():
             train(recipe, drafter_task(recipe))
+        case SmallLanguageModelRecipe():
+            train(recipe, language_model_task(recipe))
         case TargetRecipe():
             train(recipe, target_task(recipe))
         case VisionRecipe():

@@ -18,6 +18,13 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.
     return -masked_mean(jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0], mask)
 
 
+def next_token_loss(logits: jax.Array, input_ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, dict]:
+    """Cross-entropy of the tokens of `input_ids` i32 `[B, S]` that `mask` selects under the `logits` `[B, S - 1, V]` of
+    the rows before them, and how often they are the first choice."""
+    labels, mask = input_ids[:, 1:], mask[:, 1:]
+    return cross_entropy(logits, labels, mask), {"accuracy": masked_mean(logits.argmax(axis=-1) == labels, mask)}
+
+
 def smooth_l1(output: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
     """Huber loss with threshold 1 between features `[B, S, D]`, mean over D (EAGLE's feature loss)."""
     error = jnp.abs(output.astype(jnp.float32) - target.astype(jnp.float32))

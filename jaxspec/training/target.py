@@ -18,7 +18,7 @@ from jaxspec.demo.scenes import scene_from_json
 from jaxspec.speculation.loop import read_prompts
 from jaxspec.targets.llava import Llava, LlavaConfig
 from jaxspec.targets.registry import load_model, save_model
-from jaxspec.training.losses import cross_entropy, masked_mean
+from jaxspec.training.losses import next_token_loss
 from jaxspec.training.recipe import Recipe, Task
 from jaxspec.training.vision import load_tower
 
@@ -128,10 +128,7 @@ def target_task(recipe: TargetRecipe) -> Task:
     def loss(params, constants, batch, key):
         model = nnx.merge(graph, params)
         features, *_ = read_prompts(model, batch["prompts"])
-        logits = model.unembed(features[:, :-1])
-        labels, mask = batch["prompts"].input_ids[:, 1:], batch["loss_mask"][:, 1:]
-        accuracy = masked_mean(logits.argmax(-1) == labels, mask)
-        return cross_entropy(logits, labels, mask), {"accuracy": accuracy}
+        return next_token_loss(model.unembed(features[:, :-1]), batch["prompts"].input_ids, batch["loss_mask"])
 
     return Task(
         params=params,

@@ -139,7 +139,7 @@ def test_rows_that_finish_at_very_different_times(generators, requests, name):
             assert result.stats.emitted_tokens == len(result.tokens) - 1
 
 
-@pytest.mark.parametrize("name", ["self", "eagle2"])
+@pytest.mark.parametrize("name", ["self", "eagle2", "massv"])
 def test_last_cache_row(target, name):
     """64 rows for prompt and answer, and a prompt bucket of 64: the cache has no row to spare but the draft's own."""
     arms = [Generator(target, drafter, max_length=64) for drafter in (None, DRAFTERS[name](target))]

@@ -51,7 +51,16 @@ def test_speculative_equals_autoregressive(answers, name, setting, batch):
 
 @pytest.mark.parametrize(
     "name, least",
-    [("eagle2", 1.5), ("vispec", 1.2), ("eaglevlm", 1.5), ("specvlm", 1.2), ("chain", 1.5), ("self", 2.0)],
+    [
+        ("eagle2", 1.5),
+        ("vispec", 1.2),
+        ("eaglevlm", 1.5),
+        ("specvlm", 1.2),
+        ("chain", 1.5),
+        ("massv", 1.5),
+        ("text_lm", 1.2),
+        ("self", 2.0),
+    ],
 )
 def test_drafts_are_accepted_at_every_temperature(answers, name, least):
     """Without this, the equalities above might be shown on rejections only."""

@@ -13,7 +13,19 @@ from safetensors.numpy import load_file
 
 import jaxspec
 from jaxspec.targets.llava import Llava, LlavaConfig
-from jaxspec.training import AnswersRecipe, EagleRecipe, Recipe, Stopped, TargetRecipe, Task, VisionRecipe, run, train
+from jaxspec.training import (
+    AnswersRecipe,
+    EagleRecipe,
+    MassvRecipe,
+    Recipe,
+    SmallLanguageModelRecipe,
+    Stopped,
+    TargetRecipe,
+    Task,
+    VisionRecipe,
+    run,
+    train,
+)
 from jaxspec.training.target import grow
 from tests.helpers import tiny_llava
 
@@ -137,6 +149,34 @@ def test_self_distilled_answers_are_the_targets_own(runs):
     question = scenes[int(record["picture"])]["conversations"][0]["value"].removeprefix("<image>\n")
     expected = jaxspec.Generator(target).generate(question, record["images"], max_new_tokens=12)
     np.testing.assert_array_equal(record["answer_ids"], expected.tokens)
+
+
+def test_a_small_language_model_becomes_a_massv_drafter(runs):
+    """Text model, a projector for it, then both: every phase trains what it says and starts from the one before."""
+    where = {"run_dir": str(runs), "target": str(runs / "target/export"), "answers_dir": str(runs / "answers")}
+    size = {"steps": 3, "batch_size": 2, "sequence_length": 128, "validation_records": 4, "save_dtype": "float32"}
+    common = {**where, **size, **{name: value for name, value in SHORT.items() if name != "dataset_size"}}
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_heads": 2}
+    run(SmallLanguageModelRecipe(name="lm", **shape, **common))
+    common |= {"lm": str(runs / "lm/export"), "dataset_dir": str(runs / "data"), "dataset_size": 24}
+    run(MassvRecipe(name="massv1", phase=1, **common))
+    run(MassvRecipe(name="massv2", phase=2, init_from=str(runs / "massv1/export"), **common))
+    language, first, second = (
+        load_file(runs / name / "export/model.safetensors") for name in ("lm", "massv1", "massv2")
+    )
+    for name, value in language.items():
+        np.testing.assert_array_equal(first[f"language_model.{name}"], value)
+    assert first.keys() == second.keys() and len(first) == len(language) + 4
+    assert not [name for name, value in second.items() if np.array_equal(value, first[name])]
+
+    target = jaxspec.load_target(runs / "target/export")
+    image = np.full((64, 64, 3), 200, np.uint8)
+    expected = jaxspec.Generator(target).generate("What is this?", [image], max_new_tokens=16)
+    for name in ("lm", "massv2"):
+        drafter = jaxspec.load_drafter(runs / name / "export", target)
+        assert (drafter.method, drafter.tree) == ("massv", jaxspec.TreeConfig.chain(5))
+        result = jaxspec.Generator(target, drafter).generate("What is this?", [image], max_new_tokens=16)
+        np.testing.assert_array_equal(result.tokens, expected.tokens)
 
 
 def small_recipe(folder, **changes) -> Recipe:

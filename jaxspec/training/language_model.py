@@ -1,0 +1,102 @@
+"""A small text model of the embedded target's family, for MASSV to start from: it learns the text of the target's
+answers and never sees a picture. Its export is an ordinary Hugging Face `LlamaForCausalLM` folder.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import transformers
+from flax import nnx
+
+from jaxspec.checkpoints.hub import resolve_folder
+from jaxspec.data.answers import AnswerSource
+from jaxspec.data.pipeline import Example, Pipeline
+from jaxspec.speculation.loop import read_prompts
+from jaxspec.targets.contract import TargetConfig
+from jaxspec.targets.prompts import EncodedPrompt
+from jaxspec.targets.registry import family_of, read_config, save_model
+from jaxspec.targets.text import TextModel, TextTargetConfig
+from jaxspec.training.drafter import Span
+from jaxspec.training.losses import next_token_loss
+from jaxspec.training.recipe import Recipe, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallLanguageModelRecipe(Recipe):
+    """A Llama with the target's tokenizer."""
+
+    target: str = "runs/demo_target/export"
+    answers_dir: str = "runs/demo_answers"
+    validation_records: int = 128
+    """The first answers of the set are held out, the same ones as of drafters."""
+    hidden_size: int = 128
+    intermediate_size: int = 344
+    num_layers: int = 2
+    num_heads: int = 4
+    save_dtype: str = "float16"
+
+    def hf_config(self, tokenizer) -> transformers.LlamaConfig:
+        return transformers.LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            vocab_size=len(tokenizer),
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            num_key_value_heads=self.num_heads,
+            max_position_embeddings=2048,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+
+class TextEncoder:
+    """Records of an `AnswerSource` without their pictures: image tokens are left out, the answer is what to learn."""
+
+    def __init__(self, config: TextTargetConfig, target_config: TargetConfig):
+        self.config, self.target_config = config, target_config
+
+    def encode_record(self, record: dict) -> Example:
+        prompt, answer = np.asarray(record["prompt_ids"]), np.asarray(record["answer_ids"])
+        prompt = prompt[~self.target_config.is_image(prompt)]
+        ids = np.concatenate([prompt, answer]).astype(np.int32)
+        return Example(EncodedPrompt(ids, []), np.arange(len(ids)) >= len(prompt))
+
+
+def language_model_task(recipe: SmallLanguageModelRecipe) -> Task:
+    """The text of self-distilled answers, and a fresh Llama."""
+    folder = resolve_folder(recipe.target)
+    target_config = read_config(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    hf_config = recipe.hf_config(tokenizer)
+    config = TextTargetConfig.from_hf(hf_config)
+    graph, params = nnx.split(TextModel(config, rngs=nnx.Rngs(recipe.seed)))
+    encoder = TextEncoder(config, family_of(target_config).config_from_hf(target_config))
+    answers = AnswerSource(Path(recipe.answers_dir), pictures=()).records
+    held_out = min(recipe.validation_records, len(answers) // 2)
+    sizes = {"sequence_length": recipe.sequence_length, "batch_size": recipe.batch_size, "seed": recipe.seed}
+    training = Pipeline(Span(answers, held_out, len(answers)), encoder, **sizes)
+    validation = Pipeline(Span(answers, 0, held_out), encoder, shuffle=False, **sizes)
+
+    def loss(params, constants, batch, key):
+        model = nnx.merge(graph, params)
+        features, *_ = read_prompts(model, batch["prompts"])
+        return next_token_loss(model.unembed(features[:, :-1]), batch["prompts"].input_ids, batch["loss_mask"])
+
+    def export(params, folder: Path) -> None:
+        files = recipe.folder / "tokenizer"
+        tokenizer.save_pretrained(files)
+        save_model(nnx.merge(graph, params), hf_config, files, folder, recipe.save_dtype)
+
+    return Task(
+        params=params,
+        constants=None,
+        loss=loss,
+        batches=training.batches,
+        validation=lambda: (
+            validation[index] for index in range(min(recipe.eval_batches, held_out // recipe.batch_size))
+        ),
+        export=export,
+    )

@@ -1,0 +1,400 @@
+"""MASSV's drafter against its own text model run plainly: without cache, without batch, without speculation."""
+
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from jaxspec import TreeConfig, load_drafter
+from jaxspec.checkpoints.names import abstract
+from jaxspec.checkpoints.tensors import read_file
+from jaxspec.drafters.checkpoint import load_drafter_folder, save_drafter_folder
+from jaxspec.drafters.eagle import EagleHead
+from jaxspec.drafters.massv import MASSV, MassvConfig, MassvDrafter
+from jaxspec.layers import causal_mask
+from jaxspec.prompting import encode_prompt
+from jaxspec.speculation.loop import DrafterContext, context_of, read_prompts
+from jaxspec.speculation.sampling import BatchSampling, SamplingParams
+from jaxspec.targets.prompts import stack_prompts
+from jaxspec.targets.registry import family_of, load_model
+from jaxspec.training import MassvRecipe
+from jaxspec.training.drafter import Teacher
+from jaxspec.training.massv import new_massv
+from tests.families import FAMILIES, TEXT, family_target
+from tests.folders import write_random
+from tests.targets.published import CONFIGS
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+REFERENCE = Path(__file__).parent.parent / "reference"
+LMS = {"llava_next": "llama", "qwen2_5_vl": "qwen2", "gemma3": "gemma3_text", "llama": "llama", "qwen2": "qwen2"}
+LMS["gemma3_text"] = "gemma3_text"
+"""The family of the small text model for each target's."""
+GREEDY = BatchSampling.from_params([SamplingParams()] * 3)
+targets = functools.cache(family_target)
+
+
+def random_drafter(target, model_type: str, multimodal: bool, fewer: int = 3, seed: int = 1) -> MassvDrafter:
+    """A text model with random weights and `fewer` tokens than the target has."""
+    hf_config, _ = FAMILIES[model_type]()
+    text = family_of(hf_config).config_from_hf(hf_config).text
+    text = dataclasses.replace(text, vocab_size=target.config.text.vocab_size - fewer)
+    config = MassvConfig(text, model_type, target.config.vision_width if multimodal else 0)
+    graph, state = nnx.split(abstract(lambda rngs: MassvDrafter(config, rngs=rngs)))
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        values = rng.normal(size=leaf.shape)
+        values = values / leaf.shape[0] ** 0.5 if leaf.ndim > 1 else 1 + 0.2 * values
+        return jnp.asarray(values, jnp.float32)
+
+    drafter = nnx.merge(graph, jax.tree.map(draw, state))
+    drafter.language_model.embed_tokens.embedding[...] *= text.vocab_size**0.5
+    return drafter
+
+
+@jax.jit
+def run_plainly(language, embeds, lengths):
+    positions = jnp.broadcast_to(jnp.arange(embeds.shape[1]), embeds.shape[:2])
+    mask = causal_mask(positions < lengths[:, None])
+    features, kv = language(embeds, positions, mask)
+    last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return last, language.unembed(features), kv
+
+
+def plain(drafter, rows: list[np.ndarray], room: tuple[int, int]):
+    """Last features `[n, D]`, logits `[n, S, V]` and keys and values of the text model on embedded rows `[S, D]`;
+    `room` is what they are padded to, so that few programs compile."""
+    embeds = np.zeros((*room, drafter.config.text.hidden_size), np.float32)
+    for index, row in enumerate(rows):
+        embeds[index, : len(row)] = row
+    lengths = np.array([len(row) for row in rows] + [1] * (room[0] - len(rows)))
+    return run_plainly(drafter.language_model, embeds, lengths)
+
+
+def text_context(rows: list[np.ndarray], roots) -> DrafterContext:
+    """A batch of text prompts, right-padded."""
+    lengths = np.array([len(row) for row in rows])
+    ids = np.zeros((len(rows), 64), np.int32)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+    return DrafterContext(
+        embeds=None,
+        features=None,
+        vision=None,
+        vision_rows=None,
+        image_ids=-np.ones_like(ids),
+        input_ids=ids,
+        lengths=lengths,
+        prompt_lengths=lengths,
+        seeds=np.zeros(len(rows), np.uint32),
+        root=np.asarray(roots, np.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    "family, config",
+    [("llama", TreeConfig.chain(4)), ("llama", TreeConfig(2, 2, 11)), ("gemma3_text", TreeConfig(2, 2, 11))],
+    ids=["llama-chain", "llama-tree", "gemma3-tree"],
+)
+def test_drafts_are_those_of_the_plain_text_model(family, config):
+    """Over rounds that accept some of a draft: what follows the root and every node of the tree, and in the end the
+    cache, which then is that of a fresh prefill."""
+    target = targets(family).model
+    drafter = random_drafter(target, family, False)
+    prefill = jax.jit(lambda context: drafter.prefill(target, context, 96))
+    propose = jax.jit(lambda state, root: drafter.propose(target, config, state, root, noise, GREEDY)[0])
+    advance = jax.jit(lambda state, tokens, count: drafter.advance(target, state, tokens, None, count))
+    vocab_size, room = target.config.text.vocab_size, config.max_depth + 1
+    noise = jnp.zeros((3, room, vocab_size))
+    embed = np.asarray(drafter.language_model.embed(jnp.arange(vocab_size - 3)))
+    embed = np.concatenate([embed, embed[[-1] * 3]])  # the target's last tokens are none of the drafter's
+
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(5, vocab_size, length).tolist() for length in (9, 31, 18)]
+    state = prefill(text_context([text[:-1] for text in texts], [text[-1] for text in texts]))
+    for counts in ((2, 1, room), (room, 0, 1), (1, 3, 2), (0, 2, 2)):
+        tree = jax.device_get(propose(state, jnp.array([text[-1] for text in texts])))
+        nodes = [(row, node) for row in range(3) for node in range(tree.tokens.shape[1])]
+        paths = {(row, node): np.flatnonzero(tree.ancestors[row, node])[1:] for row, node in nodes}
+        contexts = [embed[texts[row] + tree.tokens[row, paths[row, node]].tolist()] for row, node in nodes]
+        expected = plain(drafter, contexts, (3 * 11, 64))[1]
+        after = {key: expected[index, len(contexts[index]) - 1] for index, key in enumerate(nodes)}
+        logits = drafter.unembed(state.output, vocab_size)
+        assert np.isneginf(logits[:, -3:]).all()
+        for row in range(3):
+            np.testing.assert_allclose(logits[row, :-3], after[row, 0], rtol=1e-4, atol=1e-4)
+        drafted = 0
+        for row, node in nodes:
+            children = tree.tokens[row, 1:][tree.parents[row, 1:] == node]
+            best = np.argsort(-after[row, node])[: len(children)]
+            assert set(best.tolist()) == set(children.tolist())
+            drafted += len(children)
+        assert drafted == 3 * (config.total_tokens - 1)
+
+        tokens = rng.integers(5, vocab_size, (3, room))  # past `count` they must not matter
+        for row, count in enumerate(counts):
+            deepest = paths[row, int(np.argmax(tree.depths[row]))]
+            accepted = tree.tokens[row, deepest][: max(count - 1, 0)]
+            tokens[row, : len(accepted)] = accepted
+            texts[row] += tokens[row, :count].tolist()
+        state = advance(state, jnp.asarray(tokens, jnp.int32), jnp.array(counts))
+    fresh = prefill(text_context([text[:-1] for text in texts], [text[-1] for text in texts]))
+    check_states(state, fresh)
+
+
+def check_states(state, expected):
+    np.testing.assert_array_equal(state.rows, expected.rows)
+    np.testing.assert_allclose(state.output, expected.output, rtol=1e-4, atol=1e-4)
+    for layer, other in zip(state.cache, expected.cache, strict=True):
+        for part, same in zip(layer, other, strict=True):
+            for row, used in enumerate(np.asarray(state.rows)):
+                np.testing.assert_allclose(part[row, :, :used], same[row, :, :used], rtol=1e-4, atol=1e-4)
+
+
+read = jax.jit(read_prompts)
+
+
+def read_images(family: str, more: tuple = ((), (), ())):
+    """The encoded prompts of a batch with one image, two of different sizes, and none, each with some `more` tokens;
+    and what a drafter sees of them, without its root."""
+    target = targets(family)
+    rng = np.random.default_rng(7)
+    pictures = [rng.integers(0, 256, shape, np.uint8) for shape in ((40, 60, 3), (130, 90, 3), (16, 16, 3))]
+    images = (pictures[:1], pictures[1:], ())
+    questions = zip(("How many?", "Compare the two.", "What is a chart for?"), images, strict=True)
+    prompts = [encode_prompt(target, *question) for question in questions]
+    for index, tokens in enumerate(more):
+        ids = np.concatenate([prompts[index].input_ids, np.asarray(tokens, np.int32)])
+        prompts[index] = dataclasses.replace(prompts[index], input_ids=ids, position_ids=None)
+    batch = stack_prompts(target.config, prompts, 256)
+    features, _, embeds, vision = read(target.model, batch)
+    context = context_of(batch, features, embeds, vision, batch.lengths, np.zeros(3, np.uint32), np.zeros(3, np.int32))
+    return prompts, context
+
+
+def spliced(drafter, target, prompts, context, tails) -> list[np.ndarray]:
+    """Each prompt and its tail as the text model shall read them: made row by row."""
+    vision = np.asarray(context.vision)
+    last = drafter.config.text.vocab_size - 1
+    rows = []
+    for index, (prompt, tail) in enumerate(zip(prompts, tails, strict=True)):
+        row = []
+        for place, token in enumerate([*prompt.input_ids.tolist(), *tail]):
+            if token not in target.config.image_token_ids:
+                row.append(drafter.language_model.embed(jnp.array(min(token, last))))
+            elif drafter.config.multimodal:
+                row.append(drafter.projector(vision[int(context.vision_rows[index, place])]))
+        rows.append(np.stack(row))
+    return rows
+
+
+@pytest.mark.parametrize("multimodal", [True, False], ids=["multimodal", "text"])
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "gemma3"])
+def test_prompts_with_images(family, multimodal):
+    """The prefill is the plain text model on embeddings with projected features spliced in, or on the text alone; and
+    what rounds leave behind is what a prefill of the longer prompt gives."""
+    target = targets(family)
+    drafter = random_drafter(target.model, LMS[family], multimodal)
+    prompts, context = read_images(family)
+    assert max(len(prompt.input_ids) for prompt in prompts) < 250 and context.max_images == 2
+    roots = np.array([8, 9, 10], np.int32)
+    context = dataclasses.replace(context, root=roots)
+    prefill = jax.jit(lambda drafter, context: drafter.prefill(target.model, context, 288))
+    state = prefill(drafter, context)
+    rows = spliced(drafter, target, prompts, context, roots[:, None])
+    last, _, kv = plain(drafter, rows, (3, 256))
+    np.testing.assert_array_equal(state.rows, [len(row) for row in rows])
+    check_states(state, dataclasses.replace(state, cache=kv, output=last))
+
+    tokens = np.array([[11, 12, 13], [14, 15, 16], [17, 18, 19]], np.int32)
+    advance = jax.jit(lambda drafter, state, count: drafter.advance(target.model, state, tokens, None, count))
+    state = advance(drafter, state, np.array([2, 0, 3]))
+    _, longer = read_images(family, ((8, 11), (), (10, 17, 18)))
+    check_states(state, prefill(drafter, dataclasses.replace(longer, root=np.array([12, 9, 19], np.int32))))
+
+
+# Training
+
+
+@pytest.mark.parametrize("phase", [0, 1, 2])
+def test_loss_is_the_cross_entropy_of_the_answers(phase):
+    """And each phase trains its part, all of it."""
+    target = targets("gemma3")
+    drafter = random_drafter(target.model, "gemma3_text", phase != 0)
+    answers = ((5, 6, 7, 8), (9, 10), (11, 12, 13))
+    prompts, context = read_images("gemma3", answers)
+    outside = target.config.text.vocab_size - 1  # as Gemma3's image token lies outside of its text model's vocabulary
+    context = dataclasses.replace(context, input_ids=np.where(context.image_ids >= 0, outside, context.input_ids))
+    lengths = np.array([len(prompt.input_ids) for prompt in prompts])
+    places = np.arange(256)
+    answer = (places < lengths[:, None]) & (places >= (lengths - [4, 2, 3])[:, None])
+    recipe = MassvRecipe(name="massv", phase=phase)
+    graph, params, rest = nnx.split(drafter, lambda path, _: recipe.trains(path), ...)
+
+    def loss_of(params, rest):
+        return recipe.loss(nnx.merge(graph, params, rest), target.model, Teacher(context, answer), None)
+
+    (loss, metrics), grads = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params, rest)
+    rows = spliced(drafter, target, prompts, context, [[]] * 3)
+    logits = jax.nn.log_softmax(plain(drafter, rows, (3, 256))[1])
+    ends = zip(range(3), rows, answers, strict=True)
+    picked = [logits[i, len(row) - len(own) + j - 1, own[j]] for i, row, own in ends for j in range(len(own))]
+    np.testing.assert_allclose(loss, -np.mean(picked), rtol=1e-5)
+    assert 0 <= metrics["accuracy"] <= 1
+    learning = {path[0] for path, _ in nnx.to_flat_state(grads)}
+    assert learning == {0: {"language_model"}, 1: {"projector"}, 2: {"language_model", "projector"}}[phase]
+    for path, grad in nnx.to_flat_state(grads):
+        assert np.isfinite(grad[...]).all() and np.abs(grad[...]).max() > 0, path
+
+
+def test_a_projector_comes_and_goes(tmp_path):
+    target = targets("qwen2_5_vl")
+    folder = lm_folder(tmp_path, "qwen2", vocab_size=target.config.text.vocab_size)
+    with_eyes = new_massv(target, folder, True, seed=3)
+    assert with_eyes.config.vision_width == target.config.vision_width
+    save_drafter_folder(with_eyes, "massv", TreeConfig.chain(5), target.model, tmp_path / "eyes", np.float32)
+    continued, without = new_massv(target, tmp_path / "eyes", True), new_massv(target, tmp_path / "eyes", False)
+    assert_same(nnx.state(continued), nnx.state(with_eyes))
+    assert without.projector is None
+    assert_same(nnx.state(without), nnx.state(load_drafter(folder, target).model))
+    lm_target = targets("qwen2")
+    with pytest.raises(ValueError, match="needs a target with vision features"):
+        new_massv(lm_target, folder, True)
+
+
+# Folders
+
+
+def lm_folder(tmp_path: Path, family: str, **text) -> Path:
+    """A Hugging Face folder of a random small text model."""
+    hf_config, _ = FAMILIES[family]()
+    raw = hf_config.to_dict() | text
+    if raw.get("layer_types"):
+        raw["layer_types"] = raw["layer_types"][: raw["num_hidden_layers"]]
+    return write_random(tmp_path / family, type(hf_config).from_dict(raw))
+
+
+def assert_same(state, other):
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "gemma3", "gemma3_text"])
+def test_saved_drafters_come_back(family, tmp_path):
+    target = targets(family)
+    for multimodal in {target.config.vision_width > 0, False}:
+        drafter = random_drafter(target.model, LMS[family], multimodal)
+        save_drafter_folder(drafter, "massv", TreeConfig(2, 2, 9), target.model, tmp_path / "it", np.float32)
+        loaded = load_drafter(tmp_path / "it", target)
+        assert (loaded.method, loaded.tree) == ("massv", TreeConfig(2, 2, 9))
+        assert loaded.model.config == drafter.config
+        assert_same(nnx.state(loaded.model), nnx.state(drafter))
+        config = json.loads((tmp_path / "it/config.json").read_text())
+        assert config["model_type"] == LMS[family] and config["architectures"][0].endswith("ForCausalLM")
+        names = {name.split(".")[0] for name in read_file(tmp_path / "it/model.safetensors")}
+        assert names == {"language_model", "projector"} if multimodal else {"language_model"}
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+def test_a_text_models_folder_is_the_text_only_drafter(family, layers, tmp_path):
+    target = targets("llava_next")
+    folder = lm_folder(tmp_path, family, num_hidden_layers=layers)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"top_k": 50}))  # of its sampling: no tree
+    drafter = load_drafter(folder, target)
+    assert (drafter.method, drafter.tree, drafter.about) == ("massv", TreeConfig.chain(5), {})
+    assert not drafter.model.config.multimodal
+    assert_same(nnx.state(drafter.model.language_model), nnx.state(load_model(folder).language_model))
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_tied_text_model_that_holds_a_head(differs, tmp_path):
+    folder = lm_folder(tmp_path, "qwen2", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + np.float32(differs)
+    save_file(tensors, folder / "model.safetensors")
+    language = load_drafter(folder, targets("llava_next")).model.language_model
+    assert (language.lm_head is not None) == differs
+
+
+def test_published_heads_are_no_text_models(tmp_path):
+    """They may call themselves `llama`, and leave out what would tell them apart."""
+    folder = shutil.copytree(REFERENCE / "eagle2", tmp_path / "head")
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("num_q", "bias"):
+        del config[key]
+    config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["embed_tokens.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    model = random_target(vocab_size=199, hidden_size=64)
+    drafter, tree = load_drafter_folder(folder, model)
+    assert type(drafter) is EagleHead and tree == TreeConfig(5, 10, 60)
+
+
+def random_target(**text):
+    config = transformers.LlamaConfig(**TEXT | text)
+    family = family_of(config)
+    return family.model(family.config_from_hf(config), rngs=nnx.Rngs(0))
+
+
+PAIRS = {
+    "Qwen/Qwen2.5-VL-7B-Instruct": "Qwen/Qwen2.5-1.5B-Instruct",
+    "google/gemma-3-12b-it": "google/gemma-3-1b-it",
+    "llava-hf/llava-1.5-7b-hf": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+}
+
+
+def test_published_pairs_fit():
+    """And nothing else of them does, since each family has a tokenizer of its own."""
+    for target, own in PAIRS.items():
+        raw = CONFIGS[target]
+        hf_config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        target_config = family_of(hf_config).config_from_hf(hf_config)
+        for lm in PAIRS.values():
+            config = MASSV.read_config(CONFIGS[lm])
+            assert MASSV.read_config(json.loads(json.dumps(MASSV.write_config(config)))) == config
+            assert bool(MASSV.misfits(config, target_config)) == (lm != own)
+
+
+def refusal(folder: Path, target) -> str:
+    with pytest.raises(ValueError) as caught:
+        load_drafter(folder, target)
+    return str(caught.value)
+
+
+def test_refusals(tmp_path):
+    target = targets("gemma3")
+    vocab_size, width = target.config.text.vocab_size, target.config.vision_width
+    folder = lm_folder(tmp_path, "gemma3_text", vocab_size=vocab_size + 65)
+    message = refusal(folder, target)
+    assert f"vocab_size {vocab_size + 65} (target: {vocab_size}, more than padding explains)" in message
+
+    other = targets("qwen2_5_vl")
+    drafter = random_drafter(other.model, "qwen2", True)
+    save_drafter_folder(drafter, "massv", TreeConfig.chain(5), other.model, tmp_path / "it", np.float32)
+    message = refusal(tmp_path / "it", target)
+    assert f"vision_width {other.config.vision_width} (target: {width})" in message
+    assert "vision_width" in refusal(tmp_path / "it", targets("qwen2"))
+
+    tensors = load_file(tmp_path / "it/model.safetensors")
+    del tensors["projector.linear_2.bias"], tensors["language_model.model.norm.weight"]
+    save_file(tensors, tmp_path / "it/model.safetensors")
+    message = refusal(tmp_path / "it", other)
+    assert "missing: projector.linear_2.bias (32,)" in message
+    assert "missing: language_model.model.norm.weight (32,)" in message
+
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "phi"}))
+    assert "model_type 'phi' is not supported as a drafter; only llama, mistral" in refusal(folder, target)
