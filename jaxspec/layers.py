@@ -218,8 +218,8 @@ class LanguageModel(nnx.Module):
     def __call__(self, embeds, position_ids, mask, cache=None, cache_mask=None, uncommitted=None, tap_layers=()):
         """`embeds` `[B, N, D]`, `position_ids` i32 `[B, N]`, `mask` bool `[B, N, N]`; `cache` is one `LayerKV` per
         layer, `cache_mask` bool `[B, 1, S]`; `uncommitted` an `Uncommitted` or None. Returns features
-        `[B, N, (T + 1) * D]`, the outputs of the T `tap_layers` before that of the final norm, and one new `LayerKV` per
-        layer."""
+        `[B, N, (T + 1) * D]`, the outputs of the T `tap_layers` before that of the final norm, and one new `LayerKV`
+        per layer."""
         rope = rope_tables(self.config.rope, self.config.head_dim, position_ids)
         states, new_kv = [embeds], []
         for index, layer in enumerate(self.layers):
