@@ -1,8 +1,9 @@
 """Drafter folders in and out, in the layout the authors publish: config.json and `model.safetensors`.
 
 Tensor names of EAGLE and ViSpec: `fc`, `layers.0.*`, `embed_tokens` (a copy of the target's, used here only to see that
-the drafter belongs to the target) and for ViSpec `imadpt.*`, `img_fc`. Folders written here say more about themselves
-under the key `jaxspec` of config.json, which other readers ignore.
+the drafter belongs to the target) and for ViSpec `imadpt.*`, `img_fc`. Of Medusa: `{k}.0.linear` for head k = 0, 1, ..
+and `{k}.1` where it has an LM head of its own. Folders written here say more about themselves under the key `jaxspec`
+of config.json, which other readers ignore.
 """
 
 import json
@@ -27,13 +28,14 @@ def load_drafter_folder(folder: Path, target, dtype=jnp.float32) -> tuple[nnx.Mo
     """The drafter of a folder and its tree. Raises FileNotFoundError or ValueError, naming what does not fit."""
     raw = read_drafter_config(folder)
     method = METHODS[method_of(raw)]
+    text, tensors = target.config.text, read_folder(folder)
     try:
-        config = method.read_config(raw)
+        config = method.read_config({"hidden_size": text.hidden_size, "vocab_size": text.vocab_size} | raw)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    config = method.complete_config(config, tensors)
     if problems := method.misfits(config, target.config):
         raise ValueError(f"drafter {folder} was made for another target: {', '.join(problems)}")
-    tensors = read_folder(folder)
     if method.copies_embedding and EMBEDDING in tensors:
         check_embedding(tensors.pop(EMBEDDING), target, folder)
     drafter = abstract(lambda rngs: method.module(config, rngs=rngs))

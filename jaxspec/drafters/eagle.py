@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxspec import cache as caches
 from jaxspec.checkpoints.configs import llama_text_config
-from jaxspec.drafters.contract import Method
+from jaxspec.drafters.contract import Method, size_misfits
 from jaxspec.kernels.attention import LayerKV, Segment
 from jaxspec.layers import DecoderLayer, TextConfig, causal_mask, linear, rope_tables
 from jaxspec.speculation.loop import DrafterContext
@@ -194,12 +194,7 @@ def write_eagle_config(config: EagleConfig) -> dict:
 
 def eagle_misfits(config: EagleConfig, target_config) -> list[str]:
     """The head shares the target's embedding and LM head."""
-    ours, theirs = config.text, target_config.text
-    return [
-        f"{name} {getattr(ours, name)} (target: {getattr(theirs, name)})"
-        for name in ("hidden_size", "vocab_size")
-        if getattr(ours, name) != getattr(theirs, name)
-    ]
+    return size_misfits(config.text, target_config)
 
 
 EAGLE2 = Method(
