@@ -19,6 +19,7 @@ from jaxspec import Drafter, SamplingParams, Target, TreeConfig, load_target
 from jaxspec import cache as caches
 from jaxspec.demo.processor import build_processor
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
+from jaxspec.drafters.lookup import PromptLookup
 from jaxspec.drafters.medusa import MedusaConfig, MedusaHeads
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.kernels.attention import LayerKV
@@ -183,4 +184,5 @@ DRAFTERS = {
     "random": lambda target: Drafter(random_head(target), TREE, "eagle2", {}),
     "self": lambda target: Drafter(SelfDrafter(1.0), TreeConfig(2, 2, 8), "self", {}),
     "medusa": lambda target: Drafter(fitted_medusa(target), TREE, "medusa", {}),
+    "lookup": lambda target: Drafter(PromptLookup(), TreeConfig.chain(4), "lookup", {}),
 }

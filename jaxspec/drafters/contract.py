@@ -56,6 +56,8 @@ class Method:
     """The config with what the folder's tensors (by published name) tell beyond config.json."""
     copies_embedding: bool = False
     """Its files hold a copy of the target's embedding, which tells what target they belong to."""
+    without_folder: Any = None
+    """The config of a method without parameters, which is loaded by its name alone."""
 
 
 def size_misfits(ours, theirs) -> list[str]:

@@ -2,6 +2,7 @@
 
 from jaxspec.drafters.contract import Method
 from jaxspec.drafters.eagle import EAGLE2
+from jaxspec.drafters.lookup import LOOKUP
 from jaxspec.drafters.medusa import MEDUSA
 from jaxspec.drafters.vispec import VISPEC
 
@@ -9,6 +10,7 @@ METHODS: dict[str, Method] = {
     "eagle2": EAGLE2,
     "vispec": VISPEC,
     "medusa": MEDUSA,
+    "lookup": LOOKUP,
 }
 
 
