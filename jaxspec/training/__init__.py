@@ -4,11 +4,22 @@ from jaxspec.training.answers import AnswersRecipe, generate_answers
 from jaxspec.training.drafter import DrafterRecipe, drafter_task
 from jaxspec.training.eagle import EagleRecipe
 from jaxspec.training.loop import Stopped, train
+from jaxspec.training.medusa import MedusaRecipe
 from jaxspec.training.recipe import Recipe, Task
 from jaxspec.training.target import TargetRecipe, target_task
 from jaxspec.training.vision import VisionRecipe, vision_task
 
-__all__ = ["AnswersRecipe", "EagleRecipe", "Recipe", "Stopped", "TargetRecipe", "Task", "VisionRecipe", "run"]
+__all__ = [
+    "AnswersRecipe",
+    "EagleRecipe",
+    "MedusaRecipe",
+    "Recipe",
+    "Stopped",
+    "TargetRecipe",
+    "Task",
+    "VisionRecipe",
+    "run",
+]
 
 
 def run(recipe: AnswersRecipe | Recipe) -> None:
