@@ -68,10 +68,11 @@ class PromptLookup(nnx.Module):
 
 def look_up(history: jax.Array, lengths: jax.Array, max_ngram: int, count: int) -> jax.Array:
     """i32 `[B, count]`: what follows the latest earlier occurrence of the longest n-gram, n at most `max_ngram`, that
-    ends `history` i32 `[B, S]` of `lengths` i32 `[B]`; where that ends or an image begins, the last token again."""
+    ends `history` i32 `[B, S]` of `lengths` i32 `[B]`; the last token again where nothing is found or an image begins.
+    An occurrence before an image does not count."""
     capacity = history.shape[1]
     places = jnp.arange(capacity)
-    # How many of the last tokens, counted backwards, also end at each place.
+    # How many of the last tokens, counted backwards, are also the last ones at each place.
     matched, matches = jnp.zeros(history.shape, jnp.int32), jnp.ones(history.shape, bool)
     for back in range(max_ngram):
         wanted = jnp.take_along_axis(history, jnp.maximum(lengths - 1 - back, 0)[:, None], axis=1)  # [B, 1]

@@ -1,8 +1,9 @@
 """Medusa (arXiv 2401.10774): heads that each look at one feature of the target and predict one token further ahead.
 
-Head k at the feature of position i predicts token i + 1 + k (section 2.1.1); the target itself has already chosen token
-i + 1, the root. No head knows what the others say, so the probability of a path is the product of its tokens' and the
-tree is the Cartesian product of the heads' best tokens, pruned to the best nodes (section 2.1.2).
+Head k at the feature of position i predicts token i + 1 + k ("Medusa heads"); the target itself has already chosen
+token i + 1, the root. No head knows what the others say, so the probability of a path is the product of its tokens' and
+the tree is the Cartesian product of the heads' best tokens ("Tree attention"). The authors prune it once for all texts,
+here every tree keeps its own best nodes.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ from jaxspec.speculation.tree import Tree, TreeConfig, grow_tree
 
 @dataclasses.dataclass(frozen=True)
 class MedusaConfig:
-    """`own_lm_heads`: every head has an LM head of its own, as in published files; else all use the target's."""
+    """Heads for a target of these sizes. With `own_lm_heads` each has an LM head of its own, as in published files;
+    else all use the target's."""
 
     hidden_size: int
     vocab_size: int
@@ -119,7 +121,7 @@ MEDUSA = Method(
     read_config=read_medusa_config,
     write_config=write_medusa_config,
     complete_config=with_own_lm_heads,
-    tree=TreeConfig(4, 10, 64),  # the published trees also have 64 nodes for 5 heads' 10 best tokens, but fixed ones
+    tree=TreeConfig(4, 10, 64),  # 64 nodes, 10 tokens a head: as in the published code, for 5 heads
     misfits=size_misfits,
     names=NameTable(prefixes={"heads.": ""}),
 )

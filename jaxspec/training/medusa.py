@@ -1,5 +1,5 @@
-"""Recipe of Medusa heads on a frozen target (Medusa-1, arXiv 2401.10774, section 2.2.1), with the distributions of the
-target for labels instead of the tokens of a corpus.
+"""Recipe of Medusa heads on a frozen target ("Medusa-1" of arXiv 2401.10774), with the distributions of the target for
+labels instead of the tokens of a corpus.
 """
 
 import dataclasses
