@@ -56,7 +56,7 @@ class Generator:
       max_length: most tokens of prompt and answer together.
 
     The answer does not depend on drafter, tree or batch (up to floating-point ties). Raises ValueError for a tree that
-    the vocabulary cannot fill and for a `max_length` beyond the target's positions.
+    the vocabulary cannot fill or the drafter cannot draft, and for a `max_length` beyond the target's positions.
     """
 
     def __init__(self, target, drafter=None, tree: TreeConfig | None = None, max_length: int = 4096):
@@ -69,6 +69,8 @@ class Generator:
             tree = TreeConfig.autoregressive()
         else:
             tree = tree or drafter.tree
+            if check_tree := getattr(drafter.model, "check_tree", None):
+                check_tree(tree)
         tree.check_vocabulary(target.config.text.vocab_size)
         self.target, self.drafter, self.tree = target, drafter, tree
         self.max_length = min(max_length, limit)

@@ -3,7 +3,8 @@
 Equality of speculative and autoregressive decoding says little where every draft is rejected. `linked_target` is
 random, but its first layer does most of the work, and `linked_head` builds draft heads around a copy of that layer, so
 they agree with it often; `linked_lm` is a text model that is the target's with noise. `SelfDrafter` is the target
-drafting for itself with noisy logits, so it agrees as often as its noise allows, at every temperature.
+drafting for itself with noisy logits, so it agrees as often as its noise allows, at every temperature. `fitted_medusa`
+heads have learnt a few answers by heart.
 """
 
 import dataclasses
@@ -15,15 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxspec import Drafter, Target, TreeConfig, load_target
+from jaxspec import Drafter, SamplingParams, Target, TreeConfig, load_target
 from jaxspec import cache as caches
 from jaxspec.demo.processor import build_processor
 from jaxspec.drafters.compressor import CompressorConfig
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
+from jaxspec.drafters.lookup import PromptLookup
 from jaxspec.drafters.massv import MassvConfig, MassvDrafter
+from jaxspec.drafters.medusa import MedusaConfig, MedusaHeads
 from jaxspec.drafters.specvlm import SpecVLMConfig, SpecVLMHead
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.kernels.attention import LayerKV
+from jaxspec.prompting import encode_prompt
+from jaxspec.speculation.sampling import BatchSampling, choose, gumbel_noise, warp
 from jaxspec.speculation.tree import grow_tree
 from jaxspec.targets.llava import Llava, LlavaConfig
 from jaxspec.targets.registry import save_model
@@ -113,6 +118,42 @@ def linked_lm(target: Target, multimodal: bool, vocab_size: int, seed: int = 4) 
     return drafter
 
 
+def fitted_medusa(target: Target, heads: int = 3) -> MedusaHeads:
+    """Random Medusa heads whose LM heads are fitted (least squares) to three answers of the target, at temperatures 0,
+    0.7 and 1 and with the seed that tests give to the first of their requests."""
+    text = target.config.text
+    features, logits, first = own_answers(target, "What is a chart for?", (0.0, 0.7, 1.0), seed=11, count=32)
+    drafter = MedusaHeads(MedusaConfig(text.hidden_size, text.vocab_size, heads, own_lm_heads=True), rngs=nnx.Rngs(3))
+    drafter = randomized(drafter, seed=3, scale=0.3)
+    for number, (block, lm_head) in enumerate(drafter.heads, 1):
+        inputs = np.asarray(block(features[:, first:-number])).reshape(-1, text.hidden_size)
+        outputs = np.asarray(logits[:, first + number :]).reshape(-1, text.vocab_size)
+        lm_head.kernel[...] = jnp.asarray(np.linalg.lstsq(inputs, outputs)[0])
+    return drafter
+
+
+def own_answers(target: Target, question: str, temperatures, seed: int, count: int):
+    """Features `[n, S, D]` and logits `[n, S, V]` of a question with `count` tokens of its answer at each temperature,
+    and the position before the first of these. Every token takes a whole pass."""
+    prompt = encode_prompt(target, question, ()).input_ids
+    ids = np.zeros((len(temperatures), len(prompt) + count), np.int32)
+    ids[:, : len(prompt)] = prompt
+    sampling = BatchSampling.from_params([SamplingParams(temperature, seed=seed) for temperature in temperatures])
+
+    @jax.jit
+    def run(model, ids, length):
+        lengths = jnp.full((len(temperatures),), length)
+        features, _ = model.prefill(model.embed(ids), lengths)
+        logits = model.unembed(features)
+        noise = gumbel_noise(sampling.seed, lengths[:, None], logits.shape[-1])
+        return features, logits, choose(warp(logits[:, length - 1][:, None], sampling), noise, sampling)
+
+    for length in range(len(prompt), ids.shape[1]):
+        ids[:, length] = run(target.model, ids, length)[2][:, 0]
+    features, logits, _ = run(target.model, ids, ids.shape[1])
+    return features, logits, len(prompt) - 1
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SelfState:
@@ -183,4 +224,6 @@ DRAFTERS = {
     "massv": lambda target: Drafter(linked_lm(target, True, 643), TREE, "massv", {}),
     "text_lm": lambda target: Drafter(linked_lm(target, False, 633), TreeConfig.chain(4), "massv", {}),
     "self": lambda target: Drafter(SelfDrafter(1.0), TreeConfig(2, 2, 8), "self", {}),
+    "medusa": lambda target: Drafter(fitted_medusa(target), TREE, "medusa", {}),
+    "lookup": lambda target: Drafter(PromptLookup(), TreeConfig.chain(4), "lookup", {}),
 }

@@ -47,7 +47,7 @@ class Bench:
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = ModelOptions()
     tree: Annotated[TreeOptions, tyro.conf.arg(name="")] = TreeOptions()
     drafters: tuple[str, ...] = ("eagle2", "vispec")
-    """Methods of the embedded model, folders or repo ids."""
+    """Methods of the embedded model, lookup, folders or repo ids."""
     temperatures: tuple[float, ...] = (0.0, 1.0)
     num_prompts: int = 20
     """Questions about test scenes."""

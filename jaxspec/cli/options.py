@@ -62,7 +62,7 @@ class ModelOptions:
 
 
 def load_named_drafter(name: str, target: Target) -> Drafter:
-    """A drafter from a folder, the hub, or the package (by method)."""
+    """A drafter from a folder, the hub, or the package (by method); "lookup" needs none of them."""
     if name in EMBEDDED_DRAFTERS and not Path(name).is_dir():
         return load_drafter(demo.drafter_path(name), target)
     return load_drafter(name, target)

@@ -1,9 +1,10 @@
 """Drafter folders in and out, in the layout the authors publish: config.json and `model.safetensors`.
 
 Tensor names of EAGLE and ViSpec: `fc`, `layers.0.*`, `embed_tokens` (a copy of the target's, used here only to see that
-the drafter belongs to the target) and for ViSpec `imadpt.*`, `img_fc`. The folder of a small text model, as published,
-is a drafter as well (massv.py). Folders written here say more about themselves under the key `jaxspec` of config.json,
-which other readers ignore.
+the drafter belongs to the target) and for ViSpec `imadpt.*`, `img_fc`. Of Medusa: `{k}.0.linear` for head k = 0, 1, ..
+and `{k}.1` where it has an LM head of its own. The folder of a small text model, as published, is a drafter as well
+(massv.py). Folders written here say more about themselves under the key `jaxspec` of config.json, which other readers
+ignore.
 """
 
 import json
@@ -29,12 +30,13 @@ TREE_KEYS = {"depth": "depth", "top_k": "top_k", "total_token": "total_tokens"} 
 def load_drafter_folder(folder: Path, target, dtype=jnp.float32) -> tuple[nnx.Module, TreeConfig]:
     """The drafter of a folder and its tree. Raises FileNotFoundError or ValueError, naming what does not fit."""
     raw = read_drafter_config(folder)
-    tensors = read_folder(folder)
+    text, tensors = target.config.text, read_folder(folder)
     method = METHODS[method_of(raw, tensors)]
     try:
-        config = method.read_config(raw)
+        config = method.read_config({"hidden_size": text.hidden_size, "vocab_size": text.vocab_size} | raw)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    config = method.complete_config(config, tensors)
     if problems := method.misfits(config, target.config):
         raise ValueError(f"drafter {folder} was made for another target: {', '.join(problems)}")
     if method.copies_embedding and EMBEDDING in tensors:

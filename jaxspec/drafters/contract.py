@@ -1,14 +1,16 @@
 """What a drafter must offer, and what there is to know of a method of drafting.
 
 All methods of a `DraftModel` are pure; its state is any pytree and belongs to it. Beside the target's embedding and LM
-head (frozen, shared), a drafter sees of the target only what `DrafterContext` holds.
+head (frozen, shared), a drafter sees of the target only what `DrafterContext` holds. One that cannot draft every tree
+also has `check_tree(tree)`, which raises ValueError; a `Generator` asks it before anything is compiled.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from flax import nnx
 
 from jaxspec.checkpoints.names import NameTable
@@ -44,7 +46,8 @@ class Method:
     module: Callable[..., nnx.Module]
     """`module(config, rngs=)` is a fresh `DraftModel`."""
     read_config: Callable[[dict], Any]
-    """The config that a folder's config.json means. Raises ValueError."""
+    """The config that a folder's config.json means; where that names no `hidden_size` or `vocab_size` it is given the
+    target's. Raises ValueError."""
     write_config: Callable[[Any], dict]
     """Its inverse."""
     tree: TreeConfig
@@ -53,5 +56,19 @@ class Method:
     """`misfits(config, target's config)`: every way in which such a drafter cannot serve that target."""
     names: NameTable = NameTable(ignored=(r".*\.rotary_emb\.inv_freq",))
     """Our parameter paths <-> tensor names of its files."""
+    complete_config: Callable[[Any, Mapping[str, np.ndarray]], Any] = lambda config, tensors: config
+    """The config with what the folder's tensors (by published name) tell beyond config.json."""
     copies_embedding: bool = False
     """Its files hold a copy of the target's embedding, which tells what target they belong to."""
+    without_folder: Any = None
+    """The config of a method without parameters, which is loaded by its name alone."""
+
+
+def size_misfits(ours, theirs) -> list[str]:
+    """Sizes that the config of a drafter on the target's features and tokens does not share with the target's."""
+    theirs = theirs.text
+    return [
+        f"{name} {getattr(ours, name)} (target: {getattr(theirs, name)})"
+        for name in ("hidden_size", "vocab_size")
+        if getattr(ours, name) != getattr(theirs, name)
+    ]

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.checkpoints.tensors import read_folder
 from jaxspec.drafters.checkpoint import load_drafter_folder, read_drafter_config
-from jaxspec.drafters.registry import method_of
+from jaxspec.drafters.registry import METHODS, method_of
 from jaxspec.speculation.tree import TreeConfig
 
 
@@ -25,10 +25,15 @@ class Drafter:
 
 
 def load_drafter(path_or_repo_id: str | Path, target) -> Drafter:
-    """A drafter for a loaded target, from a folder or from the hub; parameters in the target's dtype.
+    """A drafter for a loaded target, from a folder or from the hub; parameters in the target's dtype. A method without
+    parameters ("lookup") is loaded by its name, unless a folder has that name.
 
     Raises FileNotFoundError, or ValueError where it was made for another target or its tensors do not fit.
     """
+    method = METHODS.get(str(path_or_repo_id))
+    if method and method.without_folder is not None and not Path(path_or_repo_id).is_dir():
+        model = method.module(method.without_folder, rngs=nnx.Rngs(0))
+        return Drafter(model, method.tree, str(path_or_repo_id), {})
     folder = resolve_folder(path_or_repo_id)
     raw = read_drafter_config(folder)
     about = raw.get("jaxspec", {})

@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxspec import cache as caches
 from jaxspec.checkpoints.configs import llama_text_config, published_rope, published_text_fields
-from jaxspec.drafters.contract import Method
+from jaxspec.drafters.contract import Method, size_misfits
 from jaxspec.kernels.attention import LayerKV, Segment
 from jaxspec.layers import DecoderLayer, TextConfig, causal_mask, linear, rope_tables
 from jaxspec.speculation.loop import DrafterContext
@@ -211,15 +211,11 @@ def write_eagle_config(config: EagleConfig) -> dict:
 
 def eagle_misfits(config: EagleConfig, target_config) -> list[str]:
     """The head shares the target's embedding and LM head."""
-    ours, theirs = config.text, target_config.text
-    too_deep = [layer for layer in config.tap_layers if not 0 <= layer <= theirs.num_layers]
-    return [
-        *(f"tap layer {layer} (the target has {theirs.num_layers})" for layer in too_deep),
-    ] + [
-        f"{name} {getattr(ours, name)} (target: {getattr(theirs, name)})"
-        for name in ("hidden_size", "vocab_size")
-        if getattr(ours, name) != getattr(theirs, name)
-    ]
+    layers = target_config.text.num_layers
+    too_deep = [layer for layer in config.tap_layers if not 0 <= layer <= layers]
+    return [f"tap layer {layer} (the target has {layers})" for layer in too_deep] + size_misfits(
+        config.text, target_config
+    )
 
 
 EAGLE2 = Method(

@@ -4,7 +4,9 @@ from collections.abc import Container
 
 from jaxspec.drafters.contract import Method
 from jaxspec.drafters.eagle import EAGLE2, EAGLEVLM
+from jaxspec.drafters.lookup import LOOKUP
 from jaxspec.drafters.massv import MASSV
+from jaxspec.drafters.medusa import MEDUSA
 from jaxspec.drafters.specvlm import SPECVLM
 from jaxspec.drafters.vispec import VISPEC
 
@@ -14,6 +16,8 @@ METHODS: dict[str, Method] = {
     "eaglevlm": EAGLEVLM,
     "specvlm": SPECVLM,
     "massv": MASSV,
+    "medusa": MEDUSA,
+    "lookup": LOOKUP,
 }
 
 WHOLE_MODEL = "model.embed_tokens.weight"
@@ -23,12 +27,14 @@ WHOLE_MODEL = "model.embed_tokens.weight"
 def method_of(raw: dict, tensors: Container[str]) -> str:
     """The name of the method whose config.json this is, beside the names of its tensors.
 
-    Where we wrote it: `jaxspec.method`. Else ViSpec's files are known by their `num_q`. A language model of its own is
-    known by its tensors: published heads are called `llama` in config.json, too. Raises ValueError for a method that is
-    not known.
+    Where we wrote it: `jaxspec.method`. Else ViSpec's files are known by their `num_q`, Medusa's by their
+    `medusa_num_heads`. A language model of its own is known by its tensors: published heads are called `llama` in
+    config.json, too. Raises ValueError for a method that is not known.
     """
     if method := raw.get("jaxspec", {}).get("method"):
         name = method
+    elif "medusa_num_heads" in raw:
+        name = "medusa"
     elif raw.get("num_q"):
         name = "vispec"
     else:

@@ -132,7 +132,8 @@ def grow_tree(
       first_logits: `[B, V]`, the drafter's logits after the root.
       noise: f32 `[B, max_depth + 1, V]`, entry d for the tokens at depth d + 1.
       expand: `(carry, tokens [B, k], parent [B, k], level) -> (carry, logits [B, k, V])` runs the drafter on the
-        frontier of depth `level + 1`; `parent` is each node's place in the frontier before (zeros at level 0).
+        frontier of depth `level + 1`; `parent` is each node's place in the frontier before (zeros at level 0). Logits
+        `[B, 1, V]` hold for all nodes of the frontier.
       carry: whatever `expand` hands from level to level.
     """
     if config.total_tokens == 1:
@@ -146,10 +147,10 @@ def grow_tree(
     all_tokens, all_scores, all_parents = [frontier], [frontier_scores], [parent]
     for level in range(levels - 1):
         carry, logits = expand(carry, frontier, parent, level)
-        scores = draft_scores(config, logits, noise[:, level + 1 : level + 2], sampling)  # [B, k, V]
-        child_scores, child_tokens = jax.lax.top_k(scores, k)  # [B, k, k]
+        scores = draft_scores(config, logits, noise[:, level + 1 : level + 2], sampling)  # [B, k or 1, V]
+        child_scores, child_tokens = jax.lax.top_k(scores, k)  # [B, k or 1, k]
         child_scores = (child_scores + frontier_scores[..., None]).reshape(batch, k * k)
-        child_tokens = child_tokens.reshape(batch, k * k).astype(jnp.int32)
+        child_tokens = jnp.broadcast_to(child_tokens, (batch, k, k)).reshape(batch, k * k).astype(jnp.int32)
         all_tokens.append(child_tokens)
         all_scores.append(child_scores)
         all_parents.append(jnp.repeat(ids, k, axis=1))

@@ -6,6 +6,7 @@ from jaxspec.training.eagle import EagleRecipe
 from jaxspec.training.language_model import SmallLanguageModelRecipe, language_model_task
 from jaxspec.training.loop import Stopped, train
 from jaxspec.training.massv import MassvRecipe
+from jaxspec.training.medusa import MedusaRecipe
 from jaxspec.training.recipe import Recipe, Task
 from jaxspec.training.specvlm import SpecVLMRecipe
 from jaxspec.training.target import TargetRecipe, target_task
@@ -15,6 +16,7 @@ __all__ = [
     "AnswersRecipe",
     "EagleRecipe",
     "MassvRecipe",
+    "MedusaRecipe",
     "Recipe",
     "SmallLanguageModelRecipe",
     "SpecVLMRecipe",

@@ -276,7 +276,7 @@ def test_drafter_tensors(drafter_folder, target):
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
-        ({"jaxspec": {"method": "medusa"}}, ["'medusa'", "eagle2, vispec"]),
+        ({"jaxspec": {"method": "hydra"}}, ["'hydra'", "eagle2, vispec"]),
         ({"num_hidden_layers": 2}, ["1 layer", "2"]),
         ({"hidden_act": "gelu"}, ["'gelu'", "silu"]),
     ],

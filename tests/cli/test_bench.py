@@ -65,6 +65,14 @@ def test_markdown_and_plot(output):
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_prompt_lookup_needs_no_folder(models, tmp_path):
+    few = ["--num-prompts", "1", "--score-prompts", "0", "--runs", "1", "--max-new-tokens", "12", "--temperatures", "0"]
+    where = ["--target", str(models[0]), "--output", str(tmp_path), "--compilation-cache", ""]
+    assert main(["bench", *where, *few, "--drafters", "lookup"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(entry["arm"], entry["identical"]) for entry in results["speed"]] == [("autoregressive", 1), ("lookup", 1)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

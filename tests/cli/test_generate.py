@@ -41,6 +41,11 @@ def test_answer_table_and_warning(models, expected, capsys):
     assert "warning: mean_acceptance_length is" in out  # the head is random, its record is not
 
 
+def test_prompt_lookup_needs_no_folder(models, expected, capsys):
+    assert run(models, "--drafter", "lookup") == 0
+    assert re.search(rf"speculative\D+{len(expected.tokens)} .* yes ", capsys.readouterr().out)
+
+
 def test_without_a_drafter_it_says_so(models, capsys):
     target = str(models[0])
     arguments = ["--no-stream", "--max-new-tokens", "4", "--compilation-cache", ""]
@@ -59,6 +64,7 @@ def test_without_a_drafter_it_says_so(models, capsys):
         (["--drafter", "/nowhere/drafter"], "no folder /nowhere/drafter"),
         (["--speculative-num-draft-tokens", "1000"], "total_tokens must lie in"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+        (["--drafter", "lookup", "--tree-top-k", "2"], "prompt lookup drafts a chain"),
     ],
 )
 def test_bad_input_is_one_sentence(models, capsys, arguments, sentence):

@@ -60,6 +60,7 @@ def test_speculative_equals_autoregressive(answers, name, setting, batch):
         ("massv", 1.5),
         ("text_lm", 1.2),
         ("self", 2.0),
+        ("medusa", 1.05),
     ],
 )
 def test_drafts_are_accepted_at_every_temperature(answers, name, least):
