@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from jaxspec import Generator, SamplingParams
-from tests.drafting import DRAFTERS
+from jaxspec import Drafter, Generator, SamplingParams
+from tests.drafting import DRAFTERS, random_head
 
 SAMPLINGS = itertools.cycle(
     [
@@ -46,3 +46,17 @@ def test_slices_share_the_program(generators):
         list(generator.stream("~" * 20, (), SamplingParams(), 8, raw=True, rounds_per_piece=rounds))
         counts.append(generator.compilations)
     assert counts == counts[:1] * 4
+
+
+def test_other_parameters_in_the_drafter_share_the_programs(target):
+    generator = Generator(target, DRAFTERS["vispec"](target), max_length=512)
+    question, limit = ("How many shapes are there?", ()), {"max_new_tokens": 12}
+    before = generator.generate(*question, **limit)
+    other = Drafter(random_head(target, "vispec"), generator.tree, "vispec", {})
+    shared, fresh = generator.with_drafter(other), Generator(target, other, max_length=512)
+    result, expected = shared.generate(*question, **limit), fresh.generate(*question, **limit)
+    assert generator.compilations == shared.compilations == 2
+    assert result.stats.emitted == expected.stats.emitted != before.stats.emitted
+    assert generator.generate(*question, **limit).stats.emitted == before.stats.emitted
+    with pytest.raises(ValueError, match="needs a drafter of the same method and config, got a eagle2 one"):
+        generator.with_drafter(Drafter(random_head(target, "eagle2"), generator.tree, "eagle2", {}))
