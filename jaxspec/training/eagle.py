@@ -5,17 +5,15 @@ by one, as it will when drafting (ViSpec 3.4).
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspec.drafters.checkpoint import load_drafter_folder
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
 from jaxspec.drafters.registry import METHODS
 from jaxspec.drafters.vispec import ViSpecConfig
-from jaxspec.training.drafter import DrafterRecipe, Teacher
+from jaxspec.training.drafter import DrafterRecipe, Teacher, start_from
 from jaxspec.training.losses import masked_mean, probability_l1, ranking, smooth_l1, soft_cross_entropy
 
 
@@ -33,6 +31,10 @@ class EagleRecipe(DrafterRecipe):
     probability_l1_weight: float = 10.0
     ranking_weight: float = 0.1
 
+    @property
+    def needs_images(self) -> bool:
+        return self.method == "vispec"
+
     def new_drafter(self, target) -> EagleHead:
         """A head of the target's shape, or that of `init_from` with what it lacks."""
         text = dataclasses.replace(target.config.text, num_layers=1, tie_word_embeddings=False)
@@ -40,8 +42,7 @@ class EagleRecipe(DrafterRecipe):
         config = ViSpecConfig(**common, num_q=self.num_q) if self.method == "vispec" else EagleConfig(**common)
         head = METHODS[self.method].module(config, rngs=nnx.Rngs(self.seed))
         if self.init_from is not None:
-            trained, _ = load_drafter_folder(Path(self.init_from), target.model)
-            nnx.update(head, nnx.state(trained))
+            start_from(head, self.init_from, target)
         return head
 
     def loss(self, head: EagleHead, target, teacher: Teacher, key) -> tuple[jax.Array, dict[str, jax.Array]]:
