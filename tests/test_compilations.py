@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from jaxspec import Drafter, Generator, SamplingParams
-from tests.drafting import DRAFTERS, random_head
+from jaxspec import Generator, SamplingParams
+from tests.drafting import DRAFTERS
 
 SAMPLINGS = itertools.cycle(
     [
@@ -48,15 +48,14 @@ def test_slices_share_the_program(generators):
     assert counts == counts[:1] * 4
 
 
-def test_other_parameters_in_the_drafter_share_the_programs(target):
-    generator = Generator(target, DRAFTERS["vispec"](target), max_length=512)
+def test_other_parameters_in_the_drafter_share_the_programs(target, generators):
     question, limit = ("How many shapes are there?", ()), {"max_new_tokens": 12}
-    before = generator.generate(*question, **limit)
-    other = Drafter(random_head(target, "vispec"), generator.tree, "vispec", {})
-    shared, fresh = generator.with_drafter(other), Generator(target, other, max_length=512)
-    result, expected = shared.generate(*question, **limit), fresh.generate(*question, **limit)
-    assert generator.compilations == shared.compilations == 2
-    assert result.stats.emitted == expected.stats.emitted != before.stats.emitted
-    assert generator.generate(*question, **limit).stats.emitted == before.stats.emitted
-    with pytest.raises(ValueError, match="needs a drafter of the same method and config, got a eagle2 one"):
-        generator.with_drafter(Drafter(random_head(target, "eagle2"), generator.tree, "eagle2", {}))
+    generator, fresh = generators("eagle2"), generators("random")
+    before, expected = (each.generate(*question, **limit).stats.emitted for each in (generator, fresh))
+    compiled = generator.compilations
+    shared = generator.with_drafter(DRAFTERS["random"](target))
+    assert shared.generate(*question, **limit).stats.emitted == expected != before
+    assert generator.generate(*question, **limit).stats.emitted == before
+    assert shared.compilations == generator.compilations == compiled
+    with pytest.raises(ValueError, match="needs a drafter of the same method and config, got a vispec one"):
+        generator.with_drafter(DRAFTERS["vispec"](target))

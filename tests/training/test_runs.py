@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import jaxspec
+from jaxspec.cli import main
 from jaxspec.data.answers import AnswerSource
 from jaxspec.data.scenes import load_scenes
 from jaxspec.targets.llava import Llava, LlavaConfig
@@ -122,6 +123,12 @@ def test_the_recorded_acceptance_is_what_decoding_earns(runs):
     assert told == [(3, 0.0), (3, 1.0), (5, 0.0), (5, 1.0)]
     steps = [line for line in lines if line["split"] == "train"]
     assert all(line["tokens_per_second"] > 0 for line in steps[1:])
+
+
+def test_a_run_exports_by_command_what_it_exported_itself(runs, tmp_path):
+    assert main(["export", str(runs / "vispec"), str(tmp_path / "vispec")]) == 0
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "vispec" / name).read_bytes() == (runs / "vispec/export" / name).read_bytes()
 
 
 def test_a_drafter_to_start_from_must_fit_the_recipe(runs):
