@@ -36,7 +36,7 @@ def main() -> None:
         run(recipe)
     except Stopped as stopped:
         print(stopped)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -3,6 +3,7 @@
 Shapes are bucketed, so a service compiles a handful of programs: one per (batch, prompt bucket, cache bucket, images).
 """
 
+import copy
 import dataclasses
 import numbers
 import time
@@ -74,12 +75,12 @@ class Generator:
         tree.check_vocabulary(target.config.text.vocab_size)
         self.target, self.drafter, self.tree = target, drafter, tree
         self.max_length = min(max_length, limit)
-        self.compilations = 0
         graph, self._params = nnx.split((target.model, drafter.model if drafter else None))
+        self._graph, self._traced = graph, []
 
         def counted(function):
             def traced(params, *args, **kwargs):
-                self.compilations += 1  # runs when jit traces, that is once per compiled program
+                self._traced.append(function)  # runs when jit traces, that is once per compiled program
                 model, head = nnx.merge(graph, params)
                 return function(model, head, tree, *args, **kwargs)
 
@@ -87,6 +88,21 @@ class Generator:
 
         self._prefill = jax.jit(counted(loop.prefill), static_argnames=("capacity", "max_new"))
         self._decode = jax.jit(counted(loop.decode), donate_argnums=1)
+
+    @property
+    def compilations(self) -> int:
+        """Programs compiled so far, by this generator and all that share its programs."""
+        return len(self._traced)
+
+    def with_drafter(self, drafter) -> "Generator":
+        """This generator with other parameters in its drafter: compiled programs and tree are shared, so that a drafter
+        can be measured again and again while it trains. Raises ValueError for a drafter of another structure."""
+        graph, params = nnx.split((self.target.model, drafter.model))
+        if graph != self._graph:
+            raise ValueError(f"with_drafter needs a drafter of the same method and config, got a {drafter.method} one")
+        other = copy.copy(self)
+        other.drafter, other._params = drafter, params
+        return other
 
     def generate(
         self,

@@ -5,12 +5,12 @@ import logging
 
 
 @contextlib.contextmanager
-def quiet(library: str):
-    """Only errors from the logger of that name, such as "transformers", within the block."""
+def quiet(library: str, level: int = logging.ERROR):
+    """Only errors from the logger of that name, such as "transformers", within the block; with `level`, only worse."""
     logger = logging.getLogger(library)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    before = logger.level
+    logger.setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)

@@ -46,3 +46,16 @@ def test_slices_share_the_program(generators):
         list(generator.stream("~" * 20, (), SamplingParams(), 8, raw=True, rounds_per_piece=rounds))
         counts.append(generator.compilations)
     assert counts == counts[:1] * 4
+
+
+def test_other_parameters_in_the_drafter_share_the_programs(target, generators):
+    question, limit = ("How many shapes are there?", ()), {"max_new_tokens": 12}
+    generator, fresh = generators("eagle2"), generators("random")
+    before, expected = (each.generate(*question, **limit).stats.emitted for each in (generator, fresh))
+    compiled = generator.compilations
+    shared = generator.with_drafter(DRAFTERS["random"](target))
+    assert shared.generate(*question, **limit).stats.emitted == expected != before
+    assert generator.generate(*question, **limit).stats.emitted == before
+    assert shared.compilations == generator.compilations == compiled
+    with pytest.raises(ValueError, match="needs a drafter of the same method and config, got a vispec one"):
+        generator.with_drafter(DRAFTERS["vispec"](target))

@@ -11,10 +11,15 @@ from typing import Annotated
 import tyro
 
 from jaxspec.cli.bench import Bench
+from jaxspec.cli.export import Export
 from jaxspec.cli.generate import Generate
 from jaxspec.cli.output import make_console
 
-Command = Annotated[Generate, tyro.conf.subcommand("generate")] | Annotated[Bench, tyro.conf.subcommand("bench")]
+Command = (
+    Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

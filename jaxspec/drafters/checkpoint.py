@@ -14,10 +14,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from jaxspec.checkpoints.names import abstract, fill, to_tensors
-from jaxspec.checkpoints.tensors import read_folder, read_json
+from jaxspec.checkpoints.names import abstract, fill, match, to_tensors
+from jaxspec.checkpoints.tensors import SINGLE, read_folder, read_json
 from jaxspec.drafters.contract import Method
 from jaxspec.drafters.registry import METHODS, method_of
 from jaxspec.speculation.tree import TreeConfig
@@ -28,28 +29,44 @@ TREE_KEYS = {"depth": "depth", "top_k": "top_k", "total_token": "total_tokens"} 
 
 
 def load_drafter_folder(folder: Path, target, dtype=jnp.float32) -> tuple[nnx.Module, TreeConfig]:
-    """The drafter of a folder and its tree. Raises FileNotFoundError or ValueError, naming what does not fit."""
-    raw = read_drafter_config(folder)
-    text, tensors = target.config.text, read_folder(folder)
-    method = METHODS[method_of(raw, tensors)]
+    """The drafter of a folder and its tree. Raises FileNotFoundError or ValueError, naming what does not fit.
+
+    Without a target (None) only the folder itself is checked.
+    """
+    raw, tensors, name = read_drafter_folder(folder)
+    method = METHODS[name]
+    text = None if target is None else target.config.text
+    sizes = {} if text is None else {"hidden_size": text.hidden_size, "vocab_size": text.vocab_size}
     try:
-        config = method.read_config({"hidden_size": text.hidden_size, "vocab_size": text.vocab_size} | raw)
+        config = method.read_config(sizes | raw)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     config = method.complete_config(config, tensors)
-    if problems := method.misfits(config, target.config):
+    if target is not None and (problems := method.misfits(config, target.config)):
         raise ValueError(f"drafter {folder} was made for another target: {', '.join(problems)}")
-    if method.copies_embedding and EMBEDDING in tensors:
-        check_embedding(tensors.pop(EMBEDDING), target, folder)
+    embedding = tensors.pop(EMBEDDING, None) if method.copies_embedding else None
+    if target is not None and embedding is not None:
+        check_embedding(embedding, target, folder)
     config, tensors = settle_tying(config, tensors, method.names)
     drafter = abstract(lambda rngs: method.module(config, rngs=rngs))
     return fill(drafter, tensors, method.names, str(folder), dtype), tree_of(raw, method)
 
 
 def save_drafter_folder(
-    drafter: nnx.Module, name: str, tree: TreeConfig, target, folder: Path, dtype, about: dict | None = None
+    drafter: nnx.Module,
+    name: str,
+    tree: TreeConfig,
+    target,
+    folder: Path,
+    dtype,
+    about: dict | None = None,
+    embedding: np.ndarray | None = None,
 ) -> None:
-    """Write a drafter of the method `name`; `about` goes under `jaxspec` of config.json. Replaces `folder`."""
+    """Write a drafter of the method `name`; `about` goes under `jaxspec` of config.json. Replaces `folder`.
+
+    `embedding` is written where the method's files hold a copy of the target's: that of `target`, unless given. Raises
+    OSError where the files cannot be written; `folder` is then as it was.
+    """
     method = METHODS[name]
     config = method.write_config(drafter.config) | {
         "dtype": jnp.dtype(dtype).name,
@@ -58,21 +75,42 @@ def save_drafter_folder(
     }
     tensors = to_tensors(drafter, method.names, dtype)
     if method.copies_embedding:
-        tensors[EMBEDDING] = np.asarray(target.language_model.embed_tokens.embedding[...]).astype(dtype)
+        embedding = target.language_model.embed_tokens.embedding[...] if embedding is None else embedding
+        tensors[EMBEDDING] = np.asarray(embedding).astype(dtype)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    try:
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, temporary / SINGLE, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # half a drafter would only fill the disk
+        raise error if isinstance(error, OSError) else OSError(f"{folder / SINGLE}: {error}") from error
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 
-def read_drafter_config(folder: Path) -> dict:
+def is_drafter_folder(folder: Path) -> bool:
+    """Whether a folder holds a complete drafter of a known method; no values are read."""
+    try:
+        raw, tensors, name = read_drafter_folder(folder)
+        method = METHODS[name]
+        config = method.complete_config(method.read_config(raw), tensors)
+        if method.copies_embedding:
+            tensors.pop(EMBEDDING, None)
+        match(abstract(lambda rngs: method.module(config, rngs=rngs)), tensors, method.names, str(folder))
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def read_drafter_folder(folder: Path) -> tuple[dict, dict[str, np.ndarray], str]:
+    """config.json, the tensors (no values are read yet) and the name of the method."""
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"no config.json in {folder}: not a drafter folder")
-    return read_json(path)
+    raw, tensors = read_json(path), read_folder(folder)
+    return raw, tensors, method_of(raw, tensors)
 
 
 def tree_of(raw: dict, method: Method) -> TreeConfig:

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxspec.checkpoints.hub import resolve_folder
-from jaxspec.checkpoints.tensors import read_folder
-from jaxspec.drafters.checkpoint import load_drafter_folder, read_drafter_config
-from jaxspec.drafters.registry import METHODS, method_of
+from jaxspec.drafters.checkpoint import load_drafter_folder, read_drafter_folder
+from jaxspec.drafters.registry import METHODS
 from jaxspec.speculation.tree import TreeConfig
 
 
@@ -35,11 +34,11 @@ def load_drafter(path_or_repo_id: str | Path, target) -> Drafter:
         model = method.module(method.without_folder, rngs=nnx.Rngs(0))
         return Drafter(model, method.tree, str(path_or_repo_id), {})
     folder = resolve_folder(path_or_repo_id)
-    raw = read_drafter_config(folder)
+    raw, _, name = read_drafter_folder(folder)
     about = raw.get("jaxspec", {})
     recorded = about.get("target_fingerprint")
     if recorded is not None and recorded != target.fingerprint():
         raise ValueError(f"drafter {folder} was trained for the target {recorded}, not for {target.fingerprint()}")
     dtype = target.model.language_model.embed_tokens.embedding.dtype
     model, tree = load_drafter_folder(folder, target.model, jnp.dtype(dtype))
-    return Drafter(model, tree, method_of(raw, read_folder(folder)), about)
+    return Drafter(model, tree, name, about)

@@ -5,22 +5,27 @@ stored), a method's recipe turns what it said into a loss.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import jaxspec
+from jaxspec.checkpoints.names import parameter_paths
 from jaxspec.data.answers import AnswerEncoder, AnswerSource
 from jaxspec.data.pipeline import Pipeline
 from jaxspec.data.scenes import load_scenes
-from jaxspec.drafters.checkpoint import save_drafter_folder
+from jaxspec.drafters.checkpoint import load_drafter_folder, save_drafter_folder
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.metrics import Acceptance, pooled
 from jaxspec.speculation.loop import DrafterContext, context_of, read_prompts, taps_of
 from jaxspec.speculation.tree import TreeConfig
+from jaxspec.training.acceptance import Measurement
 from jaxspec.training.recipe import Recipe, Task
+
+IMAGE_SAMPLE = 64
+"""Records that are looked at for an image."""
 
 
 class Teacher(NamedTuple):
@@ -48,8 +53,33 @@ class DrafterRecipe(Recipe):
     total_tokens: int = 8
     """The tree that the exported folder recommends."""
     acceptance_prompts: int = 16
-    """Held-out questions that the trained drafter drafts for at temperature 0; its folder says what it accepted."""
+    """Held-out questions that the drafter drafts for at temperature 0; its folder says what it accepted. 0 is none."""
+    acceptance_every: int = 0
+    """Steps between these measurements, a multiple of `eval_every`; 0 is only after the last step."""
+    acceptance_at_temperature_1: bool = False
+    """Measure at temperature 1, too."""
+    export_checkpoint: Literal["best", "last"] = "best"
+    """Export the parameters with the highest mean acceptance length, or the last ones."""
     save_dtype: str = "float16"
+
+    changeable: ClassVar[tuple[str, ...]] = (
+        *Recipe.changeable,
+        *("acceptance_every", "export_checkpoint", "save_dtype"),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.acceptance_every < 0 or self.acceptance_every % self.eval_every:
+            raise ValueError(
+                f"acceptance_every must be a multiple of eval_every ({self.eval_every}), got {self.acceptance_every}"
+            )
+        if self.acceptance_every and not self.acceptance_prompts:
+            raise ValueError(f"acceptance_every is {self.acceptance_every}, but acceptance_prompts is 0")
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether the method learns nothing from text alone."""
+        return False
 
     @property
     def tree(self) -> TreeConfig:
@@ -69,10 +99,13 @@ class DrafterRecipe(Recipe):
 
 
 def drafter_task(recipe: DrafterRecipe) -> Task:
-    """Self-distilled answers, the frozen target, and a fresh or continued drafter."""
+    """Self-distilled answers, the frozen target, and a fresh or continued drafter.
+
+    Raises ValueError, before anything is compiled, for what does not fit together.
+    """
     target = jaxspec.load_target(recipe.target)
-    learns = lambda path, _: recipe.trains(path)  # noqa: E731
-    graph, params, rest = nnx.split(recipe.new_drafter(target), learns, ...)
+    recipe.tree.check_vocabulary(target.config.text.vocab_size)
+    graph, params, rest = split_drafter(recipe, target)
     target_graph, target_params = nnx.split(target.model)
     pictures = load_scenes(recipe.dataset_dir, "train", train_size=recipe.dataset_size)
     answers = AnswerSource(Path(recipe.answers_dir), pictures)
@@ -90,8 +123,10 @@ def drafter_task(recipe: DrafterRecipe) -> Task:
         )
 
     held_out = min(recipe.validation_records, len(answers) // 2)
+    check_records(recipe, target, answers, held_out)
     training = pipeline(Span(answers, held_out, len(answers)), True)
-    validation = pipeline(Span(answers, 0, held_out), False)
+    validation = pipeline(Span(answers, 0, held_out), False) if held_out else []
+    validation_batches = min(recipe.eval_batches, -(-held_out // recipe.batch_size))  # the last one may go round
 
     def loss(params, constants, batch, key):
         rest, target_params = constants
@@ -99,37 +134,79 @@ def drafter_task(recipe: DrafterRecipe) -> Task:
         drafter = nnx.merge(graph, params, rest)
         return recipe.loss(drafter, model, teach(model, batch, key, taps_of(drafter)), key)
 
-    about = {
-        "recipe": recipe.name,
-        "steps": recipe.steps,
-        "seed": recipe.seed,
-        "target_fingerprint": target.fingerprint(),
-    }
+    def drafter(params) -> Drafter:
+        return Drafter(nnx.merge(graph, params, rest), recipe.tree, recipe.method, {})
 
-    def export(params, folder: Path) -> None:
-        trained, recorded = nnx.merge(graph, params, rest), {}
-        records = [answers[index] for index in range(min(recipe.acceptance_prompts, held_out))]
-        if records:
-            drafter = Drafter(trained, recipe.tree, recipe.method, {})
-            accepted = measured_acceptance(target, drafter, records, pictures)
-            length, positions = accepted.mean_acceptance_length, accepted.acceptance_at_position
-            recorded = {"mean_acceptance_length": length, "acceptance_at_position": positions}
-            shares = " ".join(f"{share:.2f}" for share in positions)
-            print(f"{recipe.name}: mean acceptance length {length:.2f}, accepted at each position: {shares}")
-        save_drafter_folder(
-            trained, recipe.method, recipe.tree, target.model, folder, recipe.save_dtype, about | recorded
-        )
+    records = [answers[index] for index in range(min(recipe.acceptance_prompts, held_out))]
+    generator = jaxspec.Generator(target, drafter(params))
+    temperatures = (0.0, 1.0) if recipe.acceptance_at_temperature_1 else (0.0,)
+
+    def measure(params) -> dict[float, Acceptance]:
+        now = generator.with_drafter(drafter(params))
+        return {t: measured_acceptance(now, records, pictures, t) for t in temperatures}
+
+    def export(params, folder: Path, about: dict) -> None:
+        model, about = drafter(params).model, about_run(recipe, target) | about
+        save_drafter_folder(model, recipe.method, recipe.tree, target.model, folder, recipe.save_dtype, about)
 
     return Task(
         params=params,
         constants=(rest, target_params),
         loss=loss,
         batches=training.batches,
-        validation=lambda: (
-            validation[index] for index in range(min(recipe.eval_batches, held_out // recipe.batch_size))
-        ),
+        validation=lambda: (validation[index] for index in range(validation_batches)),
         export=export,
+        acceptance=Measurement(measure, recipe.acceptance_every, recipe.export_checkpoint) if records else None,
     )
+
+
+def split_drafter(recipe: DrafterRecipe, target: jaxspec.Target):
+    """What training starts from: structure, parameters that learn, parameters that stay."""
+    return nnx.split(recipe.new_drafter(target), lambda path, _: recipe.trains(path), ...)
+
+
+def about_run(recipe: DrafterRecipe, target: jaxspec.Target) -> dict:
+    """Where a drafter comes from, for its folder."""
+    return {
+        "recipe": recipe.name,
+        "steps": recipe.steps,
+        "seed": recipe.seed,
+        "target_fingerprint": target.fingerprint(),
+    }
+
+
+def check_records(recipe: DrafterRecipe, target: jaxspec.Target, answers: AnswerSource, held_out: int) -> None:
+    """Raises ValueError where a batch cannot be filled, or images are needed that are not there."""
+    if len(answers) - held_out < recipe.batch_size:
+        raise ValueError(
+            f"{recipe.answers_dir} holds {len(answers)} answers, {held_out} of them held out: "
+            f"the others do not fill a batch of {recipe.batch_size}"
+        )
+    if not recipe.needs_images:
+        return
+    if not target.config.image_token_ids:
+        raise ValueError(f"method {recipe.method} learns from images, but the target {recipe.target} reads none")
+    looked_at = range(min(len(answers), IMAGE_SAMPLE))
+    if not any(len(answers[index]["images"]) for index in looked_at):
+        raise ValueError(
+            f"method {recipe.method} learns from images, but none of the first {len(looked_at)} answers in "
+            f"{recipe.answers_dir} has one"
+        )
+
+
+def start_from(drafter: nnx.Module, folder: str, target: jaxspec.Target) -> None:
+    """Give `drafter` the parameters of the trained one in `folder`; those that it lacks stay. Raises ValueError,
+    listing the parameters that do not fit."""
+    trained, _ = load_drafter_folder(Path(folder), target.model)
+    ours = parameter_paths(drafter)
+    problems = [
+        f"{path} {leaf.shape} (here {ours[path].shape if path in ours else 'there is none'})"
+        for path, leaf in parameter_paths(trained).items()
+        if path not in ours or ours[path].shape != leaf.shape
+    ]
+    if problems:
+        raise ValueError(f"init_from {folder} does not fit the recipe: {', '.join(problems)}")
+    nnx.update(drafter, nnx.state(trained))
 
 
 def teach(target, batch, key, tap_layers: tuple[int, ...] = ()) -> Teacher:
@@ -150,13 +227,16 @@ def teach(target, batch, key, tap_layers: tuple[int, ...] = ()) -> Teacher:
     return Teacher(context, answer)
 
 
-def measured_acceptance(target, drafter: Drafter, records: Sequence[dict], pictures: Sequence[dict]) -> Acceptance:
-    """What the drafter's greedy drafts earn on the questions of `records`, over all rounds of all of them."""
-    generator = jaxspec.Generator(target, drafter)
+def measured_acceptance(
+    generator: jaxspec.Generator, records: Sequence[dict], pictures: Sequence[dict], temperature: float = 0.0
+) -> Acceptance:
+    """What the drafter's drafts earn on the questions of `records`, over all rounds of all of them; a record's place is
+    its seed."""
     scenes = [pictures[int(record["picture"])] for record in records]
     questions = [scene["conversations"][0]["value"].removeprefix("<image>\n") for scene in scenes]
+    sampling = [jaxspec.SamplingParams(temperature=temperature, seed=seed) for seed in range(len(records))]
     limit = max(len(record["answer_ids"]) for record in records)
-    results = generator.generate_batch(questions, [scene["images"] for scene in scenes], max_new_tokens=limit)
+    results = generator.generate_batch(questions, [scene["images"] for scene in scenes], sampling, limit)
     return pooled([result.stats for result in results])
 
 

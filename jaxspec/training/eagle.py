@@ -5,19 +5,17 @@ by one, as it will when drafting (ViSpec 3.4).
 """
 
 import dataclasses
-from pathlib import Path
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspec.drafters.checkpoint import load_drafter_folder
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
 from jaxspec.drafters.registry import METHODS
 from jaxspec.drafters.vispec import ViSpecConfig
 from jaxspec.layers import TextConfig
-from jaxspec.training.drafter import DrafterRecipe, Teacher
+from jaxspec.training.drafter import DrafterRecipe, Teacher, start_from
 from jaxspec.training.losses import (
     expected_share,
     masked_mean,
@@ -64,13 +62,16 @@ class EagleRecipe(DrafterRecipe):
             return ViSpecConfig(**common, num_q=self.num_q, global_feature=self.global_feature)
         return EagleConfig(**common, input_norm=self.method == "eaglevlm")
 
+    @property
+    def needs_images(self) -> bool:
+        return self.method == "vispec"
+
     def new_drafter(self, target) -> EagleHead:
         """A head of the target's shape, or that of `init_from` with what it lacks."""
         config = self.head_config(dataclasses.replace(target.config.text, num_layers=1, tie_word_embeddings=False))
         head = METHODS[self.method].module(config, rngs=nnx.Rngs(self.seed))
         if self.init_from is not None:
-            trained, _ = load_drafter_folder(Path(self.init_from), target.model)
-            nnx.update(head, nnx.state(trained))
+            start_from(head, self.init_from, target)
         return head
 
     def loss(self, head: EagleHead, target, teacher: Teacher, key) -> tuple[jax.Array, dict[str, jax.Array]]:

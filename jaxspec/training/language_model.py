@@ -85,7 +85,7 @@ def language_model_task(recipe: SmallLanguageModelRecipe) -> Task:
         features, *_ = read_prompts(model, batch["prompts"])
         return next_token_loss(model.unembed(features[:, :-1]), batch["prompts"].input_ids, batch["loss_mask"])
 
-    def export(params, folder: Path) -> None:
+    def export(params, folder: Path, about: dict) -> None:
         files = recipe.folder / "tokenizer"
         tokenizer.save_pretrained(files)
         save_model(nnx.merge(graph, params), hf_config, files, folder, recipe.save_dtype)

@@ -1,25 +1,24 @@
-"""The training loop: one jitted step, checkpoints that resume exactly, logged losses, a progress bar.
+"""The training loop: one jitted step, checkpoints that resume exactly, acceptance measured on the way.
 
 Data is addressed by step and randomness by `fold_in(seed, step)`, so parameters, optimizer state and the step number
 are the whole state of a run.
 """
 
-import dataclasses
-import json
 import signal
-import time
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxspec.training.recipe import Recipe, Task, optimizer, write_text
+from jaxspec.training.acceptance import summary
+from jaxspec.training.checkpoints import Checkpoints
+from jaxspec.training.flops import flops_of
+from jaxspec.training.log import Log
+from jaxspec.training.recipe import Recipe, Task, optimizer, write_recipe
 
 
 class TrainState(NamedTuple):
@@ -30,6 +29,18 @@ class TrainState(NamedTuple):
 
 class Stopped(Exception):
     """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
+
+
+class Running(NamedTuple):
+    """A step that the device may still be busy with."""
+
+    step: int  # 1-based
+    metrics: dict[str, jax.Array]
+    batch: dict
+
+
+def initial_state(recipe: Recipe, params: Any) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer(recipe).init(params))
 
 
 def make_step(recipe: Recipe, task: Task):
@@ -54,7 +65,7 @@ def evaluate(recipe: Recipe, task: Task, state: TrainState, loss) -> dict[str, f
     totals: dict[str, float] = {}
     count = 0
     for batch in task.validation():
-        value, metrics = loss(state.params, task.constants, batch, jax.random.key(recipe.seed))
+        value, metrics = loss(state.params, task.constants, arrays(batch), jax.random.key(recipe.seed))
         for name, metric in {"loss": value, **metrics}.items():
             totals[name] = totals.get(name, 0.0) + float(metric)
         count += 1
@@ -64,94 +75,108 @@ def evaluate(recipe: Recipe, task: Task, state: TrainState, loss) -> dict[str, f
 def train(recipe: Recipe, task: Task) -> Any:
     """Run or resume to `recipe.steps`, export, and return the final parameters.
 
-    Raises FloatingPointError at a loss that is not finite (the last checkpoint is kept), Stopped after a signal.
+    Raises FloatingPointError at a loss or gradient that is not finite (naming the step and its records), OSError where
+    something cannot be written (the last checkpoint is intact in both cases), ValueError for the folder of another
+    recipe, Stopped after a signal.
     """
-    folder = recipe.folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "recipe.json", json.dumps(dataclasses.asdict(recipe), indent=2, default=str))
+    recipe.folder.mkdir(parents=True, exist_ok=True)
     console = Console()
-    params = jax.tree.map(jnp.copy, task.params)  # each step donates the state: no buffer may serve twice
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer(recipe).init(params))
-    step_fn, loss_fn = make_step(recipe, task), jax.jit(task.loss)
-
-    with (
-        ocp.CheckpointManager(folder / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager,
-        Log(folder / "log.jsonl", console, recipe) as log,
-        CatchSignals() as signals,
-    ):
-        if manager.latest_step() is not None:
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(abstract))
-            console.print(f"resuming {recipe.name} at step {int(state.step)} of {recipe.steps}")
+    with Checkpoints(recipe.folder, keep_best=task.acceptance is not None) as checkpoints, CatchSignals() as signals:
+        saved = checkpoints.latest.latest_step()
+        if saved is not None and saved > recipe.steps:
+            raise ValueError(f"{recipe.name} has run {saved} steps already, steps is {recipe.steps}")
+        if warning := write_recipe(recipe, resuming=saved is not None):
+            console.print(f"warning: {warning}", style="yellow", markup=False)
+        params = jax.tree.map(jnp.copy, task.params)  # each step donates the state: no buffer may serve twice
+        state = checkpoints.resume(initial_state(recipe, params))
         start = int(state.step)
-        batches = task.batches(start)
-        previous = None  # metrics are read one step late, so the host never waits for the step just started
-        for index in range(start, recipe.steps):
-            state, metrics = step_fn(state, task.constants, next(batches))
-            if previous is not None:
-                log.step(index, previous)
-            previous = metrics
-            done = index + 1
-            if done % recipe.eval_every == 0 or done == recipe.steps:
-                log.validation(done, evaluate(recipe, task, state, loss_fn))
-            if done % recipe.checkpoint_every == 0 or done == recipe.steps or signals.received:
-                manager.save(done, args=ocp.args.StandardSave(state))
-            if signals.received:
-                manager.wait_until_finished()
-                raise Stopped(f"{recipe.name} stopped at step {done}; run the same command to resume")
-        if previous is not None:
-            log.step(recipe.steps, previous)
-        manager.wait_until_finished()
-    task.export(state.params, recipe.export_folder)
-    console.print(f"{recipe.name}: exported to {recipe.export_folder}")
+        if saved is not None:
+            console.print(f"resuming {recipe.name} at step {start} of {recipe.steps}")
+        step_fn, loss_fn = make_step(recipe, task), jax.jit(task.loss)
+
+        with Log(recipe.folder, console, recipe, start) as log:
+
+            def settle(running: Running) -> None:
+                """Wait for a step and log it, if it left a state worth keeping."""
+                if not all(np.isfinite(running.metrics[name]) for name in ("loss", "grad_norm")):
+                    kept = checkpoints.finish()
+                    raise FloatingPointError(describe(recipe, running, kept))
+                log.step(running.step, running.metrics, tokens_of(running.batch))
+
+            def measure(step: int) -> dict:
+                """What `state` accepts; the best so far is kept."""
+                accepted = task.acceptance.measure(state.params)
+                log.acceptance(step, accepted)
+                about = summary(step, accepted)
+                checkpoints.offer(step, state.params, about)
+                return about
+
+            batches = task.batches(start)
+            running = about = None
+            for index in range(start, recipe.steps):
+                batch = next(batches)
+                if index == start:
+                    inputs = state, task.constants, arrays(batch)
+                    log.machine(flops_of(step_fn, *inputs), devices_of(state))
+                state, metrics = step_fn(state, task.constants, arrays(batch))
+                if running is not None:
+                    settle(running)  # one step late, so the host never waits for the step just started
+                done, last = index + 1, index + 1 == recipe.steps
+                running = Running(done, metrics, batch)
+                evaluating = done % recipe.eval_every == 0 or last
+                stopping = signals.received  # read once: a signal may come at any time
+                saving = done % recipe.checkpoint_every == 0 or last or stopping
+                if not (evaluating or saving):
+                    continue
+                settle(running)  # nothing is judged or saved that a bad step has left
+                running = None
+                if evaluating:
+                    if values := evaluate(recipe, task, state, loss_fn):
+                        log.validation(done, values)
+                    if task.acceptance and (last or (task.acceptance.every and done % task.acceptance.every == 0)):
+                        about = measure(done)
+                if saving:
+                    checkpoints.save(done, state)
+                if stopping:
+                    checkpoints.finish()
+                    raise Stopped(f"{recipe.name} stopped at step {done}; run the same command to resume")
+                log.restart(done)
+
+            checkpoints.finish()
+            params = state.params
+            if task.acceptance is None:
+                about = {"step": recipe.steps}
+            else:
+                if checkpoints.best_about() is None or (task.acceptance.export == "last" and about is None):
+                    about = measure(recipe.steps)
+                if task.acceptance.export == "best":
+                    params, about = checkpoints.best_params(params), checkpoints.best_about()
+        with checkpoints.writing("the export", OSError):
+            task.export(params, recipe.export_folder, about)
+    console.print(f"{recipe.name}: exported step {about['step']} to {recipe.export_folder}")
     return state.params
 
 
-class Log:
-    """A progress bar, a line per `log_every` steps, and `log.jsonl`."""
+def arrays(batch: dict) -> dict:
+    """What a loss reads of a batch; ids may be anything."""
+    return {name: value for name, value in batch.items() if name != "ids"}
 
-    def __init__(self, path: Path, console: Console, recipe: Recipe):
-        self.path, self.console, self.recipe = path, console, recipe
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        self.bar = Progress(
-            *columns, TextColumn("{task.fields[rate]}"), console=console, disable=not console.is_terminal
-        )
 
-    def __enter__(self):
-        self.file = self.path.open("a")
-        self.bar.start()
-        self.row = self.bar.add_task(self.recipe.name, total=self.recipe.steps, rate="")
-        self.since, self.since_step = time.perf_counter(), None
-        return self
+def tokens_of(batch: dict) -> int:
+    """Tokens of prompts and answers, without padding; 0 for batches that hold none."""
+    return int(np.sum(batch["prompts"].lengths)) if "prompts" in batch else 0
 
-    def __exit__(self, *exc):
-        self.bar.stop()
-        self.file.close()
 
-    def step(self, index: int, metrics: dict) -> None:
-        """Metrics of step number `index` (1-based)."""
-        if self.since_step is None:
-            self.since, self.since_step = time.perf_counter(), index
-        if index % self.recipe.log_every and index != self.recipe.steps:
-            return
-        values = {name: float(value) for name, value in metrics.items()}
-        if not all(map(jnp.isfinite, values.values())):
-            raise FloatingPointError(f"{self.recipe.name}: not finite at step {index}: {values}; last checkpoint kept")
-        now = time.perf_counter()
-        rate = (index - self.since_step) / max(now - self.since, 1e-9)
-        self.since, self.since_step = now, index
-        self.bar.update(self.row, completed=index, rate=f"{rate:.2f} step/s")
-        self.write("train", index, values, f"{rate:.2f} step/s")
+def devices_of(state: TrainState) -> set[jax.Device]:
+    return set().union(*(leaf.sharding.device_set for leaf in jax.tree.leaves(state.params)))
 
-    def validation(self, index: int, values: dict[str, float]) -> None:
-        self.write("validation", index, values, "")
-        self.since, self.since_step = time.perf_counter(), index
 
-    def write(self, split: str, index: int, values: dict[str, float], note: str) -> None:
-        self.file.write(json.dumps({"split": split, "step": index, "time": time.time(), **values}) + "\n")
-        self.file.flush()
-        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self.console.print(f"{split:>10} {index:6d}  {text}  {note}", highlight=False, soft_wrap=True)
+def describe(recipe: Recipe, running: Running, kept: int | None) -> str:
+    """Why a run that went astray ends."""
+    values = ", ".join(f"{name} {float(value):g}" for name, value in running.metrics.items())
+    records = f" (records {', '.join(map(str, running.batch['ids']))})" if "ids" in running.batch else ""
+    checkpoint = "no checkpoint was saved yet" if kept is None else f"the checkpoint of step {kept} is kept"
+    return f"{recipe.name}: not finite at step {running.step}{records}: {values}; {checkpoint}"
 
 
 class CatchSignals:

@@ -37,6 +37,10 @@ class MassvRecipe(DrafterRecipe):
     def new_drafter(self, target) -> MassvDrafter:
         return new_massv(target, self.init_from or self.lm, self.phase != 0, self.seed)
 
+    @property
+    def needs_images(self) -> bool:
+        return self.phase != 0
+
     def trains(self, path: tuple) -> bool:
         return self.phase != 1 or path[0] == "projector"
 

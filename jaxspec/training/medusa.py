@@ -3,15 +3,13 @@ labels instead of the tokens of a corpus.
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspec.drafters.checkpoint import load_drafter_folder
 from jaxspec.drafters.medusa import MedusaConfig, MedusaHeads
-from jaxspec.training.drafter import DrafterRecipe, Teacher
+from jaxspec.training.drafter import DrafterRecipe, Teacher, start_from
 from jaxspec.training.losses import masked_mean, soft_cross_entropy
 
 
@@ -30,8 +28,7 @@ class MedusaRecipe(DrafterRecipe):
         heads = MedusaHeads(MedusaConfig(text.hidden_size, text.vocab_size, self.num_heads), rngs=nnx.Rngs(self.seed))
         heads.check_tree(self.tree)
         if self.init_from is not None:
-            trained, _ = load_drafter_folder(Path(self.init_from), target.model)
-            nnx.update(heads, nnx.state(trained))
+            start_from(heads, self.init_from, target)
         return heads
 
     def loss(self, heads: MedusaHeads, target, teacher: Teacher, key) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -1,12 +1,16 @@
 """What a training run is: the fields every recipe shares, and the task a recipe turns into."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import optax
+
+from jaxspec.checkpoints.tensors import read_json
+from jaxspec.training.acceptance import Measurement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,15 @@ class Recipe:
     eval_every: int = 250
     eval_batches: int = 8
     checkpoint_every: int = 250
+    tensorboard: bool = False
+    """Write TensorBoard event files, too (`pip install 'jaxspec[logging]'`)."""
+    wandb: str | None = None
+    """A project of Weights & Biases to log to, too."""
+
+    changeable: ClassVar[tuple[str, ...]] = (
+        *("run_dir", "log_every", "eval_every", "eval_batches", "checkpoint_every", "tensorboard", "wandb"),
+    )
+    """Fields that may be others when a run goes on: nothing that is learned depends on them."""
 
     def __post_init__(self):
         for field in ("steps", "batch_size", "sequence_length", "log_every", "eval_every", "checkpoint_every"):
@@ -68,9 +81,11 @@ class Task:
     params: Any
     constants: Any
     loss: Callable
-    batches: Callable[[int], Iterator[dict]]  # from a step on, deterministic
+    batches: Callable[[int], Iterator[dict]]  # from a step on, deterministic; an entry "ids" names the records
     validation: Callable[[], Iterator[dict]]
-    export: Callable[[Any, Path], None]
+    export: Callable[[Any, Path, dict], None]
+    """`export(params, folder, about)`; `about` holds the step and, where it was measured, the acceptance."""
+    acceptance: Measurement | None = None
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -105,6 +120,32 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 def is_vision(path) -> bool:
     """Whether a parameter's path lies in a vision tower or the projector behind it."""
     return any(str(getattr(key, "key", "")) in ("vision_tower", "multi_modal_projector") for key in path)
+
+
+def recorded(recipe: Recipe) -> dict:
+    """The resolved recipe as `recipe.json` holds it."""
+    return json.loads(json.dumps({"type": type(recipe).__name__, **dataclasses.asdict(recipe)}, default=str))
+
+
+def write_recipe(recipe: Recipe, resuming: bool) -> str | None:
+    """Write `recipe.json`; returns a warning where a run that goes on has another number of steps.
+
+    Raises ValueError, naming the fields, where it has any other recipe.
+    """
+    path, now, warning = recipe.folder / "recipe.json", recorded(recipe), None
+    if resuming and path.exists():
+        before = read_json(path)
+        differing = [name for name in now if name in before and now[name] != before[name]]
+        changes = {name: f"{name} {before[name]} -> {now[name]}" for name in differing if name not in recipe.changeable}
+        if more := changes.pop("steps", None):
+            warning = f"{recipe.name} goes on with another learning rate schedule: {more}"
+        if changes:
+            raise ValueError(
+                f"{recipe.folder} holds checkpoints of another recipe ({', '.join(changes.values())}): "
+                "set these fields back or give the run another name"
+            )
+    write_text(path, json.dumps(now, indent=2))
+    return warning
 
 
 def write_text(path: Path, text: str) -> None:

@@ -34,5 +34,9 @@ class SpecVLMRecipe(EagleRecipe):
                 f"own outputs, got {self.mtp_steps}"
             )
 
+    @property
+    def needs_images(self) -> bool:
+        return self.compressor.mode != "text_only"
+
     def head_config(self, text: TextConfig) -> SpecVLMConfig:
         return SpecVLMConfig(text, qkv_bias=text.qkv_bias, tap_layers=self.tap_layers, compressor=self.compressor)

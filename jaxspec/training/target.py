@@ -136,7 +136,7 @@ def target_task(recipe: TargetRecipe) -> Task:
         loss=loss,
         batches=training.batches,
         validation=lambda: (validation[index] for index in range(recipe.eval_batches)),
-        export=lambda params, folder: save_model(
+        export=lambda params, folder, about: save_model(
             nnx.merge(graph, params), hf_config, recipe.processor_folder, folder, recipe.save_dtype
         ),
     )

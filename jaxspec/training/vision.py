@@ -94,7 +94,7 @@ def vision_task(recipe: VisionRecipe) -> Task:
             metrics[name] = (logits.argmax(axis=-1) == batch[name]).mean()
         return total, metrics
 
-    def export(params, folder: Path) -> None:
+    def export(params, folder: Path, about: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / "tower.tmp"
         save_file(to_tensors(nnx.merge(graph, params).tower, NAMES), temporary)

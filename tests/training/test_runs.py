@@ -1,6 +1,7 @@
 """The whole chain of recipes in small: vision tower, target, its answers, a head; stopped runs resume exactly."""
 
 import dataclasses
+import json
 import os
 import signal
 
@@ -12,6 +13,9 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import jaxspec
+from jaxspec.cli import main
+from jaxspec.data.answers import AnswerSource
+from jaxspec.data.scenes import load_scenes
 from jaxspec.targets.llava import Llava, LlavaConfig
 from jaxspec.training import (
     AnswersRecipe,
@@ -26,6 +30,9 @@ from jaxspec.training import (
     run,
     train,
 )
+from jaxspec.training.acceptance import summary
+from jaxspec.training.checkpoints import LATEST, manager
+from jaxspec.training.drafter import drafter_task, measured_acceptance
 from jaxspec.training.target import grow
 from tests.helpers import tiny_llava
 
@@ -69,6 +76,9 @@ def head_recipe(folder, name, **changes) -> EagleRecipe:
         batch_size=2,
         sequence_length=128,
         validation_records=4,
+        acceptance_every=3,
+        acceptance_at_temperature_1=True,
+        save_dtype="float32",
         **SHORT,
     )
     return dataclasses.replace(recipe, **changes)
@@ -101,12 +111,47 @@ def test_resumed_training_equals_uninterrupted_training(runs):
     assert resumed.keys() == whole.keys()
     for name, value in whole.items():
         np.testing.assert_array_equal(resumed[name], value)
+    for a, b in zip(*(jax.tree.leaves(final_state(runs / name)) for name in ("killed", "vispec")), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def final_state(folder) -> dict:
+    """Step, parameters and optimizer state, as saved last."""
+    with manager(folder / LATEST, read_only=True) as source:
+        return source.restore(source.latest_step())
+
+
+def test_the_recorded_acceptance_is_what_decoding_earns(runs):
+    recipe, target = head_recipe(runs, "vispec"), jaxspec.load_target(runs / "target/export")
+    drafter = jaxspec.load_drafter(runs / "vispec/export", target)
+    scenes = load_scenes(runs / "data", "train", train_size=24)
+    answers = AnswerSource(runs / "answers", scenes)
+    records = [answers[index] for index in range(recipe.validation_records)]
+    generator = jaxspec.Generator(target, drafter)
+    accepted = {t: measured_acceptance(generator, records, scenes, t) for t in (0.0, 1.0)}
+    assert drafter.about.items() >= summary(drafter.about["step"], accepted).items()
+    lines = [json.loads(line) for line in (runs / "vispec/log.jsonl").read_text().splitlines()]
+    told = [(line["step"], line["temperature"]) for line in lines if line["split"] == "acceptance"]
+    assert told == [(3, 0.0), (3, 1.0), (5, 0.0), (5, 1.0)]
+    steps = [line for line in lines if line["split"] == "train"]
+    assert all(line["tokens_per_second"] > 0 for line in steps[1:])
+
+
+def test_a_run_exports_by_command_what_it_exported_itself(runs, tmp_path):
+    assert main(["export", str(runs / "vispec"), str(tmp_path / "vispec")]) == 0
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "vispec" / name).read_bytes() == (runs / "vispec/export" / name).read_bytes()
+
+
+def test_a_drafter_to_start_from_must_fit_the_recipe(runs):
+    recipe = head_recipe(runs, "wider", init_from=str(runs / "vispec/export"), num_q=3)
+    with pytest.raises(ValueError, match=r"init_from .* does not fit the recipe: imadpt.q \(2, .* \(here \(3, "):
+        run(recipe)
+    assert not (runs / "wider").exists()
 
 
 def dying(recipe: EagleRecipe, after: int) -> Task:
     """The recipe's task, whose data ends in an error after some batches."""
-    from jaxspec.training.drafter import drafter_task
-
     task = drafter_task(recipe)
 
     def batches(start):
@@ -138,9 +183,6 @@ def test_answers_resume_without_loss_or_repetition(runs, monkeypatch):
 
 
 def test_self_distilled_answers_are_the_targets_own(runs):
-    from jaxspec.data.answers import AnswerSource
-    from jaxspec.data.scenes import load_scenes
-
     scenes = load_scenes(runs / "data", "train", train_size=24)
     source = AnswerSource(runs / "answers", scenes)
     assert len(source) == 12
@@ -196,7 +238,7 @@ def small_task(on_batch=lambda step: None, loss=lambda params, batch: jnp.sum((p
         loss=lambda params, constants, batch, key: (loss(params, batch), {}),
         batches=batches,
         validation=lambda: iter([{"x": jnp.float32(0)}]),
-        export=lambda params, folder: None,
+        export=lambda params, folder, about: None,
     )
 
 
