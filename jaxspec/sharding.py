@@ -16,7 +16,7 @@ RULES = (
     (r".*\.(patch_embedding|patch_embed\.proj)\.kernel|.*\.mm_input_projection_weight", ("fsdp", "tensor")),
     (r".*\.(embed_tokens|position_embedding)\.embedding", ("tensor", "fsdp")),
     (r".*lm_head\.kernel", ("fsdp", "tensor")),
-    (r"(.*\.)?(fc|img_fc)\.kernel", ("fsdp", None)),
+    (r"(.*\.)?(fc|img_fc|convolution\.(embeds|features))\.kernel", ("fsdp", None)),
 )
 
 

@@ -1,4 +1,4 @@
-"""SpecVLM's elastic visual compressor (arXiv 2509.11815, section 3): few rows in place of an image's many.
+"""SpecVLM's elastic visual compressor (arXiv 2509.11815): few rows in place of an image's many.
 
 Each primitive turns the rows of every image into groups, one row each: pruning keeps a random subset, pooling averages
 runs of consecutive rows, convolution mixes them, a resampler asks the whole image a few learned questions, and text
@@ -27,13 +27,14 @@ MODES: dict[str, tuple[str, ...]] = {
     "concat": ("pruning", "pooling", "convolution", "resampler"),
     **{name: (name,) for name in PRIMITIVES},
 }
-MAX_CONVOLUTION_RATIO = 5  # its kernels have ratio * D * D parameters (published limit)
+RATIOS = ("pruning_ratio", "pooling_ratio", "convolution_ratio", "shared_ratio")
+MAX_CONVOLUTION_RATIO = 5  # each kernel has ratio * D * D parameters
 PRUNING_LOTS = 2**32 - 1  # what is folded into a request's seed; sampling noise folds in positions, which are smaller
 
 
 @dataclasses.dataclass(frozen=True)
 class CompressorConfig:
-    """Ratios count image tokens per group; defaults are published but for the gate's, which are ours.
+    """Ratios are image tokens per group. Defaults are published but for the gate's, which are ours.
 
     Raises ValueError for a mode that is not known and for sizes that cannot be.
     """
@@ -94,9 +95,6 @@ class CompressorConfig:
         return max(length - rows + self.most_groups(rows, images) for rows in (fewest, length))
 
 
-RATIOS = ("pruning_ratio", "pooling_ratio", "convolution_ratio", "shared_ratio")
-
-
 class Groups(NamedTuple):
     """G rows that stand for the images of a prompt, those of an image together and in order."""
 
@@ -120,10 +118,12 @@ class VisualCompressor(nnx.Module):
             self.gate = Gate(width, config.gate_hidden_size, len(config.primitives), rngs=rngs)
 
     def __call__(self, spans: ImageSpans, embeds, features, seeds, question, key: jax.Array | None) -> Groups:
-        """Groups of rows `[B, S, D]` (`embeds` and `features`).
+        """The groups that stand for the images of prompts.
 
         Args:
-          seeds: u32 `[B]`, of the random subset.
+          spans: the rows of their images.
+          embeds, features: `[B, S, D]`, of all rows.
+          seeds: u32 `[B]`, of pruning's random subset.
           question: `[B, D]`, what the gate reads.
           key: in training, of the gate's Gumbel noise; None for its best choice.
         """
@@ -161,11 +161,10 @@ class VisualCompressor(nnx.Module):
                 )
             case "text_only":
                 return Groups(embeds[:, :0], features[:, :0], spans.ids[:, :0], spans.ids[:, :0] >= 0)
-        raise ValueError(f"primitive {primitive!r} is not known; known: {', '.join(PRIMITIVES)}")
 
 
 class Convolution(nnx.Module):
-    """Kernel and stride are `ratio` rows; one for the embeddings, one for the features. Starts as the average."""
+    """Kernel and stride are `ratio` rows; one for the embeddings, one for the features. It starts as the average."""
 
     def __init__(self, ratio: int, width: int, *, rngs: nnx.Rngs):
         def average(key, shape, dtype):
@@ -258,8 +257,8 @@ def random_rows(spans: ImageSpans, ratio: int, seeds: jax.Array) -> tuple[jax.Ar
         return jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row)))(jnp.arange(length))
 
     _, before, count = sizes_of(spans, ratio)
-    behind_text = jnp.where(spans.ids >= 0, spans.ids, images)
-    shuffled = jnp.lexsort((jax.vmap(lots_of)(seeds), behind_text))  # [B, S], image after image
+    text_last = jnp.where(spans.ids >= 0, spans.ids, images)
+    shuffled = jnp.lexsort((jax.vmap(lots_of)(seeds), text_last))  # [B, S], image after image
     place = jnp.argsort(shuffled, axis=1)  # of each row among the shuffled
     of_row = jnp.maximum(spans.ids, 0)
     allowed = jnp.take_along_axis(before + count, of_row, axis=1)

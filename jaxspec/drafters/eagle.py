@@ -122,7 +122,8 @@ class EagleHead(nnx.Module):
         rows = self.rows_of(context, next_embeds)
         output, kv = self.forward(rows)
         count = rows.valid.sum(axis=1)
-        unused = context.embeds.shape[1] - rows.embeds.shape[1]  # image rows the method does without
+        # Image rows the method does without; below 0 where short images become more rows than they had.
+        unused = context.embeds.shape[1] - rows.embeds.shape[1]
         return EagleState(
             kv=caches.extend(kv, capacity - unused),
             rows=count,
