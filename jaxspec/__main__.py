@@ -1,4 +1,4 @@
-"""`python -m jaxspec {generate,bench} --help`."""
+"""`python -m jaxspec {generate,bench,distill} --help`."""
 
 from jaxspec.cli import main
 

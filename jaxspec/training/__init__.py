@@ -1,21 +1,19 @@
 """Training: recipes, tasks, losses and the loop. `run` does whatever a recipe of `configs/` describes."""
 
-from jaxspec.training.answers import AnswersRecipe, generate_answers
+from jaxspec.stopping import Stopped
 from jaxspec.training.drafter import DrafterRecipe, drafter_task
 from jaxspec.training.eagle import EagleRecipe
-from jaxspec.training.loop import Stopped, train
+from jaxspec.training.loop import train
 from jaxspec.training.recipe import Recipe, Task
 from jaxspec.training.target import TargetRecipe, target_task
 from jaxspec.training.vision import VisionRecipe, vision_task
 
-__all__ = ["AnswersRecipe", "EagleRecipe", "Recipe", "Stopped", "TargetRecipe", "Task", "VisionRecipe", "run"]
+__all__ = ["EagleRecipe", "Recipe", "Stopped", "TargetRecipe", "Task", "VisionRecipe", "run"]
 
 
-def run(recipe: AnswersRecipe | Recipe) -> None:
+def run(recipe: Recipe) -> None:
     """Run or resume. Raises Stopped after a signal, with everything saved."""
     match recipe:
-        case AnswersRecipe():
-            generate_answers(recipe)
         case DrafterRecipe():
             train(recipe, drafter_task(recipe))
         case TargetRecipe():

@@ -14,7 +14,6 @@ from flax import nnx
 import jaxspec
 from jaxspec.data.answers import AnswerEncoder, AnswerSource
 from jaxspec.data.pipeline import Pipeline
-from jaxspec.data.scenes import load_scenes
 from jaxspec.drafters.checkpoint import save_drafter_folder
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.metrics import Acceptance, pooled
@@ -37,8 +36,9 @@ class DrafterRecipe(Recipe):
     method: str = ""
     target: str = "runs/demo_target/export"
     answers_dir: str = "runs/demo_answers"
-    dataset_dir: str = "runs/data"
-    dataset_size: int = 40000
+    """The target's own answers, made by `python -m jaxspec distill`."""
+    image_folder: str | None = None
+    """Where the images of the answers are; where they were when the set was made by default."""
     validation_records: int = 128
     """The first answers of the set are held out."""
     init_from: str | None = None
@@ -74,8 +74,12 @@ def drafter_task(recipe: DrafterRecipe) -> Task:
     learns = lambda path, _: recipe.trains(path)  # noqa: E731
     graph, params, rest = nnx.split(recipe.new_drafter(target), learns, ...)
     target_graph, target_params = nnx.split(target.model)
-    pictures = load_scenes(recipe.dataset_dir, "train", train_size=recipe.dataset_size)
-    answers = AnswerSource(Path(recipe.answers_dir), pictures)
+    answers = AnswerSource(recipe.answers_dir, recipe.image_folder)
+    if answers.about["target_fingerprint"] != target.fingerprint():
+        raise ValueError(
+            f"the answers in {recipe.answers_dir} are those of the target {answers.about['target_fingerprint']}, not "
+            f"of {target.fingerprint()}"
+        )
     encoder = AnswerEncoder(target.processor, target.config)
 
     def pipeline(records, shuffle: bool) -> Pipeline:
@@ -109,7 +113,7 @@ def drafter_task(recipe: DrafterRecipe) -> Task:
         records = [answers[index] for index in range(min(recipe.acceptance_prompts, held_out))]
         if records:
             drafter = Drafter(trained, recipe.tree, recipe.method, {})
-            accepted = measured_acceptance(target, drafter, records, pictures)
+            accepted = measured_acceptance(target, drafter, records, encoder)
             length, positions = accepted.mean_acceptance_length, accepted.acceptance_at_position
             recorded = {"mean_acceptance_length": length, "acceptance_at_position": positions}
             shares = " ".join(f"{share:.2f}" for share in positions)
@@ -148,14 +152,13 @@ def teach(target, batch, key) -> Teacher:
     return Teacher(context, answer)
 
 
-def measured_acceptance(target, drafter: Drafter, records: Sequence[dict], pictures: Sequence[dict]) -> Acceptance:
-    """What the drafter's greedy drafts earn on the questions of `records`, over all rounds of all of them."""
-    generator = jaxspec.Generator(target, drafter)
-    scenes = [pictures[int(record["picture"])] for record in records]
-    questions = [scene["conversations"][0]["value"].removeprefix("<image>\n") for scene in scenes]
+def measured_acceptance(target, drafter: Drafter, records: Sequence[dict], encoder: AnswerEncoder) -> Acceptance:
+    """What the drafter's greedy drafts earn on the prompts of `records`, over all rounds of all of them."""
+    prompts = [encoder.encode_prompt(record) for record in records]
     limit = max(len(record["answer_ids"]) for record in records)
-    results = generator.generate_batch(questions, [scene["images"] for scene in scenes], max_new_tokens=limit)
-    return pooled([result.stats for result in results])
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    generator = jaxspec.Generator(target, drafter, max_length=longest + limit)
+    return pooled([result.stats for result in generator.generate_encoded(prompts, max_new_tokens=limit)])
 
 
 class Span:

@@ -6,7 +6,6 @@ are the whole state of a run.
 
 import dataclasses
 import json
-import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import orbax.checkpoint as ocp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxspec.stopping import CatchSignals, Stopped
 from jaxspec.training.recipe import Recipe, Task, optimizer, write_text
 
 
@@ -26,10 +26,6 @@ class TrainState(NamedTuple):
     step: jax.Array  # i32 []
     params: Any
     opt_state: Any
-
-
-class Stopped(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
 
 
 def make_step(recipe: Recipe, task: Task):
@@ -152,21 +148,3 @@ class Log:
         self.file.flush()
         text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.console.print(f"{split:>10} {index:6d}  {text}  {note}", highlight=False, soft_wrap=True)
-
-
-class CatchSignals:
-    """Remembers SIGINT and SIGTERM; a second one interrupts at once."""
-
-    def __enter__(self):
-        self.received = False
-        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def receive(self, number, frame):
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = True
-
-    def __exit__(self, *exc):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

@@ -12,8 +12,13 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import jaxspec
+from jaxspec.cli import main
+from jaxspec.data.answers import AnswerEncoder, AnswerSource
+from jaxspec.demo.generation import numbered_scene
+from jaxspec.metrics import pooled
 from jaxspec.targets.llava import Llava, LlavaConfig
-from jaxspec.training import AnswersRecipe, EagleRecipe, Recipe, Stopped, TargetRecipe, Task, VisionRecipe, run, train
+from jaxspec.training import EagleRecipe, Recipe, Stopped, TargetRecipe, Task, VisionRecipe, run, train
+from jaxspec.training.drafter import drafter_task, measured_acceptance
 from jaxspec.training.target import grow
 from tests.helpers import tiny_llava
 
@@ -40,24 +45,32 @@ def runs(tmp_path_factory):
     run(TargetRecipe(name="shallow", num_layers=1, steps=3, save_dtype="float32", **target, **SHORT, **where))
     target["init_from"] = str(folder / "shallow/export")
     run(TargetRecipe(name="target", num_layers=2, steps=3, **target, **SHORT, **where))
-    run(AnswersRecipe(name="answers", target=str(folder / "target/export"), count=12, batch_size=4, part_size=8,
-                      max_new_tokens=12, dataset_size=24, **where))  # fmt: skip
+    answer_scenes(folder)
     run(head_recipe(folder, "vispec"))
     return folder
+
+
+def answer_scenes(folder) -> None:
+    """The target's answers to 12 scenes, every other one sampled."""
+    files = ["--data", "scenes", "--target", str(folder / "target/export"), "--output", str(folder / "answers")]
+    numbers = ["--count", "12", "--batch-size", "4", "--shard-size", "8", "--max-new-tokens", "12"]
+    sampling = ["--temperature", "1", "--sampled-share", "0.5", "--compilation-cache", ""]
+    cache = jax.config.jax_compilation_cache_dir
+    assert main(["distill", *files, *numbers, *sampling]) == 0
+    jax.config.update("jax_compilation_cache_dir", cache)
 
 
 def head_recipe(folder, name, **changes) -> EagleRecipe:
     recipe = EagleRecipe(
         name=name,
         run_dir=str(folder),
-        dataset_dir=str(folder / "data"),
         target=str(folder / "target/export"),
         answers_dir=str(folder / "answers"),
         steps=5,
         batch_size=2,
         sequence_length=128,
         validation_records=4,
-        **SHORT,
+        **{field: value for field, value in SHORT.items() if field != "dataset_size"},
     )
     return dataclasses.replace(recipe, **changes)
 
@@ -93,8 +106,6 @@ def test_resumed_training_equals_uninterrupted_training(runs):
 
 def dying(recipe: EagleRecipe, after: int) -> Task:
     """The recipe's task, whose data ends in an error after some batches."""
-    from jaxspec.training.drafter import drafter_task
-
     task = drafter_task(recipe)
 
     def batches(start):
@@ -106,37 +117,34 @@ def dying(recipe: EagleRecipe, after: int) -> Task:
     return dataclasses.replace(task, batches=batches)
 
 
-def test_answers_resume_without_loss_or_repetition(runs, monkeypatch):
-    from jaxspec.data.answers import Answer, generate_parts
-
-    folder, asked = runs / "parts", []
-
-    def answer(indices):
-        asked.extend(indices)
-        if 8 in indices and asked.count(8) == 1:
-            raise KeyboardInterrupt
-        return [Answer(index, [1, 2], [3], 0.0, index) for index in indices]
-
-    with pytest.raises(KeyboardInterrupt):
-        generate_parts(folder, 12, 4, answer, lambda done: None)
-    parts = generate_parts(folder, 12, 4, answer, lambda done: None)
-    lines = [line for part in parts for line in part.read_text().splitlines()]
-    assert len(lines) == len(set(lines)) == 12
-    assert asked == [*range(12), *range(8, 12)]
-
-
 def test_self_distilled_answers_are_the_targets_own(runs):
-    from jaxspec.data.answers import AnswerSource
-    from jaxspec.data.scenes import load_scenes
-
-    scenes = load_scenes(runs / "data", "train", train_size=24)
-    source = AnswerSource(runs / "answers", scenes)
+    source = AnswerSource(runs / "answers")
     assert len(source) == 12
     target = jaxspec.load_target(runs / "target/export")
-    record = next(source[index] for index in range(12) if source[index]["temperature"] == 0)
-    question = scenes[int(record["picture"])]["conversations"][0]["value"].removeprefix("<image>\n")
-    expected = jaxspec.Generator(target).generate(question, record["images"], max_new_tokens=12)
-    np.testing.assert_array_equal(record["answer_ids"], expected.tokens)
+    for index in (2, 3):
+        record, (_, turns) = source[index], numbered_scene("train", index)
+        sampling = jaxspec.SamplingParams(temperature=index % 2, seed=index)
+        expected = jaxspec.Generator(target).generate(turns[0].question, record["images"], sampling, max_new_tokens=12)
+        np.testing.assert_array_equal(record["answer_ids"], expected.tokens)
+
+
+def test_answers_of_another_target_are_refused(runs):
+    recipe = head_recipe(runs, "other", target=str(runs / "shallow/export"))
+    with pytest.raises(ValueError, match="are those of the target .*, not of"):
+        drafter_task(recipe)
+
+
+def test_measured_acceptance_is_that_of_the_held_out_prompts(runs):
+    target = jaxspec.load_target(runs / "target/export")
+    drafter = jaxspec.load_drafter(runs / "vispec/export", target)
+    source = AnswerSource(runs / "answers")
+    records = [source[index] for index in range(4)]
+    encoder = AnswerEncoder(target.processor, target.config)
+    questions = [numbered_scene("train", index)[1][0].question for index in range(4)]
+    images = [record["images"] for record in records]
+    limit = max(len(record["answer_ids"]) for record in records)
+    results = jaxspec.Generator(target, drafter).generate_batch(questions, images, max_new_tokens=limit)
+    assert measured_acceptance(target, drafter, records, encoder) == pooled([result.stats for result in results])
 
 
 def small_recipe(folder, **changes) -> Recipe:
