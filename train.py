@@ -1,4 +1,4 @@
-"""Train a target or a drafter, or let a target answer its training prompts:
+"""Train a target or a drafter:
 
     python train.py configs/NAME.py [--field value ...]
 

@@ -1,7 +1,7 @@
 """SpecVLM for LLaVA-1.5-7B with the values of arXiv 2509.11815; it has not been run here.
 
 "published" marks what the paper states, "ours" what it leaves open. It trains on LLaVA-1.5's mix-665K as it is; a
-recipe here reads answers from `answers_dir`, in the layout that configs/demo_answers.py writes.
+recipe here reads answers from `answers_dir`, as `python -m jaxspec distill` writes them.
 """
 
 from jaxspec.drafters.compressor import CompressorConfig

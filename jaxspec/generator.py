@@ -128,12 +128,16 @@ class Generator:
         Raises ValueError, before anything is compiled, for prompts that do not fit `max_length`, images that cannot be
         read, and image marks without images.
         """
-        batch = self._prepare(prompts, images, sampling, max_new_tokens, raw)
-        state = batch.start()
-        watching = any(params.stop for params in batch.sampling)
-        while not batch.finished(state):
-            state = batch.advance(state, ROUNDS_PER_SLICE if watching else self.max_length)
-        return batch.results(state)
+        return self._prepare(prompts, images, sampling, max_new_tokens, raw).run()
+
+    def generate_encoded(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+        max_new_tokens: int | Sequence[int] = 256,
+    ) -> list[Result]:
+        """`generate_batch` of prompts that are encoded already (`jaxspec.prompting.encode_prompt`)."""
+        return self._batch(prompts, sampling, max_new_tokens).run()
 
     def stream(
         self,
@@ -164,27 +168,35 @@ class Generator:
         if isinstance(prompts, str):
             raise ValueError("generate_batch needs a list of prompts, got one string; generate takes a single prompt")
         count = len(prompts)
-        if not count:
-            raise ValueError("generate_batch needs at least one prompt, got none")
         images = [()] * count if images is None else images
+        if len(images) != count:
+            raise ValueError(f"images has {len(images)} entries for {count} prompts")
+        encoded = [encode_prompt(self.target, *request, raw) for request in zip(prompts, images, strict=True)]
+        return self._batch(encoded, sampling, max_new_tokens)
+
+    def _batch(self, prompts: Sequence[EncodedPrompt], sampling, max_new_tokens) -> "Batch":
+        count = len(prompts)
+        if not count:
+            raise ValueError("a batch needs at least one prompt, got none")
         sampling = [sampling] * count if isinstance(sampling, SamplingParams) else list(sampling)
         limits = [max_new_tokens] * count if isinstance(max_new_tokens, numbers.Integral) else list(max_new_tokens)
-        for name, values in (("images", images), ("sampling", sampling), ("max_new_tokens", limits)):
+        for name, values in (("sampling", sampling), ("max_new_tokens", limits)):
             if len(values) != count:
                 raise ValueError(f"{name} has {len(values)} entries for {count} prompts")
-        encoded = []
-        for index, (prompt, pictures) in enumerate(zip(prompts, images, strict=True)):
-            one = encode_prompt(self.target, prompt, pictures, raw)
+        for index, prompt in enumerate(prompts):
             if limits[index] < 1:
                 raise ValueError(f"max_new_tokens must be at least 1, got {limits[index]}")
-            if len(one.input_ids) >= self.max_length:
-                raise ValueError(
-                    f"prompt {index} has {len(one.input_ids)} tokens; with max_length {self.max_length} it may have "
-                    f"at most {self.max_length - 1}"
-                )
-            limits[index] = min(int(limits[index]), self.max_length - len(one.input_ids))
-            encoded.append(one)
-        return Batch(self, encoded, sampling, limits)
+            self.check_length(prompt, f"prompt {index}")
+            limits[index] = min(int(limits[index]), self.max_length - len(prompt.input_ids))
+        return Batch(self, list(prompts), sampling, limits)
+
+    def check_length(self, prompt: EncodedPrompt, name: str = "the prompt") -> None:
+        """Raises ValueError for a prompt that leaves no room for an answer."""
+        if len(prompt.input_ids) >= self.max_length:
+            raise ValueError(
+                f"{name} has {len(prompt.input_ids)} tokens; with max_length {self.max_length} it may have at most "
+                f"{self.max_length - 1}"
+            )
 
 
 class Batch:
@@ -206,6 +218,14 @@ class Batch:
             max_new_tokens=np.array(limits, np.int32),
             stop_token_ids=np.array([[*row, *[-1] * (width - len(row))] for row in stops], np.int32),
         )
+
+    def run(self) -> list[Result]:
+        """From prefill to the last answer."""
+        state = self.start()
+        watching = any(params.stop for params in self.sampling)
+        while not self.finished(state):
+            state = self.advance(state, ROUNDS_PER_SLICE if watching else self.generator.max_length)
+        return self.results(state)
 
     def start(self) -> loop.DecodeState:
         started = time.perf_counter()

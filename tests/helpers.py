@@ -1,11 +1,14 @@
 """Small random models that several tests share."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
 from flax import nnx
 
+from jaxspec.cli import main
 from jaxspec.demo.processor import IMAGE_SIZE, PATCH_SIZE
 from jaxspec.layers import TextConfig
 from jaxspec.targets.clip import ClipVisionConfig
@@ -78,3 +81,13 @@ def randomized(model: nnx.Module, seed: int, scale: float) -> nnx.Module:
         return jnp.asarray(rng.normal(size=leaf.shape) * scale / np.sqrt(leaf.shape[0]), leaf.dtype)
 
     return nnx.merge(graph, jax.tree.map(redraw, state))
+
+
+def answer_scenes(target: Path, output: Path, count: int) -> None:
+    """A target's answers of up to 12 tokens to scenes, every other one sampled."""
+    files = ["--data", "scenes", "--target", str(target), "--output", str(output)]
+    numbers = ["--count", str(count), "--batch-size", "4", "--shard-size", "8", "--max-new-tokens", "12"]
+    sampling = ["--temperature", "1", "--sampled-share", "0.5", "--compilation-cache", ""]
+    cache = jax.config.jax_compilation_cache_dir
+    assert main(["distill", *files, *numbers, *sampling]) == 0
+    jax.config.update("jax_compilation_cache_dir", cache)

@@ -240,7 +240,7 @@ def test_no_new_tokens(refuses, count):
 
 def test_lists_that_do_not_match(generator):
     cases = [
-        ("generate_batch needs at least one prompt, got none", {"prompts": []}),
+        ("a batch needs at least one prompt, got none", {"prompts": []}),
         ("images has 1 entries for 2 prompts", {"prompts": ["a", "b"], "images": [[PICTURE]]}),
         ("sampling has 3 entries for 2 prompts", {"prompts": ["a", "b"], "sampling": [SamplingParams()] * 3}),
         ("max_new_tokens has 1 entries for 2 prompts", {"prompts": ["a", "b"], "max_new_tokens": [5]}),

@@ -11,19 +11,23 @@ from typing import Annotated
 import tyro
 
 from jaxspec.cli.bench import Bench
+from jaxspec.cli.distill import Distill
 from jaxspec.cli.export import Export
 from jaxspec.cli.generate import Generate
 from jaxspec.cli.output import make_console
+from jaxspec.stopping import Stopped
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Distill, tyro.conf.subcommand("distill")]
     | Annotated[Export, tyro.conf.subcommand("export")]
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 2 for input that cannot be used, 130 after Ctrl-C."""
+    """Run a command and return its exit status: 0, 2 for input that cannot be used, 130 after Ctrl-C or
+    SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         command = tyro.cli(Command, args=arguments, prog="python -m jaxspec")
@@ -33,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"jaxspec: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"jaxspec: {stopped}", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print("jaxspec: interrupted", file=sys.stderr)
         return 130

@@ -43,14 +43,18 @@ def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 class ProgressLines:
-    """A progress bar with the time left on a terminal; a plain line every tenth of the way when piped."""
+    """A progress bar with rate and time left on a terminal; a plain line every tenth of the way when piped.
 
-    def __init__(self, console: Console, name: str, total: int):
-        self.console, self.name, self.total, self.done = console, name, total, 0
+    `done` steps were there before: they count for the way, not for the rate.
+    """
+
+    def __init__(self, console: Console, name: str, total: int, done: int = 0):
+        self.console, self.name, self.total, self.done, self.before = console, name, total, done, done
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -60,20 +64,23 @@ class ProgressLines:
 
     def __enter__(self) -> "ProgressLines":
         self.bar.start()
-        self.row = self.bar.add_task(self.name, total=self.total)
+        self.row = self.bar.add_task(self.name, total=self.total, completed=self.done, rate="")
         self.started = time.perf_counter()
         return self
 
     def __exit__(self, *exc) -> None:
         self.bar.stop()
 
-    def advance(self) -> None:
-        self.done += 1
-        self.bar.advance(self.row)
-        if self.console.is_terminal or self.done * 10 // self.total == (self.done - 1) * 10 // self.total:
+    def advance(self, steps: int = 1) -> None:
+        if not steps:
             return
-        left = (time.perf_counter() - self.started) / self.done * (self.total - self.done)
-        self.console.print(f"{self.name}: {self.done}/{self.total}, {left:.0f} s left")
+        tenths = self.done * 10 // self.total
+        self.done += steps
+        rate = (self.done - self.before) / max(time.perf_counter() - self.started, 1e-9)
+        self.bar.update(self.row, completed=self.done, rate=f"{rate:.3g}/s")
+        if not self.console.is_terminal and self.done * 10 // self.total > tenths:
+            left = (self.total - self.done) / rate
+            self.console.print(f"{self.name}: {self.done}/{self.total}, {rate:.3g}/s, {left:.0f} s left")
 
 
 class TokenColours:

@@ -1,134 +1,258 @@
 """The self-distilled set: a target's own answers, as drafters are trained on (ViSpec section 3.4, MASSV section 3.2).
 
-Only ids and a reference to the picture are kept; features are recomputed while training. Answers are generated in parts
-that are written whole, so a stopped run goes on where it was; the finished set is a tensorflow-datasets ArrayRecord.
+Only ids and references to the images are kept; features are recomputed while training. A set is an ordinary
+tensorflow-datasets folder of ArrayRecord files, one file for each part of the prompts. A part is written whole and
+depends on nothing but its prompts, so that stopped runs go on and several processes share the work; `distill.json` says
+where everything came from, and `parts/` what was refused.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.proto import tf_example_pb2
 
+from jaxspec.data.pictures import Pictures
 from jaxspec.data.pipeline import Example
-from jaxspec.media import open_images
+from jaxspec.media import ImageLike, open_images
 from jaxspec.targets.contract import TargetConfig
 from jaxspec.targets.prompts import EncodedPrompt
+
+NAME, ABOUT = "self_distilled", "distill.json"
+FEATURES = tfds.features.FeaturesDict({
+    "id": tfds.features.Text(),
+    "prompt_ids": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+    "answer_ids": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+    "images": tfds.features.Sequence(tfds.features.Text()),
+    "temperature": tfds.features.Scalar(np.float32),
+    "seed": tfds.features.Scalar(np.int64),
+})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One answered prompt; `picture` is the index of its record in the split it was made from."""
+    """One answered prompt."""
 
-    picture: int
-    prompt_ids: list[int]  # image tokens expanded
-    answer_ids: list[int]  # up to and including the stop token
+    id: str
+    prompt_ids: np.ndarray  # i32 [n], image tokens expanded
+    answer_ids: np.ndarray  # i32 [n], up to and including the stop token
+    images: tuple[str, ...]  # references (jaxspec.data.pictures)
     temperature: float
     seed: int
 
 
-def generate_parts(
-    folder: Path, count: int, part_size: int, answer: Callable[[range], Sequence[Answer]], report: Callable[[int], None]
-) -> list[Path]:
-    """Answers 0 .. count - 1 as JSON-lines files of `part_size`, skipping the parts that are already there.
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A prompt that could not be answered."""
 
-    `answer(indices)` answers some of them; `report(done)` is told after each part.
+    record: int
+    id: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What became of the prompts of one file."""
+
+    answers: Sequence[Answer]
+    refused: Sequence[Refused] = ()
+    cut: int = 0  # answers that ended at the limit of tokens
+
+
+class AnswerParts:
+    """The files of a set in the making.
+
+    Args:
+      folder: of the set; made if absent.
+      records: the prompts of all parts, as their numbers in the source.
+      part_size: prompts per part.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = []
-    for start in range(0, count, part_size):
-        stop = min(start + part_size, count)
-        path = folder / f"part-{start:08d}-{stop:08d}.jsonl"
-        if not path.exists():
-            lines = [json.dumps(dataclasses.asdict(one)) for one in answer(range(start, stop))]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("\n".join(lines) + "\n")
-            temporary.replace(path)
-        parts.append(path)
-        report(stop)
-    return parts
+
+    def __init__(self, folder: Path, records: range, part_size: int):
+        self.folder, self.records = folder, records
+        self.ranges = [records[start : start + part_size] for start in range(0, len(records), part_size)]
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.ranges)
+
+    def file(self, part: int) -> Path:
+        return self.folder / f"{NAME}-train.array_record-{part:05d}-of-{len(self):05d}"
+
+    def report_file(self, part: int) -> Path:
+        return self.folder / "parts" / f"{part:05d}-of-{len(self):05d}.json"
+
+    def finished(self, part: int) -> bool:
+        return self.file(part).exists()
+
+    def write(self, part: int, made: Part) -> None:
+        """Raises OSError where the disk is full; then the part is as if it had never been begun."""
+        rows = [serialized(answer) for answer in made.answers]
+        report = {
+            "answers": len(rows),
+            "bytes": sum(map(len, rows)),
+            "prompt_tokens": sum(len(answer.prompt_ids) for answer in made.answers),
+            "answer_tokens": sum(len(answer.answer_ids) for answer in made.answers),
+            "cut": made.cut,
+            "refused": [dataclasses.asdict(each) for each in made.refused],
+        }
+        write_json(self.report_file(part), report)
+        # The report comes first: a part whose file is there has one.
+        temporary = temporary_name(self.file(part))
+        try:
+            write_records(temporary, rows)
+            temporary.replace(self.file(part))
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def finish(self) -> dict:
+        """Make the data set once all parts are finished; returns its counts and all that was refused.
+
+        Raises ValueError where there is no answer in any part.
+        """
+        reports = [json.loads(self.report_file(part).read_text()) for part in range(len(self))]
+        refused = [each for report in reports for each in report.pop("refused")]
+        totals = {name: sum(report[name] for report in reports) for name in reports[0]}
+        if not totals["answers"]:
+            first = f"{refused[0]['id']}: {refused[0]['reason']}"
+            raise ValueError(f"none of the {len(self.records)} records could be answered; the first: {first}")
+        for left_over in self.folder.glob(f".{NAME}-train.*.tmp"):  # by a process that was killed while it wrote
+            left_over.unlink(missing_ok=True)
+        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        split = tfds.core.SplitInfo(
+            name="train",
+            shard_lengths=[report["answers"] for report in reports],
+            num_bytes=totals.pop("bytes"),
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=self.folder,
+                template=template,
+                dataset_name=NAME,
+                split="train",
+                filetype_suffix="array_record",
+            ),
+        )
+        tfds.folder_dataset.write_metadata(
+            data_dir=self.folder,
+            features=FEATURES,
+            split_infos=[split],
+            filename_template=template,
+            check_data=False,
+            description="A target's own answers: jaxspec.data.answers.",
+        )
+        return {**totals, "refused": refused}
 
 
-class SelfDistilled(tfds.core.GeneratorBasedBuilder):
-    """Answers from finished parts. Features: `picture` int64, `prompt_ids` and `answer_ids` int32 [n],
-    `temperature` float32, `seed` int64."""
-
-    name = "self_distilled"
-    VERSION = tfds.core.Version("1.0.0")
-    url_infos = {}  # nothing is downloaded
-
-    def __init__(self, *, parts: Sequence[Path] = (), **kwargs):
-        self.parts = parts
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        ids = tfds.features.Tensor(shape=(None,), dtype=np.int32)
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self.__doc__,
-            features=tfds.features.FeaturesDict({
-                "picture": tfds.features.Scalar(np.int64),
-                "prompt_ids": ids,
-                "answer_ids": ids,
-                "temperature": tfds.features.Scalar(np.float32),
-                "seed": tfds.features.Scalar(np.int64),
-            }),
-        )  # fmt: skip
-
-    def _split_generators(self, dl_manager):
-        del dl_manager
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-        for path in self.parts:
-            for line in path.read_text().splitlines():
-                record = json.loads(line)
-                for key in ("prompt_ids", "answer_ids"):
-                    record[key] = np.asarray(record[key], np.int32)
-                yield record["picture"], record
+def serialized(answer: Answer) -> bytes:
+    """A record of the set; the same bytes in every process, which protocol buffers do not promise by themselves."""
+    example = FEATURES.serialize_example({
+        "id": answer.id,
+        "prompt_ids": np.asarray(answer.prompt_ids, np.int32),
+        "answer_ids": np.asarray(answer.answer_ids, np.int32),
+        "images": list(answer.images),
+        "temperature": answer.temperature,
+        "seed": answer.seed,
+    })  # fmt: skip
+    return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
 
 
-def build_answers(data_dir: Path, parts: Sequence[Path]) -> None:
-    """Turn finished parts into the ArrayRecord data set in `data_dir`."""
-    builder = SelfDistilled(parts=parts, data_dir=str(data_dir), file_format="array_record")
-    builder.download_and_prepare()
+def write_records(path: Path, rows: Iterable[bytes]) -> None:
+    try:
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for row in rows:
+            writer.write(row)
+        writer.close()
+    except RuntimeError as error:  # what the writer makes of every error of the file system
+        raise OSError(f"answers cannot be written: {error}") from error
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Under a temporary name, then renamed."""
+    temporary = temporary_name(path)
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Of this process: the same part may be in another's hands."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 class AnswerSource:
-    """Random access to a self-distilled set together with the pictures it refers to."""
+    """Random access to a finished set together with the images it refers to.
 
-    def __init__(self, data_dir: Path, pictures: Sequence[dict]):
-        folder = Path(data_dir) / SelfDistilled.name
-        if not folder.exists():
-            raise FileNotFoundError(f"no self-distilled answers in {data_dir}; make them with configs/demo_answers.py")
-        self.records = SelfDistilled(data_dir=str(data_dir), file_format="array_record").as_data_source("train")
-        self.pictures = pictures
+    Args:
+      folder: what `python -m jaxspec distill --output` wrote.
+      image_folder: where the images are; where they were when the set was made by default.
+
+    Attributes:
+      about: `distill.json`, from settings to counts.
+
+    Raises:
+      FileNotFoundError: there is no such set.
+      ValueError: it is not finished.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None):
+        folder = Path(folder)
+        if not (folder / ABOUT).exists():
+            raise FileNotFoundError(
+                f"no self-distilled answers in {folder}; make them with: python -m jaxspec distill --output {folder}"
+            )
+        self.about = json.loads((folder / ABOUT).read_text())
+        if "answers" not in self.about:
+            raise ValueError(f"the answers in {folder} are not finished; go on with: {self.about['command']}")
+        self.records = tfds.builder_from_directory(str(folder)).as_data_source("train")
+        self.pictures = Pictures(image_folder or self.about["image_folder"])
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
+        """`id` str, `prompt_ids` and `answer_ids` i32 [n], `images` (as `jaxspec.media.open_images` takes them),
+        `temperature` and `seed`."""
+        if not 0 <= index < len(self.records):
+            raise IndexError(f"an answer's number must lie in 0..{len(self.records) - 1}, got {index}")
         record = self.records[index]
-        return {**record, "images": self.pictures[int(record["picture"])]["images"]}
+        images = [self.pictures[reference.decode()] for reference in record["images"]]
+        return {**record, "id": record["id"].decode(), "images": images}
 
 
 class AnswerEncoder:
-    """Records of an `AnswerSource` for `jaxspec.data.pipeline.Pipeline`, as the target reads them."""
+    """Records of an `AnswerSource` as the target reads them, for `jaxspec.data.pipeline.Pipeline`."""
 
     def __init__(self, processor, config: TargetConfig):
         self.processor, self.config = processor, config
 
     def encode_record(self, record: dict) -> Example:
+        """The prompt with its answer."""
         prompt, answer = np.asarray(record["prompt_ids"]), np.asarray(record["answer_ids"])
-        ids = np.concatenate([prompt, answer]).astype(np.int32)
+        encoded = self.encode(np.concatenate([prompt, answer]), record["images"])
+        return Example(encoded, np.arange(len(encoded.input_ids)) >= len(prompt))
+
+    def encode_prompt(self, record: dict) -> EncodedPrompt:
+        """The prompt alone, to be answered anew."""
+        return self.encode(np.asarray(record["prompt_ids"]), record["images"])
+
+    def encode(self, ids: np.ndarray, images: Sequence[ImageLike]) -> EncodedPrompt:
+        """Raises ValueError where the images have not as many tokens as the ids: they are others than those answered
+        about."""
+        ids = ids.astype(np.int32)
         inputs = {"input_ids": ids[None]}
-        if record["images"]:
-            inputs |= self.processor.image_processor(open_images(record["images"]), return_tensors="np")
+        if images:
+            inputs |= self.processor.image_processor(open_images(images), return_tensors="np")
         layouts = self.config.lay_out(inputs)
-        encoded = EncodedPrompt(ids, layouts, self.config.position_ids(ids, layouts))
-        return Example(encoded, np.arange(len(ids)) >= len(prompt))
+        marks, tokens = int(self.config.is_image(ids).sum()), sum(layout.tokens for layout in layouts)
+        if marks != tokens:
+            raise ValueError(f"the record has {marks} image tokens, its images have {tokens}: they are not the same")
+        return EncodedPrompt(ids, layouts, self.config.position_ids(ids, layouts))
 
     def length(self, record: dict) -> int:
         """How many tokens `encode_record` will give."""

@@ -1,10 +1,10 @@
 """Training: recipes, tasks, losses and the loop. `run` does whatever a recipe of `configs/` describes."""
 
-from jaxspec.training.answers import AnswersRecipe, generate_answers
+from jaxspec.stopping import Stopped
 from jaxspec.training.drafter import DrafterRecipe, drafter_task
 from jaxspec.training.eagle import EagleRecipe
 from jaxspec.training.language_model import SmallLanguageModelRecipe, language_model_task
-from jaxspec.training.loop import Stopped, train
+from jaxspec.training.loop import train
 from jaxspec.training.massv import MassvRecipe
 from jaxspec.training.medusa import MedusaRecipe
 from jaxspec.training.recipe import Recipe, Task
@@ -13,7 +13,6 @@ from jaxspec.training.target import TargetRecipe, target_task
 from jaxspec.training.vision import VisionRecipe, vision_task
 
 __all__ = [
-    "AnswersRecipe",
     "EagleRecipe",
     "MassvRecipe",
     "MedusaRecipe",
@@ -28,11 +27,9 @@ __all__ = [
 ]
 
 
-def run(recipe: AnswersRecipe | Recipe) -> None:
+def run(recipe: Recipe) -> None:
     """Run or resume. Raises Stopped after a signal, with everything saved."""
     match recipe:
-        case AnswersRecipe():
-            generate_answers(recipe)
         case DrafterRecipe():
             train(recipe, drafter_task(recipe))
         case SmallLanguageModelRecipe():

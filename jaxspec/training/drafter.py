@@ -15,12 +15,12 @@ import jaxspec
 from jaxspec.checkpoints.names import parameter_paths
 from jaxspec.data.answers import AnswerEncoder, AnswerSource
 from jaxspec.data.pipeline import Pipeline
-from jaxspec.data.scenes import load_scenes
 from jaxspec.drafters.checkpoint import load_drafter_folder, save_drafter_folder
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.metrics import Acceptance, pooled
 from jaxspec.speculation.loop import DrafterContext, context_of, read_prompts, taps_of
 from jaxspec.speculation.tree import TreeConfig
+from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.training.acceptance import Measurement
 from jaxspec.training.recipe import Recipe, Task
 
@@ -42,8 +42,9 @@ class DrafterRecipe(Recipe):
     method: str = ""
     target: str = "runs/demo_target/export"
     answers_dir: str = "runs/demo_answers"
-    dataset_dir: str = "runs/data"
-    dataset_size: int = 40000
+    """The target's own answers, made by `python -m jaxspec distill`."""
+    image_folder: str | None = None
+    """Where the images of the answers are; where they were when the set was made by default."""
     validation_records: int = 128
     """The first answers of the set are held out."""
     init_from: str | None = None
@@ -107,8 +108,12 @@ def drafter_task(recipe: DrafterRecipe) -> Task:
     recipe.tree.check_vocabulary(target.config.text.vocab_size)
     graph, params, rest = split_drafter(recipe, target)
     target_graph, target_params = nnx.split(target.model)
-    pictures = load_scenes(recipe.dataset_dir, "train", train_size=recipe.dataset_size)
-    answers = AnswerSource(Path(recipe.answers_dir), pictures)
+    answers = AnswerSource(recipe.answers_dir, recipe.image_folder)
+    if answers.about["target_fingerprint"] != target.fingerprint():
+        raise ValueError(
+            f"the answers in {recipe.answers_dir} are those of the target {answers.about['target_fingerprint']}, not "
+            f"of {target.fingerprint()}"
+        )
     encoder = AnswerEncoder(target.processor, target.config)
 
     def pipeline(records, shuffle: bool) -> Pipeline:
@@ -138,12 +143,14 @@ def drafter_task(recipe: DrafterRecipe) -> Task:
         return Drafter(nnx.merge(graph, params, rest), recipe.tree, recipe.method, {})
 
     records = [answers[index] for index in range(min(recipe.acceptance_prompts, held_out))]
+    prompts = [encoder.encode_prompt(record) for record in records]
+    limit = max((len(record["answer_ids"]) for record in records), default=0)
     generator = jaxspec.Generator(target, drafter(params))
     temperatures = (0.0, 1.0) if recipe.acceptance_at_temperature_1 else (0.0,)
 
     def measure(params) -> dict[float, Acceptance]:
         now = generator.with_drafter(drafter(params))
-        return {t: measured_acceptance(now, records, pictures, t) for t in temperatures}
+        return {t: measured_acceptance(now, prompts, limit, t) for t in temperatures}
 
     def export(params, folder: Path, about: dict) -> None:
         model, about = drafter(params).model, about_run(recipe, target) | about
@@ -228,16 +235,12 @@ def teach(target, batch, key, tap_layers: tuple[int, ...] = ()) -> Teacher:
 
 
 def measured_acceptance(
-    generator: jaxspec.Generator, records: Sequence[dict], pictures: Sequence[dict], temperature: float = 0.0
+    generator: jaxspec.Generator, prompts: Sequence[EncodedPrompt], limit: int, temperature: float = 0.0
 ) -> Acceptance:
-    """What the drafter's drafts earn on the questions of `records`, over all rounds of all of them; a record's place is
-    its seed."""
-    scenes = [pictures[int(record["picture"])] for record in records]
-    questions = [scene["conversations"][0]["value"].removeprefix("<image>\n") for scene in scenes]
-    sampling = [jaxspec.SamplingParams(temperature=temperature, seed=seed) for seed in range(len(records))]
-    limit = max(len(record["answer_ids"]) for record in records)
-    results = generator.generate_batch(questions, [scene["images"] for scene in scenes], sampling, limit)
-    return pooled([result.stats for result in results])
+    """What the drafter's drafts earn on `prompts`, answered with up to `limit` tokens, over all rounds of all of them.
+    A prompt's place is its seed."""
+    sampling = [jaxspec.SamplingParams(temperature=temperature, seed=seed) for seed in range(len(prompts))]
+    return pooled([result.stats for result in generator.generate_encoded(prompts, sampling, limit)])
 
 
 class Span:

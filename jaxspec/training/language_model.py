@@ -74,7 +74,7 @@ def language_model_task(recipe: SmallLanguageModelRecipe) -> Task:
     config = TextTargetConfig.from_hf(hf_config)
     graph, params = nnx.split(TextModel(config, rngs=nnx.Rngs(recipe.seed)))
     encoder = TextEncoder(config, family_of(target_config).config_from_hf(target_config))
-    answers = AnswerSource(Path(recipe.answers_dir), pictures=()).records
+    answers = AnswerSource(recipe.answers_dir).records
     held_out = min(recipe.validation_records, len(answers) // 2)
     sizes = {"sequence_length": recipe.sequence_length, "batch_size": recipe.batch_size, "seed": recipe.seed}
     training = Pipeline(Span(answers, held_out, len(answers)), encoder, **sizes)

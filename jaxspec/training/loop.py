@@ -4,7 +4,6 @@ Data is addressed by step and randomness by `fold_in(seed, step)`, so parameters
 are the whole state of a run.
 """
 
-import signal
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
+from jaxspec.stopping import CatchSignals, Stopped
 from jaxspec.training.acceptance import summary
 from jaxspec.training.checkpoints import Checkpoints
 from jaxspec.training.flops import flops_of
@@ -25,10 +25,6 @@ class TrainState(NamedTuple):
     step: jax.Array  # i32 []
     params: Any
     opt_state: Any
-
-
-class Stopped(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
 
 
 class Running(NamedTuple):
@@ -177,21 +173,3 @@ def describe(recipe: Recipe, running: Running, kept: int | None) -> str:
     records = f" (records {', '.join(map(str, running.batch['ids']))})" if "ids" in running.batch else ""
     checkpoint = "no checkpoint was saved yet" if kept is None else f"the checkpoint of step {kept} is kept"
     return f"{recipe.name}: not finite at step {running.step}{records}: {values}; {checkpoint}"
-
-
-class CatchSignals:
-    """Remembers SIGINT and SIGTERM; a second one interrupts at once."""
-
-    def __enter__(self):
-        self.received = False
-        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def receive(self, number, frame):
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = True
-
-    def __exit__(self, *exc):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

@@ -12,9 +12,9 @@ from flax import nnx
 import jaxspec
 from jaxspec.speculation.loop import context_of
 from jaxspec.targets.prompts import PromptBatch
-from jaxspec.training import AnswersRecipe, MedusaRecipe, run
+from jaxspec.training import MedusaRecipe, run
 from jaxspec.training.drafter import Teacher
-from tests.helpers import randomized, tiny_llava
+from tests.helpers import answer_scenes, randomized, tiny_llava
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -75,9 +75,8 @@ def test_tree_deeper_than_the_heads_is_refused_before_training():
 
 
 def test_heads_learn_and_change_no_answer(target, tmp_path):
-    where = {"run_dir": str(tmp_path), "dataset_dir": str(tmp_path / "data"), "dataset_size": 24}
-    where["target"] = str(target.path)
-    run(AnswersRecipe(name="answers", count=8, batch_size=4, part_size=8, max_new_tokens=12, **where))
+    where = {"run_dir": str(tmp_path), "target": str(target.path)}
+    answer_scenes(target.path, tmp_path / "answers", 8)
     recipe = MedusaRecipe(
         name="medusa", answers_dir=str(tmp_path / "answers"), steps=6, batch_size=4, sequence_length=128,
         validation_records=4, learning_rate=1e-2, warmup_steps=1, log_every=1, eval_every=6, num_heads=3, depth=2,

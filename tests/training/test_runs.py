@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 
 import jaxspec
 from jaxspec.cli import main
-from jaxspec.data.answers import AnswerSource
-from jaxspec.data.scenes import load_scenes
+from jaxspec.data.answers import AnswerEncoder, AnswerSource
+from jaxspec.demo.generation import numbered_scene
+from jaxspec.metrics import pooled
 from jaxspec.targets.llava import Llava, LlavaConfig
 from jaxspec.training import (
-    AnswersRecipe,
     EagleRecipe,
     MassvRecipe,
     Recipe,
@@ -34,7 +34,7 @@ from jaxspec.training.acceptance import summary
 from jaxspec.training.checkpoints import LATEST, manager
 from jaxspec.training.drafter import drafter_task, measured_acceptance
 from jaxspec.training.target import grow
-from tests.helpers import tiny_llava
+from tests.helpers import answer_scenes, tiny_llava
 
 SHORT = {
     "dataset_size": 24,
@@ -59,8 +59,7 @@ def runs(tmp_path_factory):
     run(TargetRecipe(name="shallow", num_layers=1, steps=3, save_dtype="float32", **target, **SHORT, **where))
     target["init_from"] = str(folder / "shallow/export")
     run(TargetRecipe(name="target", num_layers=2, steps=3, **target, **SHORT, **where))
-    run(AnswersRecipe(name="answers", target=str(folder / "target/export"), count=12, batch_size=4, part_size=8,
-                      max_new_tokens=12, dataset_size=24, **where))  # fmt: skip
+    answer_scenes(folder / "target/export", folder / "answers", 12)
     run(head_recipe(folder, "vispec"))
     return folder
 
@@ -69,7 +68,6 @@ def head_recipe(folder, name, **changes) -> EagleRecipe:
     recipe = EagleRecipe(
         name=name,
         run_dir=str(folder),
-        dataset_dir=str(folder / "data"),
         target=str(folder / "target/export"),
         answers_dir=str(folder / "answers"),
         steps=5,
@@ -79,7 +77,7 @@ def head_recipe(folder, name, **changes) -> EagleRecipe:
         acceptance_every=3,
         acceptance_at_temperature_1=True,
         save_dtype="float32",
-        **SHORT,
+        **{field: value for field, value in SHORT.items() if field != "dataset_size"},
     )
     return dataclasses.replace(recipe, **changes)
 
@@ -124,11 +122,11 @@ def final_state(folder) -> dict:
 def test_the_recorded_acceptance_is_what_decoding_earns(runs):
     recipe, target = head_recipe(runs, "vispec"), jaxspec.load_target(runs / "target/export")
     drafter = jaxspec.load_drafter(runs / "vispec/export", target)
-    scenes = load_scenes(runs / "data", "train", train_size=24)
-    answers = AnswerSource(runs / "answers", scenes)
+    answers, encoder = AnswerSource(runs / "answers"), AnswerEncoder(target.processor, target.config)
     records = [answers[index] for index in range(recipe.validation_records)]
+    prompts, limit = [encoder.encode_prompt(record) for record in records], longest_answer(records)
     generator = jaxspec.Generator(target, drafter)
-    accepted = {t: measured_acceptance(generator, records, scenes, t) for t in (0.0, 1.0)}
+    accepted = {t: measured_acceptance(generator, prompts, limit, t) for t in (0.0, 1.0)}
     assert drafter.about.items() >= summary(drafter.about["step"], accepted).items()
     lines = [json.loads(line) for line in (runs / "vispec/log.jsonl").read_text().splitlines()]
     told = [(line["step"], line["temperature"]) for line in lines if line["split"] == "acceptance"]
@@ -150,6 +148,10 @@ def test_a_drafter_to_start_from_must_fit_the_recipe(runs):
     assert not (runs / "wider").exists()
 
 
+def longest_answer(records) -> int:
+    return max(len(record["answer_ids"]) for record in records)
+
+
 def dying(recipe: EagleRecipe, after: int) -> Task:
     """The recipe's task, whose data ends in an error after some batches."""
     task = drafter_task(recipe)
@@ -163,34 +165,35 @@ def dying(recipe: EagleRecipe, after: int) -> Task:
     return dataclasses.replace(task, batches=batches)
 
 
-def test_answers_resume_without_loss_or_repetition(runs, monkeypatch):
-    from jaxspec.data.answers import Answer, generate_parts
-
-    folder, asked = runs / "parts", []
-
-    def answer(indices):
-        asked.extend(indices)
-        if 8 in indices and asked.count(8) == 1:
-            raise KeyboardInterrupt
-        return [Answer(index, [1, 2], [3], 0.0, index) for index in indices]
-
-    with pytest.raises(KeyboardInterrupt):
-        generate_parts(folder, 12, 4, answer, lambda done: None)
-    parts = generate_parts(folder, 12, 4, answer, lambda done: None)
-    lines = [line for part in parts for line in part.read_text().splitlines()]
-    assert len(lines) == len(set(lines)) == 12
-    assert asked == [*range(12), *range(8, 12)]
-
-
 def test_self_distilled_answers_are_the_targets_own(runs):
-    scenes = load_scenes(runs / "data", "train", train_size=24)
-    source = AnswerSource(runs / "answers", scenes)
+    source = AnswerSource(runs / "answers")
     assert len(source) == 12
     target = jaxspec.load_target(runs / "target/export")
-    record = next(source[index] for index in range(12) if source[index]["temperature"] == 0)
-    question = scenes[int(record["picture"])]["conversations"][0]["value"].removeprefix("<image>\n")
-    expected = jaxspec.Generator(target).generate(question, record["images"], max_new_tokens=12)
-    np.testing.assert_array_equal(record["answer_ids"], expected.tokens)
+    for index in (2, 3):
+        record, (_, turns) = source[index], numbered_scene("train", index)
+        sampling = jaxspec.SamplingParams(temperature=index % 2, seed=index)
+        expected = jaxspec.Generator(target).generate(turns[0].question, record["images"], sampling, max_new_tokens=12)
+        np.testing.assert_array_equal(record["answer_ids"], expected.tokens)
+
+
+def test_answers_of_another_target_are_refused(runs):
+    recipe = head_recipe(runs, "other", target=str(runs / "shallow/export"))
+    with pytest.raises(ValueError, match="are those of the target .*, not of"):
+        drafter_task(recipe)
+
+
+def test_measured_acceptance_is_that_of_the_held_out_prompts(runs):
+    target = jaxspec.load_target(runs / "target/export")
+    drafter = jaxspec.load_drafter(runs / "vispec/export", target)
+    source = AnswerSource(runs / "answers")
+    records = [source[index] for index in range(4)]
+    encoder = AnswerEncoder(target.processor, target.config)
+    questions = [numbered_scene("train", index)[1][0].question for index in range(4)]
+    images = [record["images"] for record in records]
+    generator, limit = jaxspec.Generator(target, drafter), longest_answer(records)
+    results = generator.generate_batch(questions, images, max_new_tokens=limit)
+    prompts = [encoder.encode_prompt(record) for record in records]
+    assert measured_acceptance(generator, prompts, limit) == pooled([result.stats for result in results])
 
 
 def test_a_small_language_model_becomes_a_massv_drafter(runs):
@@ -200,7 +203,7 @@ def test_a_small_language_model_becomes_a_massv_drafter(runs):
     common = {**where, **size, **{name: value for name, value in SHORT.items() if name != "dataset_size"}}
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_heads": 2}
     run(SmallLanguageModelRecipe(name="lm", **shape, **common))
-    common |= {"lm": str(runs / "lm/export"), "dataset_dir": str(runs / "data"), "dataset_size": 24}
+    common["lm"] = str(runs / "lm/export")
     run(MassvRecipe(name="massv1", phase=1, **common))
     run(MassvRecipe(name="massv2", phase=2, init_from=str(runs / "massv1/export"), **common))
     language, first, second = (

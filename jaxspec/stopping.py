@@ -1,0 +1,25 @@
+"""Long work that ends cleanly when it is asked to: what Ctrl-C and SIGTERM mean for training and distillation."""
+
+import signal
+
+
+class Stopped(Exception):
+    """The work was asked to stop (Ctrl-C, SIGTERM); what it had finished is saved. The message says how to go on."""
+
+
+class CatchSignals:
+    """Remembers SIGINT and SIGTERM; a second one interrupts at once."""
+
+    def __enter__(self):
+        self.received = False
+        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def receive(self, number, frame):
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def __exit__(self, *exc):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,274 @@
+"""`python -m jaxspec distill`: the answers are the target's own, however the run that made them went."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxspec
+from jaxspec.cli import main
+from jaxspec.data.answers import AnswerSource
+from jaxspec.data.prompts import SUFFIXES
+from jaxspec.data.scenes import load_scenes
+from jaxspec.demo.generation import numbered_scene
+from jaxspec.demo.scenes import render
+from jaxspec.distillation import Distiller
+from jaxspec.prompting import encode_prompt
+
+LIMIT = 6
+SAMPLED = ("--temperature", "1", "--sampled-share", "0.5", "--seed", "5")
+
+
+def distill(models, data, output, *arguments) -> int:
+    limits = ["--max-new-tokens", str(LIMIT), "--max-length", "256", "--batch-size", "2", "--shard-size", "2"]
+    files = ["--data", str(data), "--output", str(output), "--target", str(models[0]), "--compilation-cache", ""]
+    return main(["distill", *files, *limits, *arguments])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a set but the command that made it."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    about = json.loads(files.pop("distill.json"))
+    return files | {"distill.json": {name: value for name, value in about.items() if name != "command"}}
+
+
+def question(index: int) -> str:
+    return numbered_scene("test", index)[1][0].question
+
+
+@pytest.fixture(scope="module", autouse=True)
+def generator(models, quick_compilation):
+    """The autoregressive one, which all runs share: what is compiled for one serves the next."""
+    shared = jaxspec.Generator(jaxspec.load_target(models[0]), max_length=256)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            jaxspec.cli.distill,
+            "Generator",
+            lambda target, drafter=None, *rest, **options: (
+                jaxspec.Generator(target, drafter, *rest, **options) if drafter else shared
+            ),
+        )
+        yield shared
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for index in range(3):
+        render(numbered_scene("test", index)[0]).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jsonl(pictures) -> Path:
+    """Five records; with two per part, the last part is a short one."""
+    lines = [{"id": f"q{i}", "prompt": question(i), "image": f"{i % 3}.png"} for i in range(5)]
+    path = pictures / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(models, jsonl, tmp_path_factory) -> Path:
+    """The set of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("whole")
+    assert distill(models, jsonl, output, *SAMPLED) == 0
+    return output
+
+
+def check(source: AnswerSource, generator, asked: list[tuple[str, list]], sampling) -> None:
+    """The set holds the target's answers to these questions about these pictures."""
+    assert len(source) == len(asked)
+    for record, (words, images), params in zip(source, asked, sampling, strict=True):
+        expected = generator.generate_batch([words] * 2, [images] * 2, params, LIMIT)[0]
+        prompt = encode_prompt(generator.target, words, record["images"])
+        np.testing.assert_array_equal(record["prompt_ids"], prompt.input_ids)
+        np.testing.assert_array_equal(record["answer_ids"], expected.tokens)
+        assert (record["temperature"], record["seed"]) == (params.temperature, params.seed)
+
+
+def seeds(count: int) -> list[jaxspec.SamplingParams]:
+    return [jaxspec.SamplingParams(seed=index) for index in range(count)]
+
+
+def test_json_lines(whole, generator, pictures):
+    source = AnswerSource(whole)
+    sampling = [jaxspec.SamplingParams(temperature=index % 2, seed=5 + index) for index in range(5)]
+    asked = [(question(index), [pictures / f"{index % 3}.png"]) for index in range(5)]
+    check(source, generator, asked, sampling)
+    assert [record["id"] for record in source] == ["q0", "q1", "q2", "q3", "q4"]
+    assert source.about["target_fingerprint"] == generator.target.fingerprint()
+    assert len(list(whole.glob("*.array_record-*-of-00003"))) == 3
+
+
+def test_llava_json(models, generator, pictures, tmp_path):
+    """Text alone, one image, two; images in their own folder, the set moved to another."""
+    asked = ("What is a chart for?", f"<image>\n{question(1)}", "<image>\nCompare them.\n<image>")
+    turns = [[{"from": "human", "value": words}, {"from": "gpt", "value": "An old answer."}] for words in asked]
+    images = [[], "1.png", ["0.png", "2.png"]]
+    records = [{"id": str(i), "conversations": turn} for i, turn in enumerate(turns)]
+    for record, image in zip(records, images, strict=True):
+        record |= {"image": image} if image else {}
+    (tmp_path / "llava.json").write_text(json.dumps(records))
+    assert distill(models, tmp_path / "llava.json", tmp_path / "set", "--image-folder", str(pictures)) == 0
+    moved = pictures.rename(tmp_path / "moved")
+    try:
+        asked = [
+            ("What is a chart for?", []),
+            (question(1), [moved / "1.png"]),
+            ("Compare them.", [moved / "0.png", moved / "2.png"]),
+        ]
+        check(AnswerSource(tmp_path / "set", moved), generator, asked, seeds(3))
+    finally:
+        moved.rename(pictures)
+
+
+def test_scenes_and_a_prepared_data_set(models, generator, tmp_path):
+    assert distill(models, "scenes", tmp_path / "scenes", "--split", "test", "--start", "1", "--count", "2") == 0
+    asked = [(question(index), [render(numbered_scene("test", index)[0])]) for index in (1, 2)]
+    check(AnswerSource(tmp_path / "scenes"), generator, asked, seeds(3)[1:])
+    records = load_scenes(tmp_path / "data", "test", train_size=1, validation_size=1, test_size=2)
+    folder = next((tmp_path / "data").glob("jaxspec_scenes/*/*"))
+    assert distill(models, folder, tmp_path / "tfds", "--split", "test") == 0
+    asked = [(question(record["index"]), record["images"]) for record in records]
+    check(AnswerSource(tmp_path / "tfds"), generator, asked, seeds(2))
+
+
+@pytest.mark.parametrize(("stop", "kept"), [("killed", 2), ("SIGTERM", 4)])
+def test_a_stopped_run_goes_on_without_loss_or_repetition(
+    models, jsonl, whole, tmp_path, monkeypatch, capsys, stop, kept
+):
+    answer, asked = Distiller.answer, []
+
+    def stopping(self, batch):
+        asked.append([each.record for each in batch])
+        if len(asked) == 2 and stop == "killed":
+            raise RuntimeError("killed")
+        if len(asked) == 2 and stop == "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer(self, batch)
+
+    monkeypatch.setattr(Distiller, "answer", stopping)
+    if stop == "killed":
+        with pytest.raises(RuntimeError, match="killed"):
+            distill(models, jsonl, tmp_path, *SAMPLED)
+    else:
+        assert distill(models, jsonl, tmp_path, *SAMPLED) == 130
+        expected = f"jaxspec: stopped with 4 of 5 records in {tmp_path}; run the same command to go on\n"
+        assert capsys.readouterr().err == expected
+    with pytest.raises(ValueError, match="are not finished"):
+        AnswerSource(tmp_path)
+    asked.clear()
+    stop = None
+    (tmp_path / ".self_distilled-train.array_record-00001-of-00003.1.tmp").write_bytes(b"half a file")
+    assert distill(models, jsonl, tmp_path, *SAMPLED) == 0
+    assert sorted(sum(asked, [])) == list(range(kept, 5))
+    assert f"going on after {kept} of 5 records" in capsys.readouterr().out
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_two_processes_make_the_set_of_one(models, jsonl, whole, tmp_path, capsys):
+    share = [*SAMPLED, "--process-count", "2", "--process-index"]
+    assert distill(models, jsonl, tmp_path, *share, "1") == 0
+    assert "process 1 of 2 has finished its parts; 2 of 3 are still missing" in capsys.readouterr().out
+    assert distill(models, jsonl, tmp_path, *share, "0") == 0
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_drafter_changes_no_answer(models, jsonl, whole, tmp_path):
+    assert distill(models, jsonl, tmp_path, *SAMPLED, "--drafter", str(models[1])) == 0
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_every_turn_follows_the_targets_own_answers(models, generator, pictures, tmp_path):
+    turns = [f"<image>\n{question(0)}", "Are you sure?"]
+    talk = [{"from": role, "value": words} for words in turns for role, words in (("human", words), ("gpt", "Old."))]
+    records = [{"id": "talk", "conversations": talk, "image": "0.png"}, {"prompt": question(1), "image": "1.png"}]
+    (tmp_path / "talk.json").write_text(json.dumps(records))
+    assert (
+        distill(models, tmp_path / "talk.json", tmp_path / "set", "--image-folder", str(pictures), "--turns", "all")
+        == 0
+    )
+    source = AnswerSource(tmp_path / "set")
+    assert [record["id"] for record in source] == ["talk", "talk#2", "record 1"]
+    first, second, _ = source
+    said = generator.target.tokenizer.decode(first["answer_ids"], skip_special_tokens=True).lstrip(" ")
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question(0)}]},
+        {"role": "assistant", "content": said},
+        {"role": "user", "content": "Are you sure?"},
+    ]
+    prompt = encode_prompt(generator.target, messages, second["images"])
+    np.testing.assert_array_equal(second["prompt_ids"], prompt.input_ids)
+
+
+def test_what_cannot_be_answered_is_named(models, pictures, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes((pictures / "0.png").read_bytes()[:200])
+    render(numbered_scene("test", 0)[0]).save(tmp_path / "0.png")
+    lines = [
+        {"id": "good", "prompt": question(0), "image": "0.png"},
+        {"id": "empty", "image": "0.png"},
+        {"id": "broken picture", "prompt": question(0), "image": "broken.png"},
+        {"id": "no picture", "prompt": question(0), "image": "missing.png"},
+        {"id": "marks", "prompt": "<image><image>What?", "image": "0.png"},
+        {"id": "long", "prompt": "word " * 300},
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join([*map(json.dumps, lines), "{"]))
+    assert distill(models, tmp_path / "data.jsonl", tmp_path / "set") == 0
+    source = AnswerSource(tmp_path / "set")
+    assert [record["id"] for record in source] == ["good"]
+    reasons = {each["id"]: each["reason"] for each in source.about["refused"]}
+    expected = {
+        "empty": "needs one of prompt, messages, conversations",
+        "broken picture": "broken.png) cannot be read",
+        "no picture": "missing.png) does not exist",
+        "marks": "2 image marks for 1 images",
+        "long": "with max_length 256 it may have at most 255",
+        "record 6": "line 7 is not JSON",
+    }
+    assert reasons.keys() == expected.keys() and all(part in reasons[name] for name, part in expected.items())
+    out = capsys.readouterr().out
+    assert "7 records, 6 refused: 1 answers" in out and all(f"refused: {name} (record" in out for name in expected)
+    assert distill(models, tmp_path / "data.jsonl", tmp_path / "none", "--start", "1") == 2
+    assert "none of the 6 records could be answered; the first: empty" in capsys.readouterr().err
+
+
+def test_suffix_and_progress(models, jsonl, generator, tmp_path, capsys):
+    assert distill(models, jsonl, tmp_path, "--suffix", "vispec", "--count", "2") == 0
+    words = question(0) + SUFFIXES["vispec"]
+    record = AnswerSource(tmp_path)[0]
+    np.testing.assert_array_equal(
+        record["prompt_ids"], encode_prompt(generator.target, words, record["images"]).input_ids
+    )
+    out = capsys.readouterr().out
+    assert "distill: 2/2, " in out and "/s, 0 s left" in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--seed", "6"], "made with other settings: temperature (there 1.0, here 0.0)"),
+        (["--data", "/nowhere.jsonl"], "no file /nowhere.jsonl"),
+        (["--count", "6"], "count must be at most 5"),
+        (["--start", "5"], "start must lie in 0..4"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--sampled-share", "2"], "sampled_share must lie in 0..1"),
+        (["--process-index", "1"], "process_index must lie in 0..0"),
+        (["--depth", "2"], "a tree needs a drafter"),
+        (["--temperature", "-1"], "temperature must be finite"),
+    ],
+)
+def test_bad_input_is_one_sentence(models, jsonl, whole, capsys, arguments, sentence):
+    before = contents(whole)
+    assert distill(models, jsonl, whole, *arguments) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.startswith("jaxspec: ") and error.count("\n") == 1
+    assert contents(whole) == before
+
+
+def test_records_share_a_few_programs(generator):
+    """All the runs above: prompts of three lengths with at most two images, in batches of one size."""
+    assert generator.compilations <= 12
