@@ -112,8 +112,7 @@ def train(recipe: Recipe, task: Task) -> Any:
             for index in range(start, recipe.steps):
                 batch = next(batches)
                 if index == start:
-                    inputs = state, task.constants, arrays(batch)
-                    log.machine(flops_of(step_fn, *inputs), devices_of(state))
+                    log.machine(flops_of(step_fn, state, task.constants, arrays(batch)), devices_of(state))
                 state, metrics = step_fn(state, task.constants, arrays(batch))
                 if running is not None:
                     settle(running)  # one step late, so the host never waits for the step just started
