@@ -68,14 +68,17 @@ def open_prompts(data: str, split: str = "train", image_folder: str | Path | Non
 
     Raises:
       FileNotFoundError: no such file, folder or data set.
-      ValueError: a file that is not JSON or has no records, an unknown split.
+      ValueError: a file that is not JSON or has no records, an unknown split, an image folder that nothing needs.
     """
     path = Path(data).expanduser()
+    is_file = path.suffix in (".json", ".jsonl")
+    if image_folder is not None and not is_file:
+        raise ValueError(f"image_folder is for .json and .jsonl files; {data!r} brings its images along")
     if data == SCENES:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         return PromptSource(SceneRecords(split), f"{SCENES}/{split}", None)
-    if path.suffix not in (".json", ".jsonl"):
+    if not is_file:
         folder = path if is_prepared(path) else prepared_folder(data)
         records = TfdsRecords(folder, split)
         return PromptSource(records, f"{folder.resolve()} {split}, {len(records)} records", folder.resolve())

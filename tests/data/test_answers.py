@@ -2,6 +2,7 @@
 
 import json
 import resource
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,13 +84,13 @@ def test_a_full_disk_leaves_no_half_part(tmp_path):
     parts = AnswerParts(tmp_path, range(4), 2)
     parts.write(0, Part([answer(0), answer(1)]))
     before = sorted(path for path in tmp_path.iterdir() if path.is_file())
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))  # the disk is full after 1,000 bytes of a file
     try:
         with pytest.raises(OSError, match="answers cannot be written: .*File too large"):
             parts.write(1, Part([answer(2), answer(3)]))
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(path for path in tmp_path.iterdir() if path.is_file()) == before
     assert parts.finished(0) and not parts.finished(1)
 
@@ -118,11 +119,7 @@ def test_encoded_records_are_what_was_asked(tmp_path):
     processor = build_processor(tmp_path / "processor", scenes=300)
     config = LlavaConfig.from_hf(config_for(processor))
 
-    class Named:
-        pass
-
-    target = Named()
-    target.processor, target.config, target.image_token, target.video_token = processor, config, "<image>", None
+    target = SimpleNamespace(processor=processor, config=config, image_token="<image>", video_token=None)
     pictures = [Image.new("RGB", (40, 60), colour) for colour in ("red", "blue")]
     prompt = encode_prompt(target, "Compare the two.", pictures)
     encoder = AnswerEncoder(processor, config)

@@ -88,6 +88,8 @@ def test_files_that_hold_no_records(tmp_path):
         open_prompts("no_such_set")
     with pytest.raises(ValueError, match="split must be one of train, validation, test, got 'dev'"):
         open_prompts("scenes", "dev")
+    with pytest.raises(ValueError, match="'scenes' brings its images along"):
+        open_prompts("scenes", image_folder=tmp_path)
 
 
 def test_a_source_is_named_after_its_content(tmp_path):
