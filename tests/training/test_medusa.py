@@ -84,9 +84,9 @@ def test_heads_learn_and_change_no_answer(target, tmp_path):
     )  # fmt: skip
     run(recipe)
     log = [json.loads(line) for line in (tmp_path / "medusa/log.jsonl").read_text().splitlines()]
-    losses = [entry["loss"] for entry in log if entry["split"] == "train"]
-    assert len(losses) == 6 and losses[-1] < losses[0]
-    assert {"agreement_1", "agreement_2", "agreement_3"} <= set(log[-1])
+    steps = [entry for entry in log if entry["split"] == "train"]
+    assert len(steps) == 6 and steps[-1]["loss"] < steps[0]["loss"]
+    assert {"agreement_1", "agreement_2", "agreement_3"} <= set(steps[-1])
 
     drafter = jaxspec.load_drafter(tmp_path / "medusa/export", target)
     assert (drafter.method, drafter.tree) == ("medusa", recipe.tree)
