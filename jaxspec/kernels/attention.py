@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 MASKED = -1e30
+LONG, BLOCK = 1024, 256
+"""Queries from `LONG` on are taken `BLOCK` at a time (docs/LOG.md)."""
 
 
 class LayerKV(NamedTuple):
@@ -33,8 +35,31 @@ def attend(query: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     """Softmax attention over the union of the segments, with grouped query heads, softmax in float32.
 
     `query` is `[B, H, N, Dh]`, H a multiple of Hkv. Returns `[B, H, N, Dh]` in the query's dtype. A row that sees
-    nothing returns some finite average (rows of padding).
+    nothing returns some finite average (rows of padding). Many queries are taken in blocks, so that no more than
+    `[B, H, BLOCK, S]` scores are held at once.
     """
+    batch, heads, length, head_dim = query.shape
+    if length < LONG or length % BLOCK:
+        return attend_block(query, segments)
+
+    def blocks(x, axis):  # [.., N, ..] -> [N / BLOCK, .., BLOCK, ..]
+        shape = x.shape[:axis] + (length // BLOCK, BLOCK) + x.shape[axis + 1 :]
+        return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+    own = [each.mask.shape[1] == length for each in segments]  # a mask of one row serves every block
+    masks = [blocks(each.mask, 1) for each, split in zip(segments, own, strict=True) if split]
+
+    def one(block):
+        rows, rest = block[0], iter(block[1])
+        parts = zip(segments, own, strict=True)
+        return attend_block(rows, [Segment(each.kv, next(rest) if split else each.mask) for each, split in parts])
+
+    out = jax.lax.map(one, (blocks(query, 2), masks))  # [N / BLOCK, B, H, BLOCK, Dh]
+    return jnp.moveaxis(out, 0, 2).reshape(query.shape)
+
+
+def attend_block(query: jax.Array, segments: Sequence[Segment]) -> jax.Array:
+    """The same for all queries at once."""
     batch, heads, length, head_dim = query.shape
     # The first segment is the long one (a cache, never copied); what follows is a few tokens and cheaper as one.
     segments = [*segments[:1], *([join(segments[1:], length)] if len(segments) > 1 else [])]
