@@ -86,9 +86,7 @@ class Rounds:
                 lambda rngs, name=name, head=head: METHODS[name].module(head, rngs=rngs), self.dtype
             )
             for label, tree in TREES.items():
-                tree = tree or METHODS[name].tree
-                if tree.top_k <= config.text.vocab_size:
-                    arms[f"{name}, {label}"] = drafter, tree
+                arms[f"{name}, {label}"] = drafter, tree or METHODS[name].tree
         runners = {name: Runner(config, target, *arm, batch, self.rounds) for name, arm in arms.items()}
         times = {name: [] for name in runners}
         for _ in range(self.runs):
@@ -125,8 +123,7 @@ class Runner:
         self.request = loop.Request(
             BatchSampling.from_params([SamplingParams()] * batch), jnp.full((batch,), limit), jnp.full((batch, 1), -1)
         )
-        self.models, self.rounds = (target, drafter), jnp.int32(rounds)
-        self.count = rounds
+        self.models, self.rounds = (target, drafter), rounds
         self.prefill = jax.jit(partial(self.start, tree=tree, capacity=len(ids) + limit, limit=limit))
         self.decode = jax.jit(partial(self.go_on, tree=tree), donate_argnums=1)
         self()
@@ -143,12 +140,12 @@ class Runner:
         started = time.perf_counter()
         state = jax.block_until_ready(self.prefill(self.models, self.prompt, self.request))
         read = time.perf_counter()
-        state = jax.block_until_ready(self.decode(self.models, state, self.rounds))
+        state = jax.block_until_ready(self.decode(self.models, state, jnp.int32(self.rounds)))
         ended = time.perf_counter()
         done = int(np.asarray(state.rounds).min())
-        if done != self.count:
-            raise RuntimeError(f"{done} rounds were run instead of {self.count}")
-        return read - started, (ended - read) / self.count
+        if done != self.rounds:
+            raise RuntimeError(f"{done} rounds were run instead of {self.rounds}")
+        return read - started, (ended - read) / self.rounds
 
 
 def random_module(build, dtype: str) -> nnx.Module:

@@ -142,8 +142,9 @@ class Pipeline:
             uses them must guard its entry with `if __name__ == "__main__"`.
 
         Returns:
-          An iterator of dicts with B = batch_size / process_count rows: `prompts`, a `PromptBatch` of S tokens, and
-          `loss_mask` bool [B, S]. S is sequence_length, or with `length_buckets` a bucket up to it.
+          An iterator of dicts with B = batch_size / process_count rows: `prompts`, a `PromptBatch` of S tokens,
+          `loss_mask` bool [B, S], and `ids` [B], the records' names. S is sequence_length, or with `length_buckets` a
+          bucket up to it.
         """
         if start_step < 0:
             raise ValueError(f"start_step must be at least 0; got {start_step}.")
@@ -160,13 +161,15 @@ class Pipeline:
 
     def _make(self, step: int) -> dict[str, Any]:
         indices, length = self._order[step]
-        examples, errors = [], []
+        examples, errors, ids = [], [], []
         for index in indices[self._share].tolist():
+            record = self._source[index]
+            ids.append(str(record.get("id", index)))
             try:
-                examples.append(self._encode(index, length))
+                examples.append(self._encode(record, length))
             except ValueError as error:
                 examples.append(None)
-                errors.append(f"{self._name(index)}: {error}")
+                errors.append(f"record {ids[-1]}: {error}")
         good = next((example for example in examples if example is not None), None)
         if good is None:
             raise ValueError(f"no record of step {step} can be encoded; the first, {errors[0]}")
@@ -174,10 +177,11 @@ class Pipeline:
             self.skipped += 1
             warnings.warn(f"left out, {error} ({self.skipped} so far)", stacklevel=2)
         silent = dataclasses.replace(good, loss_mask=np.zeros_like(good.loss_mask))
-        return self._stack([silent if example is None else example for example in examples], length)
+        rows = [silent if example is None else example for example in examples]
+        return {"ids": np.array(ids), **self._stack(rows, length)}
 
-    def _encode(self, index: int, length: int) -> Example:
-        example = self.cutter(self._encoder.encode_record(self._source[index]))
+    def _encode(self, record: dict[str, Any], length: int) -> Example:
+        example = self.cutter(self._encoder.encode_record(record))
         if len(example.loss_mask) > length:
             raise ValueError(f"it has {len(example.loss_mask)} tokens, more than the {length} that its length told")
         return example
@@ -187,9 +191,6 @@ class Pipeline:
             return self._encoder.length(self._source[index])
         except ValueError:
             return 0  # `_make` will tell
-
-    def _name(self, index: int) -> str:
-        return f"record {self._source[index].get('id', index)}"
 
     def _stack(self, rows: Sequence[Example], length: int) -> dict[str, Any]:
         masks = [np.pad(row.loss_mask, (0, length - len(row.loss_mask))) for row in rows]

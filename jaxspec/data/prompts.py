@@ -14,13 +14,12 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from jaxspec.data.formats import MARK, ROLES
 from jaxspec.data.pictures import SCENES, is_prepared, open_records
 from jaxspec.data.scenes import JaxspecScenesConfig
 from jaxspec.demo.generation import SPLITS, conversation_of, numbered_scene
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PROMPT_FIELDS = ("prompt", "messages", "conversations")
-MARK = "<image>"
 SUFFIXES = {
     "vispec": " Please answer with at least 1000 words.",
     "specvlm": "Please give a detailed and reasonable explanation for the answer.",

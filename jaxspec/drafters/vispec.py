@@ -82,7 +82,9 @@ class ViSpecHead(EagleHead):
             features = self.img_fc(jnp.concatenate([features, global_features], axis=-1))
         return super().combine(embeds, features, global_features)
 
-    def final_global_feature(self, rows: Rows, last: jax.Array) -> jax.Array:
+    def final_global_feature(self, rows: Rows, last: jax.Array) -> jax.Array | None:
+        if not self.config.global_feature:
+            return None
         return jnp.take_along_axis(rows.global_features, last[:, None, None], axis=1)[:, 0]
 
     def rows_of(self, context: DrafterContext, next_embeds: jax.Array, key: jax.Array | None = None) -> Rows:

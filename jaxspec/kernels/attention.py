@@ -38,7 +38,7 @@ def attend(query: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     nothing returns some finite average (rows of padding). Many queries are taken in blocks, so that no more than
     `[B, H, BLOCK, S]` scores are held at once.
     """
-    batch, heads, length, head_dim = query.shape
+    length = query.shape[2]
     if length < LONG or length % BLOCK:
         return attend_block(query, segments)
 

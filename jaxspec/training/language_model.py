@@ -11,13 +11,13 @@ from flax import nnx
 
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.data.answers import AnswerSource
-from jaxspec.data.pipeline import Example, Pipeline
+from jaxspec.data.pipeline import Example
 from jaxspec.speculation.loop import read_prompts
 from jaxspec.targets.contract import TargetConfig
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.registry import family_of, read_config, save_model
 from jaxspec.targets.text import TextModel, TextTargetConfig
-from jaxspec.training.drafter import Span
+from jaxspec.training.held_out import held_out_of, pipelines
 from jaxspec.training.losses import next_token_loss
 from jaxspec.training.recipe import Recipe, Task
 
@@ -58,6 +58,10 @@ class TextEncoder:
     def __init__(self, config: TextTargetConfig, target_config: TargetConfig):
         self.config, self.target_config = config, target_config
 
+    def length(self, record: dict) -> int:
+        """How many tokens `encode_record` will give."""
+        return len(self.encode_record(record).loss_mask)
+
     def encode_record(self, record: dict) -> Example:
         prompt, answer = np.asarray(record["prompt_ids"]), np.asarray(record["answer_ids"])
         prompt = prompt[~self.target_config.is_image(prompt)]
@@ -75,10 +79,7 @@ def language_model_task(recipe: SmallLanguageModelRecipe) -> Task:
     graph, params = nnx.split(TextModel(config, rngs=nnx.Rngs(recipe.seed)))
     encoder = TextEncoder(config, family_of(target_config).config_from_hf(target_config))
     answers = AnswerSource(recipe.answers_dir).records
-    held_out = min(recipe.validation_records, len(answers) // 2)
-    sizes = {"sequence_length": recipe.sequence_length, "batch_size": recipe.batch_size, "seed": recipe.seed}
-    training = Pipeline(Span(answers, held_out, len(answers)), encoder, **sizes)
-    validation = Pipeline(Span(answers, 0, held_out), encoder, shuffle=False, **sizes)
+    training, validation = pipelines(recipe, answers, held_out_of(recipe.validation_records, answers), encoder)
 
     def loss(params, constants, batch, key):
         model = nnx.merge(graph, params)
@@ -95,8 +96,6 @@ def language_model_task(recipe: SmallLanguageModelRecipe) -> Task:
         constants=None,
         loss=loss,
         batches=training.batches,
-        validation=lambda: (
-            validation[index] for index in range(min(recipe.eval_batches, held_out // recipe.batch_size))
-        ),
+        validation=validation,
         export=export,
     )

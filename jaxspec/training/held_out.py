@@ -1,0 +1,46 @@
+"""Which records of a set are learned from, and which only judged by."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from jaxspec.data.pipeline import Pipeline
+from jaxspec.training.recipe import Recipe
+
+
+class Span:
+    """Records `start` to `stop` of a random-access source."""
+
+    def __init__(self, source: Sequence, start: int, stop: int):
+        self.source, self.start, self.stop = source, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int):
+        return self.source[self.start + index]
+
+
+def held_out_of(wanted: int, records: Sequence) -> int:
+    """How many of the first records are held out: never more than half."""
+    return min(wanted, len(records) // 2)
+
+
+def pipelines(
+    recipe: Recipe, records: Sequence, held_out: int, encoder
+) -> tuple[Pipeline, Callable[[], Iterator[dict]]]:
+    """The batches to train on, and up to `eval_batches` of the first `held_out` records (the last one may go round)."""
+
+    def pipeline(span: Span, shuffle: bool) -> Pipeline:
+        return Pipeline(
+            span,
+            encoder,
+            sequence_length=recipe.sequence_length,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            shuffle=shuffle,
+            length_buckets=recipe.length_buckets,
+        )
+
+    training = pipeline(Span(records, held_out, len(records)), True)
+    validation = pipeline(Span(records, 0, held_out), False) if held_out else []
+    count = min(recipe.eval_batches, -(-held_out // recipe.batch_size))
+    return training, lambda: (validation[index] for index in range(count))
