@@ -1,21 +1,20 @@
-"""ViSpec head of the embedded target: stage 2 of arXiv 2509.15235 on the self-distilled set, from demo_eagle2.
+"""ViSpec head of the embedded target: stage 2 of arXiv 2509.15235 on the self-distilled set, from demo_vispec1.
 
 Published: 10 * L1 of the distributions + 0.1 * ranking of the top 10, one multi-step run, AdamW(0.9, 0.95), linear
 decay, gradient value clip 0.5, num_q 2. Ours: learning rate, steps, batch, and num_q 10: a scene has nine places that
-may each hold another object, so one vector per place and the global one. The committed weights come from 350 steps
-(learning rate 5e-4, decayed to the end) that were continued to 850 with the settings below.
+may each hold another object, so one vector per place and the global one.
 """
 
-from jaxspec.training import EagleRecipe
+from jaxspec.training import ViSpecRecipe
 
-recipe = EagleRecipe(
+recipe = ViSpecRecipe(
     name="demo_vispec",
-    method="vispec",
-    init_from="runs/demo_eagle2/export",
+    init_from="runs/demo_vispec1/export",
     num_q=10,
-    steps=850,
+    steps=552,
     batch_size=16,
     sequence_length=192,
+    length_buckets=True,
     learning_rate=8e-4,
     warmup_steps=10,
     decay="linear",
@@ -29,5 +28,6 @@ recipe = EagleRecipe(
     ranking_weight=0.1,
     mtp_steps=1,
     seed=1,
-    eval_every=100,
+    eval_every=184,
+    checkpoint_every=184,
 )

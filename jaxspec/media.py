@@ -62,8 +62,11 @@ def open_images(images: Sequence[ImageLike]) -> list[Image.Image]:
     return [open_image(image, f"image {number}") for number, image in enumerate(images, 1)]
 
 
-def image_size(image: str | Path | bytes, name: str = "image 1") -> tuple[int, int]:
-    """Width and height of the picture that `open_image` gives, from the header. Raises ValueError where it cannot."""
+def image_size(image: ImageLike, name: str = "image 1") -> tuple[int, int]:
+    """Width and height of the picture that `open_image` gives; of files and bytes from the header. Raises ValueError
+    where it cannot."""
+    if not isinstance(image, str | Path | bytes):
+        return open_image(image, name).size
     with readable(name), Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as header:
         turned = header.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return header.size[::-1] if turned else header.size

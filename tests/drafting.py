@@ -26,6 +26,7 @@ from jaxspec.drafters.massv import MassvConfig, MassvDrafter
 from jaxspec.drafters.medusa import MedusaConfig, MedusaHeads
 from jaxspec.drafters.specvlm import SpecVLMConfig, SpecVLMHead
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
+from jaxspec.drafters.vocabulary import take_from_target
 from jaxspec.kernels.attention import LayerKV
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.sampling import BatchSampling, choose, gumbel_noise, warp
@@ -67,6 +68,10 @@ def linked_head(target: Target, method: str, seed: int = 1) -> EagleHead:
     if method == "specvlm":
         for mine, theirs in zip(convolutions(head), convolutions(fresh), strict=True):
             mine.kernel[...] += theirs.kernel[...]
+    if method == "tapped":
+        head.tap_fc.kernel[...] += fresh.tap_fc.kernel[...]
+    if method == "narrow":
+        take_from_target(head.draft_head, target.model, NARROW)
     width, first = target.config.text.hidden_size, target.model.language_model.layers[0]
     head.fc.kernel[...] += jnp.eye(2 * width, width)
     if head.config.input_norm:
@@ -90,7 +95,9 @@ def fresh_head(target: Target, method: str, seed: int) -> EagleHead:
             compressor = CompressorConfig(pruning_ratio=5, pooling_ratio=4, gate_hidden_size=16)
             return SpecVLMHead(SpecVLMConfig(text, compressor=compressor), rngs=nnx.Rngs(seed))
         case _:
-            return EagleHead(EagleConfig(text, input_norm=method == "eaglevlm"), rngs=nnx.Rngs(seed))
+            ours = {"tapped": {"tap_layers": (0, 1)}, "narrow": {"draft_vocab_size": NARROW.size}}
+            config = EagleConfig(text, input_norm=method == "eaglevlm", **ours.get(method, {}))
+            return EagleHead(config, rngs=nnx.Rngs(seed))
 
 
 def convolutions(head: SpecVLMHead) -> list[nnx.Linear]:
@@ -213,12 +220,16 @@ class SelfDrafter(nnx.Module):
         )
 
 
+NARROW = np.flatnonzero(np.arange(640) % 4 > 0).astype(np.int32)
+"""The draft vocabulary of the head "narrow": three quarters of the target's."""
 TREE = TreeConfig(depth=2, top_k=3, total_tokens=10)
 DRAFTERS = {
     "eagle2": lambda target: Drafter(linked_head(target, "eagle2"), TREE, "eagle2", {}),
     "vispec": lambda target: Drafter(linked_head(target, "vispec"), TREE, "vispec", {}),
     "eaglevlm": lambda target: Drafter(linked_head(target, "eaglevlm"), TREE, "eaglevlm", {}),
     "specvlm": lambda target: Drafter(linked_head(target, "specvlm"), TREE, "specvlm", {}),
+    "tapped": lambda target: Drafter(linked_head(target, "tapped"), TREE, "eagle2", {}),
+    "narrow": lambda target: Drafter(linked_head(target, "narrow"), TREE, "eagle2", {}),
     "chain": lambda target: Drafter(linked_head(target, "eagle2"), TreeConfig.chain(3), "eagle2", {}),
     "random": lambda target: Drafter(random_head(target), TREE, "eagle2", {}),
     "massv": lambda target: Drafter(linked_lm(target, True, 643), TREE, "massv", {}),

@@ -117,8 +117,9 @@ def match(
         array, expected = by_name.pop(name), published_shape(dotted, leaf.shape)
         if array.shape != expected:
             problems.append(f"mis-shaped: {name} is {array.shape}, the config wants {expected}")
-        elif not jnp.issubdtype(array.dtype, jnp.floating):
-            problems.append(f"wrong dtype: {name} is {array.dtype}, not a floating-point type")
+        elif jnp.issubdtype(array.dtype, jnp.floating) != jnp.issubdtype(leaf.dtype, jnp.floating):
+            wanted = "a floating-point" if jnp.issubdtype(leaf.dtype, jnp.floating) else "an integer"
+            problems.append(f"wrong dtype: {name} is {array.dtype}, not {wanted} type")
         else:
             found.append((path, leaf, to_ours(dotted, array)))
     problems += [f"extra: {name} {tuple(array.shape)}" for name, array in by_name.items()]
@@ -130,13 +131,22 @@ def match(
 def fill(
     module: nnx.Module, tensors: Mapping[str, np.ndarray], table: NameTable, source: str, dtype, mesh=None
 ) -> nnx.Module:
-    """A module with the same structure (built abstractly) whose parameters are the published tensors in `dtype`.
+    """A module with the same structure (built abstractly) whose parameters are the published tensors in `dtype`
+    (integers keep theirs).
 
     With a mesh every shard is read on its own: the host holds one at a time. Raises ValueError as `match` does.
     """
     found = match(module, tensors, table, source)
-    values = [(path, leaf.replace(place(array, dotted_path(path), dtype, mesh))) for path, leaf, array in found]
+    values = [
+        (path, leaf.replace(place(array, dotted_path(path), settled(leaf.dtype, dtype), mesh)))
+        for path, leaf, array in found
+    ]
     return nnx.merge(nnx.graphdef(module), nnx.from_flat_state(values))
+
+
+def settled(own, wanted):
+    """The dtype that a parameter of dtype `own` gets where `wanted` is asked for: integers stay what they are."""
+    return wanted if wanted is not None and jnp.issubdtype(own, jnp.floating) else own
 
 
 def place(array: np.ndarray, path: str, dtype, mesh) -> jax.Array:
@@ -168,6 +178,6 @@ def to_tensors(module: nnx.Module, table: NameTable, dtype=None) -> dict[str, np
     tensors = {}
     for path, leaf in parameter_paths(module).items():
         array = np.asarray(jax.device_get(leaf[...]))
-        array = to_published(path, array if dtype is None else array.astype(dtype))
+        array = to_published(path, array.astype(settled(array.dtype, dtype)))
         tensors[table.published(path)] = np.ascontiguousarray(array)
     return tensors

@@ -237,9 +237,9 @@ class AnswerEncoder:
         encoded = self.encode(np.concatenate([prompt, answer]), record["images"])
         return Example(encoded, np.arange(len(encoded.input_ids)) >= len(prompt))
 
-    def encode_prompt(self, record: dict) -> EncodedPrompt:
-        """The prompt alone, to be answered anew."""
-        return self.encode(np.asarray(record["prompt_ids"]), record["images"])
+    def encode_question(self, record: dict) -> tuple[EncodedPrompt, int]:
+        """The prompt alone, to be answered anew, and how many tokens its answer has."""
+        return self.encode(np.asarray(record["prompt_ids"]), record["images"]), len(record["answer_ids"])
 
     def encode(self, ids: np.ndarray, images: Sequence[ImageLike]) -> EncodedPrompt:
         """Raises ValueError where the images have not as many tokens as the ids: they are others than those answered

@@ -79,6 +79,16 @@ class ConversationEncoder:
         """A record of a data source with `images` and `conversations`."""
         return self(record["images"], record["conversations"])
 
+    def encode_question(self, record: dict) -> tuple[EncodedPrompt, int]:
+        """What a record says up to its first answer, and how many tokens that has."""
+        turns = record["conversations"]
+        end = next(index for index, turn in enumerate(turns) if ROLES[turn["from"]] == "assistant") + 1
+        marks = sum(turn["value"].count(MARK) for turn in turns[:end])
+        example = self(record["images"][:marks], turns[:end])
+        prompt, start = example.prompt, int(example.loss_mask.argmax())
+        positions = None if prompt.position_ids is None else prompt.position_ids[:, :start]
+        return EncodedPrompt(prompt.input_ids[:start], prompt.images, positions), int(example.loss_mask.sum())
+
     def length(self, record: dict) -> int:
         """How many tokens `encode_record` will give, without decoding a picture."""
         text, answers = self._text_and_answers(record["images"], record["conversations"])

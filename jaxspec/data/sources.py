@@ -2,7 +2,8 @@
 
 `ConversationFiles` reads the file and leaves the pictures in their folder. `build_conversations` writes both into a
 tensorflow-datasets ArrayRecord, pictures as the encoded bytes that they are, after looking at every one of them; a
-`ConversationSource` opens it. A record is {"id", "images", "conversations"} either way.
+`ConversationSource` opens it. A record is {"id", "images", "conversations"} either way; `open_conversations` finds out
+what it is given.
 
     build_conversations("data", "llava_pretrain", "blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain")
     source = ConversationSource("data", "llava_pretrain", needs_images=True)
@@ -10,13 +11,15 @@ tensorflow-datasets ArrayRecord, pictures as the encoded bytes that they are, af
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from jaxspec.data.formats import read_records, standard_record
+from jaxspec.data.pictures import SCENES, Pictures, is_prepared
+from jaxspec.data.prompts import SceneRecords
 from jaxspec.media import open_images
 from jaxspec.quiet import quiet
 
@@ -59,6 +62,18 @@ class ConversationFiles:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._records[index]
+
+
+class SceneConversations(SceneRecords):
+    """The numbered scenes of the demo with their pictures and the true answers, made when they are asked for."""
+
+    def __init__(self, split: str):
+        super().__init__(split)
+        self.pictures = Pictures(None)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = super().__getitem__(index)
+        return {**record, "images": [self.pictures[reference] for reference in record["images"]]}
 
 
 class Conversations(tfds.core.GeneratorBasedBuilder):
@@ -163,3 +178,24 @@ class ConversationSource:
             "images": list(record["images"]),
             "conversations": json.loads(record["conversations"]),
         }
+
+
+def open_conversations(
+    data: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None, needs_images: bool = False
+) -> Sequence[dict[str, Any]]:
+    """The records of a .json or .jsonl file, of the folder of a set that `build_conversations` made, or of the demo's
+    training scenes (`scenes`).
+
+    Raises as `ConversationFiles` and `ConversationSource`, and ValueError for an image folder that nothing needs.
+    """
+    path = Path(data)
+    if image_folder is not None and path.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"image_folder is for .json and .jsonl files; {data} brings its images along")
+    if data == SCENES:
+        return SceneConversations("train")
+    if not is_prepared(path):
+        return ConversationFiles(path, image_folder)
+    _, name, kind, data_dir = path.absolute(), *path.absolute().parents[:3]
+    if kind.name != Conversations.name:
+        raise ValueError(f"{path} holds no conversations made by build_conversations, but {kind.name}")
+    return ConversationSource(data_dir, name.name, needs_images)

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxspec import cache as caches
 from jaxspec.checkpoints.configs import llama_text_config, published_rope, published_text_fields
 from jaxspec.drafters.contract import Method, size_misfits
+from jaxspec.drafters.vocabulary import DraftHead
 from jaxspec.kernels.attention import LayerKV, Segment
 from jaxspec.layers import DecoderLayer, TextConfig, causal_mask, linear, rope_tables
 from jaxspec.speculation.loop import DrafterContext
@@ -32,6 +33,8 @@ class EagleConfig:
     fc_bias: bool = True
     tap_layers: tuple[int, ...] = ()
     """Layers of the target whose outputs the head reads beside the final features (0: embeddings, i: layer i)."""
+    draft_vocab_size: int | None = None
+    """Tokens that the head drafts, with an LM head of its own (jaxspec.drafters.vocabulary); None: the target's."""
 
 
 @jax.tree_util.register_dataclass
@@ -71,10 +74,17 @@ class EagleHead(nnx.Module):
             self.tap_fc = linear((taps + 1) * width, width, bias=False, rngs=rngs)
             # [0 | I]: training starts from the head that reads the final features only.
             self.tap_fc.kernel[...] = jnp.eye((taps + 1) * width, width, k=-taps * width)
+        if config.draft_vocab_size is not None:
+            self.draft_head = DraftHead(width, config.draft_vocab_size, rngs=rngs)
 
     @property
     def tap_layers(self) -> tuple[int, ...]:
         return self.config.tap_layers
+
+    def check_tree(self, tree: TreeConfig) -> None:
+        """Raises ValueError where the head drafts fewer tokens than a node has children."""
+        if self.config.draft_vocab_size is not None:
+            tree.check_vocabulary(self.config.draft_vocab_size)
 
     # -- the head ------------------------------------------------------------------------------------------------
 
@@ -87,6 +97,15 @@ class EagleHead(nnx.Module):
         """What the head reads `[.., D]` of the target's features `[.., (T + 1) * D]` (EAGLE-3's fusion of layers, arXiv
         2503.01840, in front of an EAGLE-2 head)."""
         return self.tap_fc(features) if self.tap_layers else features
+
+    @property
+    def draft_ids(self) -> jax.Array | None:
+        """Which tokens the head's logits are of, i32 `[Vd]`; None where of all."""
+        return None if self.config.draft_vocab_size is None else self.draft_head.ids[...]
+
+    def logits(self, target, output: jax.Array) -> jax.Array:
+        """Of the head's output `[.., D]`: `[.., V]` or `[.., Vd]`."""
+        return target.unembed(output) if self.config.draft_vocab_size is None else self.draft_head(output)
 
     def run(self, x, positions, mask, past=()) -> tuple[jax.Array, LayerKV]:
         """The decoder layer on inputs `[B, N, D]`."""
@@ -151,11 +170,10 @@ class EagleHead(nnx.Module):
             else:
                 drafted = LayerKV(*(jnp.concatenate(pair, axis=2) for pair in zip(drafted, kv, strict=True)))
                 seen = jnp.concatenate([seen, own], axis=2)
-            return (outputs, drafted, seen), target.unembed(outputs)
+            return (outputs, drafted, seen), self.logits(target, outputs)
 
-        first = target.unembed(state.output)
-        tree = grow_tree(config, root, first, noise, sampling, expand, (state.output[:, None], None, None))
-        return tree, state
+        first, carry = self.logits(target, state.output), (state.output[:, None], None, None)
+        return grow_tree(config, root, first, noise, sampling, expand, carry, self.draft_ids), state
 
     def advance(self, target, state: EagleState, tokens, features, count) -> EagleState:
         length = tokens.shape[1]
@@ -194,6 +212,7 @@ def read_eagle_fields(raw: dict) -> dict:
         "input_norm": raw.get("input_norm", False),
         "fc_bias": raw.get("bias", True),
         "tap_layers": tuple(raw.get("tap_layers", ())),
+        "draft_vocab_size": raw.get("draft_vocab_size"),
     }
 
 
@@ -207,16 +226,17 @@ def write_eagle_config(config: EagleConfig) -> dict:
     )
     ours = {"input_norm": True} if config.input_norm else {}
     ours |= {"tap_layers": list(config.tap_layers)} if config.tap_layers else {}
+    ours |= {"draft_vocab_size": config.draft_vocab_size} if config.draft_vocab_size is not None else {}
     return llama.to_dict() | {"num_q": 0, "qkv_bias": config.qkv_bias, "bias": config.fc_bias} | ours
 
 
 def eagle_misfits(config: EagleConfig, target_config) -> list[str]:
     """The head shares the target's embedding and LM head."""
-    layers = target_config.text.num_layers
-    too_deep = [layer for layer in config.tap_layers if not 0 <= layer <= layers]
-    return [f"tap layer {layer} (the target has {layers})" for layer in too_deep] + size_misfits(
-        config.text, target_config
-    )
+    layers, vocabulary = target_config.text.num_layers, target_config.text.vocab_size
+    problems = [f"tap layer {each} (the target has {layers})" for each in config.tap_layers if not 0 <= each <= layers]
+    if (config.draft_vocab_size or 0) > vocabulary:
+        problems.append(f"draft_vocab_size {config.draft_vocab_size} (target: {vocabulary})")
+    return problems + size_misfits(config.text, target_config)
 
 
 EAGLE2 = Method(

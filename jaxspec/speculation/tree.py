@@ -124,6 +124,7 @@ def grow_tree(
     sampling: BatchSampling,
     expand: Callable[[Any, jax.Array, jax.Array, int], tuple[Any, jax.Array]],
     carry: Any,
+    vocabulary: jax.Array | None = None,
 ) -> Tree:
     """EAGLE-2's dynamic tree (arXiv 2406.16858, section 4) over any drafter.
 
@@ -135,20 +136,25 @@ def grow_tree(
         frontier of depth `level + 1`; `parent` is each node's place in the frontier before (zeros at level 0). Logits
         `[B, 1, V]` hold for all nodes of the frontier.
       carry: whatever `expand` hands from level to level.
+      vocabulary: i32 `[Vd]`, the tokens that the drafter's logits `[.., Vd]` are of, where they are not of all V.
     """
     if config.total_tokens == 1:
         return root_only(root)
     batch, k = root.shape[0], config.top_k
     levels = config.max_depth
+    if vocabulary is not None:
+        noise = jnp.take(noise, vocabulary, axis=-1)
     scores = draft_scores(config, first_logits[:, None], noise[:, :1], sampling)[:, 0]  # [B, V]
-    frontier_scores, frontier = jax.lax.top_k(scores, k)  # [B, k]
+    frontier_scores, places = jax.lax.top_k(scores, k)  # [B, k]
+    frontier = places if vocabulary is None else vocabulary[places]
     parent = jnp.zeros((batch, k), jnp.int32)  # place in the frontier before
     ids = jnp.broadcast_to(jnp.arange(1, k + 1), (batch, k))  # number among all candidates; the root is 0
     all_tokens, all_scores, all_parents = [frontier], [frontier_scores], [parent]
     for level in range(levels - 1):
         carry, logits = expand(carry, frontier, parent, level)
         scores = draft_scores(config, logits, noise[:, level + 1 : level + 2], sampling)  # [B, k or 1, V]
-        child_scores, child_tokens = jax.lax.top_k(scores, k)  # [B, k or 1, k]
+        child_scores, places = jax.lax.top_k(scores, k)  # [B, k or 1, k]
+        child_tokens = places if vocabulary is None else vocabulary[places]
         child_scores = (child_scores + frontier_scores[..., None]).reshape(batch, k * k)
         child_tokens = jnp.broadcast_to(child_tokens, (batch, k, k)).reshape(batch, k * k).astype(jnp.int32)
         all_tokens.append(child_tokens)

@@ -1,16 +1,17 @@
 """Training: recipes, tasks, losses and the loop. `run` does whatever a recipe of `configs/` describes."""
 
 from jaxspec.stopping import Stopped
-from jaxspec.training.drafter import DrafterRecipe, drafter_task
+from jaxspec.training.drafter import DrafterRecipe, drafter_task, drafter_tasks
 from jaxspec.training.eagle import EagleRecipe
 from jaxspec.training.language_model import SmallLanguageModelRecipe, language_model_task
-from jaxspec.training.loop import train
+from jaxspec.training.loop import train, train_together
 from jaxspec.training.massv import MassvRecipe
 from jaxspec.training.medusa import MedusaRecipe
 from jaxspec.training.recipe import Recipe, Task
 from jaxspec.training.specvlm import SpecVLMRecipe
 from jaxspec.training.target import TargetRecipe, target_task
 from jaxspec.training.vision import VisionRecipe, vision_task
+from jaxspec.training.vispec import ViSpecRecipe
 
 __all__ = [
     "EagleRecipe",
@@ -22,13 +23,19 @@ __all__ = [
     "Stopped",
     "TargetRecipe",
     "Task",
+    "ViSpecRecipe",
     "VisionRecipe",
     "run",
 ]
 
 
-def run(recipe: Recipe) -> None:
-    """Run or resume. Raises Stopped after a signal, with everything saved."""
+def run(*recipes: Recipe) -> None:
+    """Run or resume a recipe, or several recipes of drafters for the same target on the same answers, which then runs
+    once per step for all of them. Raises Stopped after a signal, with everything saved."""
+    if len(recipes) > 1:
+        train_together(recipes, drafter_tasks(recipes))
+        return
+    (recipe,) = recipes
     match recipe:
         case DrafterRecipe():
             train(recipe, drafter_task(recipe))

@@ -45,10 +45,11 @@ class Checkpoints:
         with contextlib.suppress(OSError, ValueError) if error else contextlib.nullcontext():
             self.stack.__exit__(kind, error, trace)
 
-    def resume(self, state: Any) -> Any:
-        """The latest saved state, or `state` (its structure and shardings) where there is none."""
-        step = self.latest.latest_step()
-        return state if step is None else restore(self.latest, step, state)
+    def resume(self, state: Any, step: int) -> Any:
+        """The state saved at `step`, or `state` (its structure and shardings) at 0. Later ones are deleted."""
+        for later in [each for each in self.latest.all_steps() if each > step]:
+            self.latest.delete(later)
+        return restore(self.latest, step, state) if step else state
 
     def save(self, step: int, state: Any) -> None:
         self.finish()

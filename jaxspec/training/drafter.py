@@ -1,11 +1,11 @@
-"""Training any drafter on a target's own answers: the frozen target runs once per step (features and logits are never
-stored), a method's recipe turns what it said into a loss.
+"""Training any drafter, on a target's own answers or on conversations: the frozen target runs once per step (features
+and logits are never stored), a method's recipe turns what it said into a loss.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ from flax import nnx
 import jaxspec
 from jaxspec.checkpoints.names import parameter_paths
 from jaxspec.data.answers import AnswerEncoder, AnswerSource
-from jaxspec.data.pipeline import Pipeline
+from jaxspec.data.conversations import ConversationEncoder
+from jaxspec.data.sources import open_conversations
 from jaxspec.drafters.checkpoint import load_drafter_folder, save_drafter_folder
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.metrics import Acceptance, pooled
@@ -22,10 +23,13 @@ from jaxspec.speculation.loop import DrafterContext, context_of, read_prompts, t
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.training.acceptance import Measurement
-from jaxspec.training.recipe import Recipe, Task
+from jaxspec.training.held_out import Span, held_out_of, pipelines
+from jaxspec.training.recipe import Recipe, Task, check_same
 
 IMAGE_SAMPLE = 64
 """Records that are looked at for an image."""
+COMMON = ("target", "answers_dir", "conversations", "image_folder", "max_records", "validation_records")
+"""Fields that drafters trained together share, beside those of every recipe."""
 
 
 class Teacher(NamedTuple):
@@ -43,10 +47,15 @@ class DrafterRecipe(Recipe):
     target: str = "runs/demo_target/export"
     answers_dir: str = "runs/demo_answers"
     """The target's own answers, made by `python -m jaxspec distill`."""
+    conversations: str | None = None
+    """What others said, to learn from in place of `answers_dir`: a .json or .jsonl file, the folder of a set that
+    `jaxspec.data.sources.build_conversations` made, or `scenes`."""
     image_folder: str | None = None
-    """Where the images of the answers are; where they were when the set was made by default."""
+    """Where the images of the records are. By default where they were when the set was made, or beside the file."""
+    max_records: int | None = None
+    """The first records of the set at most."""
     validation_records: int = 128
-    """The first answers of the set are held out."""
+    """The first records of the set are held out."""
     init_from: str | None = None
     """A trained drafter to start from; parameters it lacks start fresh."""
     depth: int = 4
@@ -99,39 +108,19 @@ class DrafterRecipe(Recipe):
         raise NotImplementedError(f"{type(self).__name__} must implement loss")
 
 
-def drafter_task(recipe: DrafterRecipe) -> Task:
-    """Self-distilled answers, the frozen target, and a fresh or continued drafter.
+def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None) -> Task:
+    """Records, the frozen target (loaded if not given), and a fresh or continued drafter.
 
     Raises ValueError, before anything is compiled, for what does not fit together.
     """
-    target = jaxspec.load_target(recipe.target)
+    target = target or jaxspec.load_target(recipe.target)
     recipe.tree.check_vocabulary(target.config.text.vocab_size)
     graph, params, rest = split_drafter(recipe, target)
     target_graph, target_params = nnx.split(target.model)
-    answers = AnswerSource(recipe.answers_dir, recipe.image_folder)
-    if answers.about["target_fingerprint"] != target.fingerprint():
-        raise ValueError(
-            f"the answers in {recipe.answers_dir} are those of the target {answers.about['target_fingerprint']}, not "
-            f"of {target.fingerprint()}"
-        )
-    encoder = AnswerEncoder(target.processor, target.config)
-
-    def pipeline(records, shuffle: bool) -> Pipeline:
-        return Pipeline(
-            records,
-            encoder,
-            sequence_length=recipe.sequence_length,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            shuffle=shuffle,
-            length_buckets=recipe.length_buckets,
-        )
-
-    held_out = min(recipe.validation_records, len(answers) // 2)
-    check_records(recipe, target, answers, held_out)
-    training = pipeline(Span(answers, held_out, len(answers)), True)
-    validation = pipeline(Span(answers, 0, held_out), False) if held_out else []
-    validation_batches = min(recipe.eval_batches, -(-held_out // recipe.batch_size))  # the last one may go round
+    records, encoder = open_records(recipe, target)
+    held_out = held_out_of(recipe.validation_records, records)
+    check_records(recipe, target, records, held_out)
+    training, validation = pipelines(recipe, records, held_out, encoder)
 
     def loss(params, constants, batch, key):
         rest, target_params = constants
@@ -142,9 +131,9 @@ def drafter_task(recipe: DrafterRecipe) -> Task:
     def drafter(params) -> Drafter:
         return Drafter(nnx.merge(graph, params, rest), recipe.tree, recipe.method, {})
 
-    records = [answers[index] for index in range(min(recipe.acceptance_prompts, held_out))]
-    prompts = [encoder.encode_prompt(record) for record in records]
-    limit = max((len(record["answer_ids"]) for record in records), default=0)
+    questions = [encoder.encode_question(records[index]) for index in range(min(recipe.acceptance_prompts, held_out))]
+    prompts = [prompt for prompt, _ in questions]
+    limit = min(max((tokens for _, tokens in questions), default=0), recipe.sequence_length)
     generator = jaxspec.Generator(target, drafter(params))
     temperatures = (0.0, 1.0) if recipe.acceptance_at_temperature_1 else (0.0,)
 
@@ -161,10 +150,20 @@ def drafter_task(recipe: DrafterRecipe) -> Task:
         constants=(rest, target_params),
         loss=loss,
         batches=training.batches,
-        validation=lambda: (validation[index] for index in range(validation_batches)),
+        validation=validation,
         export=export,
-        acceptance=Measurement(measure, recipe.acceptance_every, recipe.export_checkpoint) if records else None,
+        acceptance=Measurement(measure, recipe.acceptance_every, recipe.export_checkpoint) if questions else None,
     )
+
+
+def drafter_tasks(recipes: Sequence[DrafterRecipe]) -> list[Task]:
+    """Of recipes that are trained together, with one target. Raises ValueError, too, where they read other records."""
+    for recipe in recipes:
+        if not isinstance(recipe, DrafterRecipe):
+            raise ValueError(f"only recipes of drafters can be trained together, {recipe.name} is none")
+    check_same(recipes, COMMON)
+    target = jaxspec.load_target(recipes[0].target)
+    return [drafter_task(recipe, target) for recipe in recipes]
 
 
 def split_drafter(recipe: DrafterRecipe, target: jaxspec.Target):
@@ -182,22 +181,40 @@ def about_run(recipe: DrafterRecipe, target: jaxspec.Target) -> dict:
     }
 
 
-def check_records(recipe: DrafterRecipe, target: jaxspec.Target, answers: AnswerSource, held_out: int) -> None:
+def open_records(recipe: DrafterRecipe, target: jaxspec.Target) -> tuple[Sequence[dict], Any]:
+    """What the recipe learns from, and what reads it. Raises ValueError for another target's answers."""
+    if recipe.conversations is not None:
+        records = open_conversations(recipe.conversations, recipe.image_folder, recipe.needs_images)
+        encoder = ConversationEncoder(target.processor, target.config)
+    else:
+        records = AnswerSource(recipe.answers_dir, recipe.image_folder)
+        encoder = AnswerEncoder(target.processor, target.config)
+        if records.about["target_fingerprint"] != target.fingerprint():
+            raise ValueError(
+                f"the answers in {recipe.answers_dir} are those of the target {records.about['target_fingerprint']}, "
+                f"not of {target.fingerprint()}"
+            )
+    count = len(records) if recipe.max_records is None else min(recipe.max_records, len(records))
+    return Span(records, 0, count), encoder
+
+
+def check_records(recipe: DrafterRecipe, target: jaxspec.Target, records: Sequence[dict], held_out: int) -> None:
     """Raises ValueError where a batch cannot be filled, or images are needed that are not there."""
-    if len(answers) - held_out < recipe.batch_size:
+    source = recipe.conversations or recipe.answers_dir
+    if len(records) - held_out < recipe.batch_size:
         raise ValueError(
-            f"{recipe.answers_dir} holds {len(answers)} answers, {held_out} of them held out: "
+            f"{source} gives {len(records)} records, {held_out} of them held out: "
             f"the others do not fill a batch of {recipe.batch_size}"
         )
     if not recipe.needs_images:
         return
     if not target.config.image_token_ids:
         raise ValueError(f"method {recipe.method} learns from images, but the target {recipe.target} reads none")
-    looked_at = range(min(len(answers), IMAGE_SAMPLE))
-    if not any(len(answers[index]["images"]) for index in looked_at):
+    looked_at = range(min(len(records), IMAGE_SAMPLE))
+    if not any(len(records[index]["images"]) for index in looked_at):
         raise ValueError(
-            f"method {recipe.method} learns from images, but none of the first {len(looked_at)} answers in "
-            f"{recipe.answers_dir} has one"
+            f"method {recipe.method} learns from images, but none of the first {len(looked_at)} records of "
+            f"{source} has one"
         )
 
 
@@ -241,16 +258,3 @@ def measured_acceptance(
     A prompt's place is its seed."""
     sampling = [jaxspec.SamplingParams(temperature=temperature, seed=seed) for seed in range(len(prompts))]
     return pooled([result.stats for result in generator.generate_encoded(prompts, sampling, limit)])
-
-
-class Span:
-    """Records `start` to `stop` of a random-access source."""
-
-    def __init__(self, source, start: int, stop: int):
-        self.source, self.start, self.stop = source, start, stop
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __getitem__(self, index: int):
-        return self.source[self.start + index]

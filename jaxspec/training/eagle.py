@@ -1,4 +1,5 @@
-"""Recipes of EAGLE-like heads (EAGLE-2, EagleVLM, ViSpec), with the losses of their published recipes.
+"""The recipe of EAGLE heads, which those of ViSpec (vispec.py) and SpecVLM (specvlm.py) extend: one loss with all their
+published parts, each with a weight.
 
 Per step the head runs `mtp_steps + 1` times: each further run reads the head's own outputs of the run before, shifted
 by one, as it will when drafting (ViSpec 3.4).
@@ -11,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxspec.data.answers import AnswerSource
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
 from jaxspec.drafters.registry import METHODS
-from jaxspec.drafters.vispec import ViSpecConfig
+from jaxspec.drafters.vocabulary import most_frequent, take_from_target
 from jaxspec.layers import TextConfig
 from jaxspec.training.drafter import DrafterRecipe, Teacher, start_from
 from jaxspec.training.losses import (
@@ -29,22 +31,23 @@ from jaxspec.training.losses import (
 
 @dataclasses.dataclass(frozen=True)
 class EagleRecipe(DrafterRecipe):
-    """A draft head."""
+    """A draft head; defaults are the published loss of EAGLE heads (stage 1 of ViSpec's code)."""
 
-    methods: ClassVar[tuple[str, ...]] = ("eagle2", "eaglevlm", "vispec")
+    methods: ClassVar[tuple[str, ...]] = ("eagle2", "eaglevlm")
     """Those that the recipe trains."""
-    method: str = "vispec"
-    num_q: int = 2
-    global_feature: bool = True
+    method: str = "eagle2"
     tap_layers: tuple[int, ...] = ()
     """Layers of the target whose outputs the head reads beside the final features (ours)."""
-    mtp_steps: int = 1
-    feature_noise: float = 0.0
+    draft_vocab_size: int | None = None
+    """The head drafts only so many tokens, those that are most frequent in `answers_dir`, with an LM head of its own
+    that starts as the target's (ours). None: all, with the target's."""
+    mtp_steps: int = 0
+    feature_noise: float = 0.1
     """Uniform noise on the input features has amplitude `feature_noise * 512 / sequence length` (EAGLE: 0.1)."""
-    feature_weight: float = 0.0
-    soft_cross_entropy_weight: float = 0.0
-    probability_l1_weight: float = 10.0
-    ranking_weight: float = 0.1
+    feature_weight: float = 1.0
+    soft_cross_entropy_weight: float = 0.1
+    probability_l1_weight: float = 0.0
+    ranking_weight: float = 0.01
     acceptance_weight: float = 0.0
     """Of the expected share of `mtp_steps + 1` draft tokens in a row that is rejected (ours)."""
 
@@ -54,22 +57,26 @@ class EagleRecipe(DrafterRecipe):
             known = ", ".join(self.methods)
             raise ValueError(f"method of {type(self).__name__} must be one of {known}, got {self.method!r}")
 
-    def head_config(self, text: TextConfig) -> EagleConfig:
-        """Of a head whose one layer is `text`."""
-        # The bias is as in the published heads for Qwen.
-        common = {"text": text, "qkv_bias": text.qkv_bias, "tap_layers": self.tap_layers}
-        if self.method == "vispec":
-            return ViSpecConfig(**common, num_q=self.num_q, global_feature=self.global_feature)
-        return EagleConfig(**common, input_norm=self.method == "eaglevlm")
+    def head_fields(self, text: TextConfig) -> dict:
+        """What every head with the one layer `text` is made of; the bias is as in the published heads for Qwen."""
+        sizes = {"tap_layers": self.tap_layers, "draft_vocab_size": self.draft_vocab_size}
+        return {"text": text, "qkv_bias": text.qkv_bias, **sizes}
 
-    @property
-    def needs_images(self) -> bool:
-        return self.method == "vispec"
+    def head_config(self, text: TextConfig) -> EagleConfig:
+        return EagleConfig(**self.head_fields(text), input_norm=self.method == "eaglevlm")
+
+    def trains(self, path: tuple) -> bool:
+        return path[-1] != "ids"  # of the draft vocabulary
 
     def new_drafter(self, target) -> EagleHead:
         """A head of the target's shape, or that of `init_from` with what it lacks."""
         config = self.head_config(dataclasses.replace(target.config.text, num_layers=1, tie_word_embeddings=False))
         head = METHODS[self.method].module(config, rngs=nnx.Rngs(self.seed))
+        if self.draft_vocab_size is not None:
+            answers = AnswerSource(self.answers_dir, self.image_folder).records
+            said = (answers[index]["answer_ids"] for index in range(len(answers)))
+            ids = most_frequent(said, target.config.text.vocab_size, self.draft_vocab_size)
+            take_from_target(head.draft_head, target.model, ids)
         if self.init_from is not None:
             start_from(head, self.init_from, target)
         return head
@@ -89,7 +96,9 @@ class EagleRecipe(DrafterRecipe):
         mask = rows.valid & at_rows(answer, 1) & at_rows(answer, 2) & (rows.positions + 2 < lengths[:, None])
         target_features = at_rows(features[..., -context.embeds.shape[-1] :], 1)
         target_logits = target.unembed(target_features)
-        target_choice = target_logits.argmax(axis=-1)
+        target_choice, ids = target_logits.argmax(axis=-1), head.draft_ids
+        if ids is not None:  # the head learns the target's distribution over the tokens that it drafts
+            target_logits = target_logits[..., ids]
 
         inputs = rows.features
         if self.feature_noise:
@@ -98,7 +107,7 @@ class EagleRecipe(DrafterRecipe):
         total, metrics, overlaps = 0.0, {}, []
         for step in range(self.mtp_steps + 1):
             output, _ = head.forward(rows, inputs)
-            logits = target.unembed(output)
+            logits = head.logits(target, output)
             parts = {
                 "feature": (self.feature_weight, lambda: smooth_l1(output, target_features, mask)),  # noqa: B023
                 "soft_ce": (self.soft_cross_entropy_weight, lambda: soft_cross_entropy(logits, target_logits, mask)),  # noqa: B023
@@ -111,7 +120,10 @@ class EagleRecipe(DrafterRecipe):
                     part = value()
                     total = total + weight * part / (self.mtp_steps + 1)
                     metrics[f"{name}_{step + 1}"] = part
-            metrics[f"agreement_{step + 1}"] = masked_mean(logits.argmax(axis=-1) == target_choice, mask)
+            choice = logits.argmax(axis=-1)
+            metrics[f"agreement_{step + 1}"] = masked_mean(
+                (choice if ids is None else ids[choice]) == target_choice, mask
+            )
             # Draft position step + 2 reads what the head predicted for the position before.
             inputs = jnp.concatenate([rows.features[:, :1], output[:, :-1]], axis=1)
         rejected = 1 - masked_mean(expected_share(overlaps), mask)

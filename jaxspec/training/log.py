@@ -22,13 +22,15 @@ from jaxspec.training.recipe import Recipe, recorded, write_text
 
 
 class Log:
-    """A context, from step `start` on. Raises ValueError where TensorBoard or wandb is asked for but not installed."""
+    """A context, from step `start` on. `alone` where no other run shares the console: others get no progress bar, and
+    their lines begin with their name. Raises ValueError where TensorBoard or wandb is asked for but not installed."""
 
-    def __init__(self, folder: Path, console: Console, recipe: Recipe, start: int):
+    def __init__(self, folder: Path, console: Console, recipe: Recipe, start: int, alone: bool = True):
         self.folder, self.console, self.recipe, self.start = folder, console, recipe, start
+        self.label = "" if alone else f"{recipe.name}  "
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         self.bar = Progress(
-            *columns, TextColumn("{task.fields[rate]}"), console=console, disable=not console.is_terminal
+            *columns, TextColumn("{task.fields[rate]}"), console=console, disable=not (alone and console.is_terminal)
         )
         self.flops = self.peak = None
         self.since_step: int | None = None
@@ -126,7 +128,7 @@ class Log:
     def write(self, split: str, step: int, values: dict[str, Any], text: str) -> None:
         self.file.write(json.dumps({"split": split, "step": step, "time": time.time(), **values}) + "\n")
         self.file.flush()
-        self.console.print(f"{split:>10} {step:6d}  {text}", highlight=False, soft_wrap=True)
+        self.console.print(f"{split:>10} {step:6d}  {self.label}{text}", highlight=False, soft_wrap=True)
         scalars = flat(split, values)
         if self.tensorboard:
             for name, value in scalars.items():

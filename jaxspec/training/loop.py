@@ -1,155 +1,178 @@
 """The training loop: one jitted step, checkpoints that resume exactly, acceptance measured on the way.
 
 Data is addressed by step and randomness by `fold_in(seed, step)`, so parameters, optimizer state and the step number
-are the whole state of a run.
+are the whole state of a run. Several recipes that read the same batches can be trained in one run: arrays that their
+losses share are passed once, so XLA computes once what all of them compute, the pass of a frozen target above all.
 """
 
+import contextlib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from rich.console import Console
 
 from jaxspec.stopping import CatchSignals, Stopped
-from jaxspec.training.acceptance import summary
-from jaxspec.training.checkpoints import Checkpoints
 from jaxspec.training.flops import flops_of
-from jaxspec.training.log import Log
-from jaxspec.training.recipe import Recipe, Task, optimizer, write_recipe
+from jaxspec.training.member import Member, TrainState
+from jaxspec.training.recipe import Recipe, Task, check_same, optimizer
 
-
-class TrainState(NamedTuple):
-    step: jax.Array  # i32 []
-    params: Any
-    opt_state: Any
+COMMON = (
+    *("run_dir", "seed", "steps", "batch_size", "sequence_length", "length_buckets"),
+    *("log_every", "eval_every", "eval_batches", "checkpoint_every"),
+)
+"""Fields of `Recipe` that recipes trained together share."""
 
 
 class Running(NamedTuple):
     """A step that the device may still be busy with."""
 
     step: int  # 1-based
-    metrics: dict[str, jax.Array]
+    metrics: Sequence[dict[str, jax.Array]]
     batch: dict
 
 
-def initial_state(recipe: Recipe, params: Any) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer(recipe).init(params))
+class Constants:
+    """What the losses of tasks read but do not train, as a flat list that holds every array once."""
+
+    def __init__(self, tasks: Sequence[Task]):
+        leaves, self.structure = jax.tree.flatten([task.constants for task in tasks])
+        unique = {id(leaf): leaf for leaf in leaves}
+        places = {name: place for place, name in enumerate(unique)}
+        self.arrays, self.places = list(unique.values()), [places[id(leaf)] for leaf in leaves]
+
+    def of_tasks(self, arrays: Sequence[jax.Array]) -> list[Any]:
+        return jax.tree.unflatten(self.structure, [arrays[place] for place in self.places])
 
 
-def make_step(recipe: Recipe, task: Task):
-    """`step(state, constants, batch) -> (state, metrics)`, state donated."""
-    tx = optimizer(recipe)
+def make_step(recipes: Sequence[Recipe], tasks: Sequence[Task], constants: Constants):
+    """`step(states, constants.arrays, batch) -> (states, metrics)`, a list each; states are donated."""
+    optimizers = [optimizer(recipe) for recipe in recipes]
 
-    @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, constants, batch):
-        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-        grads_of = jax.value_and_grad(task.loss, has_aux=True)
-        (loss, metrics), grads = grads_of(state.params, constants, batch, key)
+    def update(task: Task, tx, state: TrainState, own, batch, key):
+        (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state.params, own, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
         return TrainState(state.step + 1, params, opt_state), metrics
 
+    @partial(jax.jit, donate_argnums=0)
+    def step(states, arrays, batch):
+        key = jax.random.fold_in(jax.random.key(recipes[0].seed), states[0].step)
+        each = zip(tasks, optimizers, states, constants.of_tasks(arrays), strict=True)
+        results = [update(*parts, batch, key) for parts in each]
+        return [state for state, _ in results], [metrics for _, metrics in results]
+
     return step
 
 
-def evaluate(recipe: Recipe, task: Task, state: TrainState, loss) -> dict[str, float]:
-    """Mean metrics over the validation batches; the key is fixed, so runs are comparable."""
-    totals: dict[str, float] = {}
+def make_losses(recipes: Sequence[Recipe], tasks: Sequence[Task], constants: Constants):
+    """`losses(params, constants.arrays, batch) -> metrics`, a list each; the key is fixed, so runs are comparable."""
+
+    @jax.jit
+    def losses(params, arrays, batch):
+        key, metrics = jax.random.key(recipes[0].seed), []
+        for task, own, constant in zip(tasks, params, constants.of_tasks(arrays), strict=True):
+            loss, others = task.loss(own, constant, batch, key)
+            metrics.append({"loss": loss, **others})
+        return metrics
+
+    return losses
+
+
+def evaluate(members: Sequence[Member], losses, constants: Constants, step: int) -> None:
+    """Log the mean metrics over the validation batches; nothing where there are none."""
+    totals: list[dict[str, float]] = [{} for _ in members]
     count = 0
-    for batch in task.validation():
-        value, metrics = loss(state.params, task.constants, arrays(batch), jax.random.key(recipe.seed))
-        for name, metric in {"loss": value, **metrics}.items():
-            totals[name] = totals.get(name, 0.0) + float(metric)
+    for batch in members[0].task.validation():
+        metrics = losses([member.state.params for member in members], constants.arrays, arrays(batch))
+        for total, values in zip(totals, metrics, strict=True):
+            total.update({name: total.get(name, 0.0) + float(value) for name, value in values.items()})
         count += 1
-    return {name: total / count for name, total in totals.items()}
+    for member, total in zip(members, totals, strict=True):
+        if count:
+            member.log.validation(step, {name: value / count for name, value in total.items()})
 
 
 def train(recipe: Recipe, task: Task) -> Any:
-    """Run or resume to `recipe.steps`, export, and return the final parameters.
+    """`train_together` with one recipe; returns its parameters."""
+    return train_together([recipe], [task])[0]
+
+
+def train_together(recipes: Sequence[Recipe], tasks: Sequence[Task]) -> list[Any]:
+    """Run or resume to `steps`, export, and return the final parameters of each recipe.
+
+    The batches are those of the first task; what the recipes must have in common is `COMMON`. A folder holds the same
+    as after a run of its own.
 
     Raises FloatingPointError at a loss or gradient that is not finite (naming the step and its records), OSError where
-    something cannot be written (the last checkpoint is intact in both cases), ValueError for the folder of another
-    recipe, Stopped after a signal.
+    something cannot be written (the last checkpoint is intact in both cases), ValueError for recipes that do not go
+    together, for the folder of another recipe and for folders without a common step, Stopped after a signal.
     """
-    recipe.folder.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    with Checkpoints(recipe.folder, keep_best=task.acceptance is not None) as checkpoints, CatchSignals() as signals:
-        saved = checkpoints.latest.latest_step()
-        if saved is not None and saved > recipe.steps:
-            raise ValueError(f"{recipe.name} has run {saved} steps already, steps is {recipe.steps}")
-        if warning := write_recipe(recipe, resuming=saved is not None):
-            console.print(f"warning: {warning}", style="yellow", markup=False)
-        params = jax.tree.map(jnp.copy, task.params)  # each step donates the state: no buffer may serve twice
-        state = checkpoints.resume(initial_state(recipe, params))
-        start = int(state.step)
-        if saved is not None:
-            console.print(f"resuming {recipe.name} at step {start} of {recipe.steps}")
-        step_fn, loss_fn = make_step(recipe, task), jax.jit(task.loss)
+    check_same(recipes, COMMON)
+    console, steps = Console(), recipes[0].steps
+    with contextlib.ExitStack() as stack, CatchSignals() as signals:
+        pairs = zip(recipes, tasks, strict=True)
+        members = [stack.enter_context(Member(recipe, task, console)) for recipe, task in pairs]
+        start = common_step(members)
+        for member in members:
+            member.begin(start, alone=len(members) == 1)
+        constants = Constants(tasks)
+        step_fn, losses = make_step(recipes, tasks, constants), make_losses(recipes, tasks, constants)
 
-        with Log(recipe.folder, console, recipe, start) as log:
+        def settle(running: Running) -> None:
+            for member, metrics in zip(members, running.metrics, strict=True):
+                member.settle(running.step, metrics, running.batch)
 
-            def settle(running: Running) -> None:
-                """Wait for a step and log it, if it left a state worth keeping."""
-                if not all(np.isfinite(running.metrics[name]) for name in ("loss", "grad_norm")):
-                    kept = checkpoints.finish()
-                    raise FloatingPointError(describe(recipe, running, kept))
-                log.step(running.step, running.metrics, tokens_of(running.batch))
+        batches, running = tasks[0].batches(start), None
+        for done in range(start + 1, steps + 1):
+            batch = next(batches)
+            states = [member.state for member in members]
+            if done == start + 1 and len(members) == 1:  # of several, what they share would count many times
+                flops = flops_of(step_fn, states, constants.arrays, arrays(batch))
+                members[0].log.machine(flops, devices_of(states[0]))
+            states, metrics = step_fn(states, constants.arrays, arrays(batch))
+            for member, state in zip(members, states, strict=True):
+                member.state = state
+            if running is not None:
+                settle(running)  # one step late, so the host never waits for the step just started
+            running = Running(done, metrics, batch)
+            last = done == steps
+            evaluating = done % recipes[0].eval_every == 0 or last
+            stopping = signals.received  # read once: a signal may come at any time
+            saving = done % recipes[0].checkpoint_every == 0 or last or stopping
+            if not (evaluating or saving):
+                continue
+            settle(running)  # nothing is judged or saved that a bad step has left
+            running = None
+            if evaluating:
+                evaluate(members, losses, constants, done)
+                for member in members:
+                    if member.measures_at(done):
+                        member.measure(done)
+            if saving:
+                for member in members:
+                    member.save(done)
+            if stopping:
+                for member in members:
+                    member.checkpoints.finish()
+                names = ", ".join(recipe.name for recipe in recipes)
+                raise Stopped(f"{names} stopped at step {done}; run the same command to resume")
+            for member in members:
+                member.log.restart(done)
+        return [member.finish() for member in members]
 
-            def measure(step: int) -> dict:
-                """What `state` accepts; the best so far is kept."""
-                accepted = task.acceptance.measure(state.params)
-                log.acceptance(step, accepted)
-                about = summary(step, accepted)
-                checkpoints.offer(step, state.params, about)
-                return about
 
-            batches = task.batches(start)
-            running = about = None
-            for index in range(start, recipe.steps):
-                batch = next(batches)
-                if index == start:
-                    log.machine(flops_of(step_fn, state, task.constants, arrays(batch)), devices_of(state))
-                state, metrics = step_fn(state, task.constants, arrays(batch))
-                if running is not None:
-                    settle(running)  # one step late, so the host never waits for the step just started
-                done, last = index + 1, index + 1 == recipe.steps
-                running = Running(done, metrics, batch)
-                evaluating = done % recipe.eval_every == 0 or last
-                stopping = signals.received  # read once: a signal may come at any time
-                saving = done % recipe.checkpoint_every == 0 or last or stopping
-                if not (evaluating or saving):
-                    continue
-                settle(running)  # nothing is judged or saved that a bad step has left
-                running = None
-                if evaluating:
-                    if values := evaluate(recipe, task, state, loss_fn):
-                        log.validation(done, values)
-                    if task.acceptance and (last or (task.acceptance.every and done % task.acceptance.every == 0)):
-                        about = measure(done)
-                if saving:
-                    checkpoints.save(done, state)
-                if stopping:
-                    checkpoints.finish()
-                    raise Stopped(f"{recipe.name} stopped at step {done}; run the same command to resume")
-                log.restart(done)
-
-            checkpoints.finish()
-            params = state.params
-            if task.acceptance is None:
-                about = {"step": recipe.steps}
-            else:
-                if checkpoints.best_about() is None or (task.acceptance.export == "last" and about is None):
-                    about = measure(recipe.steps)
-                if task.acceptance.export == "best":
-                    params, about = checkpoints.best_params(params), checkpoints.best_about()
-        with checkpoints.writing("the export", OSError):
-            task.export(params, recipe.export_folder, about)
-    console.print(f"{recipe.name}: exported step {about['step']} to {recipe.export_folder}")
-    return state.params
+def common_step(members: Sequence[Member]) -> int:
+    """The latest step that all of them have saved. Raises ValueError where some would begin again."""
+    latest = {member.recipe.name: max(member.saved_steps()) for member in members}
+    common = max(set.intersection(*(member.saved_steps() for member in members)))
+    if not common and any(latest.values()):
+        told = ", ".join(f"{name} {step}" for name, step in latest.items())
+        raise ValueError(f"the runs have saved no common step to go on from (latest: {told}): train them apart")
+    return common
 
 
 def arrays(batch: dict) -> dict:
@@ -157,18 +180,5 @@ def arrays(batch: dict) -> dict:
     return {name: value for name, value in batch.items() if name != "ids"}
 
 
-def tokens_of(batch: dict) -> int:
-    """Tokens of prompts and answers, without padding; 0 for batches that hold none."""
-    return int(np.sum(batch["prompts"].lengths)) if "prompts" in batch else 0
-
-
 def devices_of(state: TrainState) -> set[jax.Device]:
     return set().union(*(leaf.sharding.device_set for leaf in jax.tree.leaves(state.params)))
-
-
-def describe(recipe: Recipe, running: Running, kept: int | None) -> str:
-    """Why a run that went astray ends."""
-    values = ", ".join(f"{name} {float(value):g}" for name, value in running.metrics.items())
-    records = f" (records {', '.join(map(str, running.batch['ids']))})" if "ids" in running.batch else ""
-    checkpoint = "no checkpoint was saved yet" if kept is None else f"the checkpoint of step {kept} is kept"
-    return f"{recipe.name}: not finite at step {running.step}{records}: {values}; {checkpoint}"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -86,6 +86,18 @@ class Task:
     export: Callable[[Any, Path, dict], None]
     """`export(params, folder, about)`; `about` holds the step and, where it was measured, the acceptance."""
     acceptance: Measurement | None = None
+
+
+def check_same(recipes: Sequence[Recipe], fields: Sequence[str]) -> None:
+    """Raises ValueError where recipes cannot be trained together: they share a folder, or differ in one of `fields`."""
+    folders = [str(recipe.folder) for recipe in recipes]
+    if len({*folders}) < len(folders):
+        raise ValueError(f"recipes that are trained together need folders of their own, got {', '.join(folders)}")
+    for field in fields:
+        values = [getattr(recipe, field) for recipe in recipes]
+        if any(value != values[0] for value in values):
+            told = ", ".join(f"{recipe.name} {value}" for recipe, value in zip(recipes, values, strict=True))
+            raise ValueError(f"recipes that are trained together must have the same {field}, got {told}")
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:

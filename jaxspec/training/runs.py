@@ -10,7 +10,7 @@ from jaxspec.checkpoints.tensors import read_json
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.training.checkpoints import BEST, LATEST, manager, restore
 from jaxspec.training.drafter import DrafterRecipe, about_run, split_drafter
-from jaxspec.training.loop import initial_state
+from jaxspec.training.member import initial_state
 
 
 def read_recipe(folder: Path) -> DrafterRecipe:

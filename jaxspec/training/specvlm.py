@@ -20,10 +20,7 @@ class SpecVLMRecipe(EagleRecipe):
     methods: ClassVar[tuple[str, ...]] = ("specvlm",)
     method: str = "specvlm"
     compressor: CompressorConfig = CompressorConfig()
-    mtp_steps: int = 0
-    feature_weight: float = 1.0
-    soft_cross_entropy_weight: float = 0.1
-    probability_l1_weight: float = 0.0
+    feature_noise: float = 0.0
     ranking_weight: float = 0.0
 
     def __post_init__(self):
@@ -39,4 +36,4 @@ class SpecVLMRecipe(EagleRecipe):
         return self.compressor.mode != "text_only"
 
     def head_config(self, text: TextConfig) -> SpecVLMConfig:
-        return SpecVLMConfig(text, qkv_bias=text.qkv_bias, tap_layers=self.tap_layers, compressor=self.compressor)
+        return SpecVLMConfig(**self.head_fields(text), compressor=self.compressor)

@@ -15,10 +15,10 @@ from safetensors.numpy import load_file, save_file
 import jaxspec
 from jaxspec.checkpoints.tensors import read_folder
 from jaxspec.cli import main
-from jaxspec.training import EagleRecipe
+from jaxspec.training import ViSpecRecipe
 from jaxspec.training.checkpoints import Checkpoints
 from jaxspec.training.drafter import split_drafter
-from jaxspec.training.loop import initial_state
+from jaxspec.training.member import initial_state
 from jaxspec.training.recipe import write_recipe
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -112,7 +112,7 @@ def test_refusals(models, tmp_path, capsys, source, arguments, sentence):
 
 @pytest.mark.parametrize(("choice", "step"), [("best", 4), ("last", 6)])
 def test_a_run_exports_its_chosen_checkpoint(models, tmp_path, capsys, choice, step):
-    recipe = EagleRecipe(name="head", run_dir=str(tmp_path), target=str(models[0]), save_dtype="float32")
+    recipe = ViSpecRecipe(name="head", run_dir=str(tmp_path), target=str(models[0]), save_dtype="float32")
     recipe = dataclasses.replace(recipe, export_checkpoint=choice)
     recipe.folder.mkdir()
     write_recipe(recipe, resuming=False)

@@ -124,13 +124,14 @@ def test_encoded_records_are_what_was_asked(tmp_path):
     prompt = encode_prompt(target, "Compare the two.", pictures)
     encoder = AnswerEncoder(processor, config)
     record = {"prompt_ids": prompt.input_ids, "answer_ids": np.array([7, 8, 2], np.int32), "images": pictures}
-    again, example = encoder.encode_prompt(record), encoder.encode_record(record)
+    (again, tokens), example = encoder.encode_question(record), encoder.encode_record(record)
+    assert tokens == 3
     np.testing.assert_array_equal(again.input_ids, prompt.input_ids)
     for ours, theirs in zip(again.images, prompt.images, strict=True):
         np.testing.assert_array_equal(ours.pixels, theirs.pixels)
     np.testing.assert_array_equal(example.prompt.input_ids[example.loss_mask], [7, 8, 2])
     with pytest.raises(ValueError, match="has 72 image tokens, its images have 36"):
-        encoder.encode_prompt({**record, "images": pictures[:1]})
+        encoder.encode_question({**record, "images": pictures[:1]})
 
 
 def test_other_settings_are_refused_by_name(tmp_path):

@@ -50,6 +50,21 @@ def test_loss_mask_covers_exactly_the_answers(processor):
         assert processor.tokenizer.decode(encoded.prompt.input_ids[encoded.loss_mask]) == answers
 
 
+def test_a_question_is_what_comes_before_the_first_answer(processor):
+    encoder = encoder_of(processor)
+    for index in range(4):
+        _, picture, conversation = _example(index)
+        whole = encoder([picture], conversation)
+        prompt, tokens = encoder.encode_question({"images": [picture], "conversations": conversation})
+        start = int(whole.loss_mask.argmax())
+        np.testing.assert_array_equal(prompt.input_ids, whole.prompt.input_ids[:start])
+        np.testing.assert_array_equal(prompt.images[0].pixels, whole.prompt.images[0].pixels)
+        assert whole.loss_mask[start : start + tokens].all() and not whole.loss_mask[start + tokens]
+    later = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello"}, *conversation]
+    prompt, _ = encoder.encode_question({"images": [picture], "conversations": later})
+    assert prompt.images == [] and not encoder.config.is_image(prompt.input_ids).any()
+
+
 def test_a_template_without_end_of_text_still_trains_it(processor, monkeypatch):
     # llava-hf's own template puts a space where LLaVA's training text has the end-of-text token.
     monkeypatch.setattr(processor, "chat_template", processor.chat_template.replace("'</s>'", "' '"))

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jaxspec.data.formats import check_turns, standard_record
-from jaxspec.data.sources import ConversationFiles, ConversationSource, build_conversations
+from jaxspec.data.sources import ConversationFiles, ConversationSource, build_conversations, open_conversations
+from jaxspec.demo.generation import conversation_of, numbered_scene
+from jaxspec.demo.scenes import FRAME
 
 QUESTION, ANSWER = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}
 ASKED = {"from": "human", "value": "Why?"}
@@ -149,6 +151,27 @@ def test_a_built_set_holds_the_records_and_needs_the_files_no_more(folder):
     assert len(source) == 3 and {record["id"]: record for record in source} == expected
     build_conversations(folder / "data", "mix", path, folder / "images", again.append)
     assert again == told
+
+
+def test_conversations_are_opened_by_what_they_are(folder):
+    path = written(folder, [{"id": "one", "image": "sub/a.png", "conversations": [QUESTION, ANSWER]}])
+    build_conversations(folder / "data", "pair", path, folder / "images", report=str)
+    (prepared,) = (folder / "data/conversations/pair").iterdir()
+    for source in (open_conversations(path, folder / "images"), open_conversations(prepared, needs_images=True)):
+        assert len(source) == 1 and source[0]["id"] == "one" and len(source[0]["images"]) == 1
+    scenes = open_conversations("scenes")
+    (picture,) = scenes[17]["images"]
+    assert picture.size == (FRAME, FRAME) and len(scenes) == 40_000
+    assert scenes[17]["conversations"] == conversation_of(numbered_scene("train", 17)[1])
+    with pytest.raises(ValueError, match="image_folder is for .json and .jsonl files; scenes brings its images"):
+        open_conversations("scenes", folder)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        open_conversations(folder / "none.json")
+    other = folder / "data/answers/pair/1.0.0"
+    other.mkdir(parents=True)
+    (other / "dataset_info.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no conversations made by build_conversations, but answers"):
+        open_conversations(other)
 
 
 def test_refusals(folder):

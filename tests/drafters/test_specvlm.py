@@ -374,9 +374,7 @@ def test_unknown_keys_of_a_folder_are_named(tmp_path):
 
 
 def test_recipes_refuse_what_they_do_not_train():
-    with pytest.raises(
-        ValueError, match="method of EagleRecipe must be one of eagle2, eaglevlm, vispec, got 'specvlm'"
-    ):
+    with pytest.raises(ValueError, match="method of EagleRecipe must be one of eagle2, eaglevlm, got 'specvlm'"):
         EagleRecipe(name="test", method="specvlm")
     with pytest.raises(ValueError, match="mtp_steps must be 0 for SpecVLM"):
         SpecVLMRecipe(name="test", mtp_steps=1)

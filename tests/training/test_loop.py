@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxspec.metrics import Acceptance
-from jaxspec.training import EagleRecipe, Recipe, Task, train
+from jaxspec.training import EagleRecipe, Recipe, Task, ViSpecRecipe, train
 from jaxspec.training.acceptance import Measurement
 from jaxspec.training.checkpoints import LATEST, Checkpoints, manager
 from jaxspec.training.drafter import check_records
@@ -235,16 +235,16 @@ def test_impossible_measurements(changes, message):
 @pytest.mark.parametrize(
     ("changes", "image_token_ids", "message"),
     [
-        ({"batch_size": 9}, (7,), "holds 12 answers, 4 of them held out: the others do not fill a batch of 9"),
-        ({}, (7,), "method vispec learns from images, but none of the first 12 answers"),
+        ({"batch_size": 9}, (7,), "gives 12 records, 4 of them held out: the others do not fill a batch of 9"),
+        ({}, (7,), "method vispec learns from images, but none of the first 12 records"),
         ({}, (), "method vispec learns from images, but the target .* reads none"),
     ],
 )
 def test_answers_that_a_recipe_cannot_learn_from(changes, image_token_ids, message):
     target = SimpleNamespace(config=SimpleNamespace(image_token_ids=image_token_ids))
     with pytest.raises(ValueError, match=message):
-        check_records(EagleRecipe(name="head", **changes), target, [{"images": []}] * 12, 4)
-    check_records(EagleRecipe(name="head", method="eagle2"), target, [{"images": []}] * 12, 4)
+        check_records(ViSpecRecipe(name="head", **changes), target, [{"images": []}] * 12, 4)
+    check_records(EagleRecipe(name="head"), target, [{"images": []}] * 12, 4)
 
 
 # -- logs ------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,15 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.training.losses import cross_entropy, probability_l1, ranking, smooth_l1, soft_cross_entropy
+from jaxspec.training.losses import (
+    cross_entropy,
+    expected_share,
+    overlap,
+    probability_l1,
+    ranking,
+    smooth_l1,
+    soft_cross_entropy,
+)
 
 RNG = np.random.default_rng(0)
 DRAFT, TARGET = (RNG.normal(size=(2, 3, 17)).astype(np.float32) * 2 for _ in range(2))
@@ -48,6 +56,24 @@ def test_ranking_is_plackett_luce_over_the_targets_top_tokens():
 
     values = np.array([[negative_log_likelihood(DRAFT[i, j], TARGET[i, j]) for j in range(3)] for i in range(2)])
     np.testing.assert_allclose(ranking(DRAFT, TARGET, MASK), masked(values), rtol=1e-5)
+
+
+def test_overlap_is_what_total_variation_leaves():
+    expected = 1 - np.abs(softmax(TARGET) - softmax(DRAFT)).sum(-1) / 2
+    np.testing.assert_allclose(overlap(DRAFT, TARGET), expected, rtol=1e-5)
+
+
+def test_the_expected_share_of_a_chain():
+    """Token k of a draft that begins at row s is the one that stands in row s + k; one rejection ends the draft."""
+    overlaps = RNG.uniform(size=(3, 2, 5)).astype(np.float32)
+    expected = np.zeros((2, 5))
+    for row in range(2):
+        for start in range(5):
+            reached = 1.0
+            for depth in range(3):
+                reached *= overlaps[depth, row, start + depth] if start + depth < 5 else 0
+                expected[row, start] += reached / 3
+    np.testing.assert_allclose(expected_share(list(overlaps)), expected, rtol=1e-5)
 
 
 def test_nothing_selected_gives_zero():

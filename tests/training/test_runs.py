@@ -19,20 +19,23 @@ from jaxspec.demo.generation import numbered_scene
 from jaxspec.metrics import pooled
 from jaxspec.targets.llava import Llava, LlavaConfig
 from jaxspec.training import (
-    EagleRecipe,
     MassvRecipe,
+    MedusaRecipe,
     Recipe,
     SmallLanguageModelRecipe,
     Stopped,
     TargetRecipe,
     Task,
     VisionRecipe,
+    ViSpecRecipe,
     run,
     train,
 )
 from jaxspec.training.acceptance import summary
 from jaxspec.training.checkpoints import LATEST, manager
+from jaxspec.training.drafter import COMMON as OF_DRAFTERS
 from jaxspec.training.drafter import drafter_task, measured_acceptance
+from jaxspec.training.loop import COMMON
 from jaxspec.training.target import grow
 from tests.helpers import answer_scenes, tiny_llava
 
@@ -64,8 +67,8 @@ def runs(tmp_path_factory):
     return folder
 
 
-def head_recipe(folder, name, **changes) -> EagleRecipe:
-    recipe = EagleRecipe(
+def head_recipe(folder, name, **changes) -> ViSpecRecipe:
+    recipe = ViSpecRecipe(
         name=name,
         run_dir=str(folder),
         target=str(folder / "target/export"),
@@ -124,7 +127,7 @@ def test_the_recorded_acceptance_is_what_decoding_earns(runs):
     drafter = jaxspec.load_drafter(runs / "vispec/export", target)
     answers, encoder = AnswerSource(runs / "answers"), AnswerEncoder(target.processor, target.config)
     records = [answers[index] for index in range(recipe.validation_records)]
-    prompts, limit = [encoder.encode_prompt(record) for record in records], longest_answer(records)
+    prompts, limit = [encoder.encode_question(record)[0] for record in records], longest_answer(records)
     generator = jaxspec.Generator(target, drafter)
     accepted = {t: measured_acceptance(generator, prompts, limit, t) for t in (0.0, 1.0)}
     assert drafter.about.items() >= summary(drafter.about["step"], accepted).items()
@@ -133,6 +136,31 @@ def test_the_recorded_acceptance_is_what_decoding_earns(runs):
     assert told == [(3, 0.0), (3, 1.0), (5, 0.0), (5, 1.0)]
     steps = [line for line in lines if line["split"] == "train"]
     assert all(line["tokens_per_second"] > 0 for line in steps[1:])
+
+
+def test_drafters_trained_together_are_those_trained_alone(runs):
+    heads = head_recipe(runs, "vispec_too", acceptance_every=0)
+    common = {name: getattr(heads, name) for name in (*COMMON, *OF_DRAFTERS)}
+    run(heads, MedusaRecipe(name="medusa_too", save_dtype="float32", acceptance_prompts=0, **common))
+    alone, ours = (load_file(runs / name / "export/model.safetensors") for name in ("vispec", "vispec_too"))
+    for name, value in alone.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-5)
+    assert jaxspec.load_drafter(runs / "medusa_too/export", jaxspec.load_target(runs / "target/export"))
+    with pytest.raises(ValueError, match="must have the same max_records, got vispec_too None, medusa_too 3"):
+        run(heads, MedusaRecipe(name="medusa_too", **common | {"max_records": 3}))
+    with pytest.raises(ValueError, match="only recipes of drafters can be trained together, plain is none"):
+        run(heads, Recipe(name="plain", run_dir=str(runs)))
+
+
+def test_a_head_learns_from_conversations(runs):
+    """Several turns in which the target had no part; what it would draft is measured on their first questions."""
+    recipe = head_recipe(runs, "others", conversations="scenes", max_records=12, sequence_length=256)
+    task = drafter_task(recipe)
+    turns = (np.diff(next(task.batches(0))["loss_mask"].astype(int), axis=1) == 1).sum(axis=1)
+    assert (turns > 1).any()
+    run(recipe)
+    target = jaxspec.load_target(runs / "target/export")
+    assert jaxspec.load_drafter(runs / "others/export", target).about["mean_acceptance_length"] >= 1
 
 
 def test_a_run_exports_by_command_what_it_exported_itself(runs, tmp_path):
@@ -152,7 +180,7 @@ def longest_answer(records) -> int:
     return max(len(record["answer_ids"]) for record in records)
 
 
-def dying(recipe: EagleRecipe, after: int) -> Task:
+def dying(recipe: ViSpecRecipe, after: int) -> Task:
     """The recipe's task, whose data ends in an error after some batches."""
     task = drafter_task(recipe)
 
@@ -192,7 +220,7 @@ def test_measured_acceptance_is_that_of_the_held_out_prompts(runs):
     images = [record["images"] for record in records]
     generator, limit = jaxspec.Generator(target, drafter), longest_answer(records)
     results = generator.generate_batch(questions, images, max_new_tokens=limit)
-    prompts = [encoder.encode_prompt(record) for record in records]
+    prompts = [encoder.encode_question(record)[0] for record in records]
     assert (
         measured_acceptance(generator, prompts, limit).emitted == pooled([result.stats for result in results]).emitted
     )

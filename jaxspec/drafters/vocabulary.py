@@ -1,0 +1,51 @@
+"""A head's own part of the vocabulary: its most frequent tokens, with an LM head of their own.
+
+The LM head is a large part of a draft step (a vocabulary of 152k at width 3,584 weighs more than a decoder layer), yet
+nearly all that a target says is made of few tokens. FR-Spec (arXiv 2502.14856) drafts from the target's columns of
+those, EAGLE-3 (arXiv 2503.01840) lets them learn; here they start as the target's and may learn. What is left out is
+never drafted: answers stay the same, they are only foreseen less often.
+"""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+BLOCK = 256
+"""Rows of the identity that are put through the target's LM head at once."""
+
+
+class DraftHead(nnx.Module):
+    """Logits of `size` tokens from features of `width`."""
+
+    def __init__(self, width: int, size: int, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (width, size)))
+        self.ids = nnx.Param(jnp.arange(size, dtype=jnp.int32))  # which token of the target each one is
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Logits f32 `[.., size]` of features `[.., width]`."""
+        return jnp.dot(features, self.kernel[...], preferred_element_type=jnp.float32)
+
+
+def most_frequent(answers: Iterable[np.ndarray], vocab_size: int, size: int) -> np.ndarray:
+    """The `size` tokens that occur most often in `answers` (i32 `[n]` each), in order of their ids; of equals the first
+    ones.
+
+    Raises ValueError where that is more than the vocabulary.
+    """
+    if size > vocab_size:
+        raise ValueError(f"draft_vocab_size ({size}) is larger than the target's vocabulary ({vocab_size})")
+    counts = np.zeros(vocab_size, np.int64)
+    for tokens in answers:
+        counts += np.bincount(tokens, minlength=vocab_size)
+    return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)
+
+
+def take_from_target(head: DraftHead, target, ids: np.ndarray) -> None:
+    """Make the head the columns `ids` of the target's LM head."""
+    width = head.kernel.shape[0]
+    rows = [target.unembed(jnp.eye(min(BLOCK, width - at), width, k=at))[:, ids] for at in range(0, width, BLOCK)]
+    head.kernel[...] = jnp.concatenate(rows).astype(head.kernel.dtype)
+    head.ids[...] = jnp.asarray(ids)

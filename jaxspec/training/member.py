@@ -1,0 +1,117 @@
+"""One recipe in a run of the loop: its state, its folder with checkpoints and log, what it is judged by."""
+
+import contextlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from jaxspec.training.acceptance import summary
+from jaxspec.training.checkpoints import Checkpoints
+from jaxspec.training.log import Log
+from jaxspec.training.recipe import Recipe, Task, optimizer, write_recipe
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # i32 []
+    params: Any
+    opt_state: Any
+
+
+def initial_state(recipe: Recipe, params: Any) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer(recipe).init(params))
+
+
+class Member:
+    """A context; entering it reads the folder, `begin` says at which step the run starts.
+
+    Raises ValueError for the folder of another recipe, OSError where something cannot be written.
+    """
+
+    def __init__(self, recipe: Recipe, task: Task, console: Console):
+        self.recipe, self.task, self.console = recipe, task, console
+        self.about: dict | None = None  # of the last measurement of this run
+
+    def __enter__(self) -> "Member":
+        self.recipe.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            self.checkpoints = stack.enter_context(
+                Checkpoints(self.recipe.folder, keep_best=self.task.acceptance is not None)
+            )
+            saved = self.checkpoints.latest.latest_step()
+            if saved is not None and saved > self.recipe.steps:
+                raise ValueError(f"{self.recipe.name} has run {saved} steps already, steps is {self.recipe.steps}")
+            if warning := write_recipe(self.recipe, resuming=saved is not None):
+                self.console.print(f"warning: {warning}", style="yellow", markup=False)
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.stack.__exit__(kind, error, trace)
+
+    def saved_steps(self) -> set[int]:
+        """Those that the run can go on from."""
+        return {0, *self.checkpoints.latest.all_steps()}
+
+    def begin(self, start: int, alone: bool) -> None:
+        """Take up step `start`, one of `saved_steps`; later ones are void. `alone` where the run has no others."""
+        params = jax.tree.map(jnp.copy, self.task.params)  # each step donates the state: no buffer may serve twice
+        self.state = self.checkpoints.resume(initial_state(self.recipe, params), start)
+        if start:
+            self.console.print(f"resuming {self.recipe.name} at step {start} of {self.recipe.steps}")
+        self.log = self.stack.enter_context(Log(self.recipe.folder, self.console, self.recipe, start, alone))
+
+    def settle(self, step: int, metrics: dict[str, jax.Array], batch: dict) -> None:
+        """Wait for a step and log it. Raises FloatingPointError where it left no state worth keeping."""
+        if not all(np.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
+            kept = self.checkpoints.finish()
+            raise FloatingPointError(describe(self.recipe.name, step, metrics, batch, kept))
+        self.log.step(step, metrics, tokens_of(batch))
+
+    def measures_at(self, step: int) -> bool:
+        acceptance = self.task.acceptance
+        if acceptance is None:
+            return False
+        return step == self.recipe.steps or bool(acceptance.every and step % acceptance.every == 0)
+
+    def measure(self, step: int) -> None:
+        """What the state accepts; the best so far is kept."""
+        accepted = self.task.acceptance.measure(self.state.params)
+        self.log.acceptance(step, accepted)
+        self.about = summary(step, accepted)
+        self.checkpoints.offer(step, self.state.params, self.about)
+
+    def save(self, step: int) -> None:
+        self.checkpoints.save(step, self.state)
+
+    def finish(self) -> Any:
+        """Export what the recipe wants and return the last parameters."""
+        self.checkpoints.finish()
+        params, acceptance = self.state.params, self.task.acceptance
+        if acceptance is None:
+            about = {"step": self.recipe.steps}
+        else:
+            if self.checkpoints.best_about() is None or (acceptance.export == "last" and self.about is None):
+                self.measure(self.recipe.steps)
+            about = self.about
+            if acceptance.export == "best":
+                params, about = self.checkpoints.best_params(params), self.checkpoints.best_about()
+        with self.checkpoints.writing("the export", OSError):
+            self.task.export(params, self.recipe.export_folder, about)
+        self.console.print(f"{self.recipe.name}: exported step {about['step']} to {self.recipe.export_folder}")
+        return self.state.params
+
+
+def tokens_of(batch: dict) -> int:
+    """Tokens of prompts and answers, without padding; 0 for batches that hold none."""
+    return int(np.sum(batch["prompts"].lengths)) if "prompts" in batch else 0
+
+
+def describe(name: str, step: int, metrics: dict, batch: dict, kept: int | None) -> str:
+    """Why a run that went astray ends."""
+    values = ", ".join(f"{key} {float(value):g}" for key, value in metrics.items())
+    records = f" (records {', '.join(map(str, batch['ids']))})" if "ids" in batch else ""
+    checkpoint = "no checkpoint was saved yet" if kept is None else f"the checkpoint of step {kept} is kept"
+    return f"{name}: not finite at step {step}{records}: {values}; {checkpoint}"
