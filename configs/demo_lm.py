@@ -11,6 +11,7 @@ recipe = SmallLanguageModelRecipe(
     steps=800,
     batch_size=16,
     sequence_length=192,
+    length_buckets=True,
     learning_rate=2e-3,
     warmup_steps=20,
     final_learning_rate_ratio=0.1,

@@ -13,6 +13,7 @@ recipe = MassvRecipe(
     steps=300,
     batch_size=16,
     sequence_length=192,
+    length_buckets=True,
     learning_rate=1e-3,
     warmup_steps=10,
     eval_every=100,

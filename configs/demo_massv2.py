@@ -16,6 +16,7 @@ recipe = MassvRecipe(
     steps=600,
     batch_size=16,
     sequence_length=192,
+    length_buckets=True,
     learning_rate=1e-3,
     warmup_steps=10,
     final_learning_rate_ratio=0.02,

@@ -9,14 +9,16 @@ from jaxspec.training import MedusaRecipe
 
 recipe = MedusaRecipe(
     name="demo_medusa",
-    steps=400,
+    steps=920,
     batch_size=16,
     sequence_length=192,
+    length_buckets=True,
     learning_rate=1e-3,
     warmup_steps=20,
     num_heads=5,
     depth=4,
     top_k=2,
     total_tokens=8,
-    eval_every=100,
+    eval_every=184,
+    checkpoint_every=184,
 )

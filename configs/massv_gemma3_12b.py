@@ -1,7 +1,7 @@
 """MASSV drafter of Gemma3-12B-IT from Gemma3-1B-IT (arXiv 2505.10526), phase 2. Phase 1 comes first:
 
     python train.py configs/massv_gemma3_12b.py --name massv_gemma3_12b_phase1 --phase 1 --init-from None \
-        --answers-dir runs/gemma3_12b_captions --learning-rate 1e-3 --batch-size 256 --steps 2180
+        --conversations LLaVA-Pretrain/blip_laion_cc_sbu_558k.json --learning-rate 1e-3 --batch-size 256 --steps 2180
 
 Published: phase 1 trains the projector on image-caption pairs (LLaVA-Pretrain), phase 2 projector and text model on
 answers of the target to visual-instruction prompts; cross-entropy, chains of 5. From memory of the paper, unconfirmed:

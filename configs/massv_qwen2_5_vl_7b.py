@@ -1,7 +1,7 @@
 """MASSV drafter of Qwen2.5-VL-7B-Instruct from Qwen2.5-1.5B-Instruct (arXiv 2505.10526), phase 2. Phase 1 comes first:
 
     python train.py configs/massv_qwen2_5_vl_7b.py --name massv_qwen2_5_vl_7b_phase1 --phase 1 --init-from None \
-        --answers-dir runs/qwen2_5_vl_7b_captions --learning-rate 1e-3 --batch-size 256 --steps 2180
+        --conversations LLaVA-Pretrain/blip_laion_cc_sbu_558k.json --learning-rate 1e-3 --batch-size 256 --steps 2180
 
 Published: phase 1 trains the projector on image-caption pairs (LLaVA-Pretrain), phase 2 projector and text model on
 answers of the target to visual-instruction prompts; cross-entropy, chains of 5. From memory of the paper, unconfirmed:

@@ -1,7 +1,6 @@
 """SpecVLM for LLaVA-1.5-7B with the values of arXiv 2509.11815; it has not been run here.
 
-"published" marks what the paper states, "ours" what it leaves open. It trains on LLaVA-1.5's mix-665K as it is; a
-recipe here reads answers from `answers_dir`, as `python -m jaxspec distill` writes them.
+"published" marks what the paper states, "ours" what it leaves open.
 """
 
 from jaxspec.drafters.compressor import CompressorConfig
@@ -10,7 +9,8 @@ from jaxspec.training import SpecVLMRecipe
 recipe = SpecVLMRecipe(
     name="specvlm_llava15_7b",
     target="llava-hf/llava-1.5-7b-hf",  # published
-    answers_dir="runs/llava15_7b_answers",  # ours: the target's own answers (published: those of mix-665K)
+    conversations="data/llava_v1_5_mix665k.json",  # published
+    image_folder="data",  # where coco/, gqa/, ocr_vqa/, textvqa/ and vg/ are
     compressor=CompressorConfig(
         mode="select",  # published: the default of its three modes
         pruning_ratio=20,  # published
@@ -24,6 +24,7 @@ recipe = SpecVLMRecipe(
     steps=5195,  # published: one epoch in its main tables (665K / 128), up to five in its scaling study
     batch_size=128,  # published
     sequence_length=2048,  # ours
+    length_buckets=True,  # ours
     learning_rate=8e-5,  # published (5e-5 for 13B)
     warmup_steps=0,  # published
     decay="linear",  # ours

@@ -1,0 +1,38 @@
+r"""ViSpec for LLaVA-1.6-13B (Vicuna), stage 2 of arXiv 2509.15235: images and long answers. It has not been run here.
+
+"published" marks what the paper or its code states, "ours" what they leave open. Stage 1: vispec1_llava16_13b.py. The
+target's own answers (published: 68k prompts of LLaVA-Pretrain, up to 1,024 new tokens):
+
+python -m jaxspec distill --data LLaVA-Pretrain/blip_laion_cc_sbu_558k.json --target llava-hf/llava-v1.6-vicuna-13b-hf \
+    --output runs/llava16_13b_answers --count 68000 --suffix vispec --max-new-tokens 1024
+"""
+
+from jaxspec.training import ViSpecRecipe
+
+recipe = ViSpecRecipe(
+    name="vispec2_llava16_13b",
+    target="llava-hf/llava-v1.6-vicuna-13b-hf",  # published
+    init_from="runs/vispec1_llava16_13b/export",  # published
+    answers_dir="runs/llava16_13b_answers",  # published: self-generated
+    num_q=2,  # published: one token and the global feature
+    steps=85_000,  # ours: 20 epochs, as in stage 1
+    batch_size=16,  # ours
+    sequence_length=4096,  # ours: up to 2,880 image tokens and 1,024 of answer
+    length_buckets=True,  # ours
+    learning_rate=3e-6,  # published
+    warmup_steps=4_250,  # published: one epoch
+    decay="linear",  # published
+    final_learning_rate_ratio=0.0,  # ours
+    adam_b2=0.95,  # published: AdamW(0.9, 0.95)
+    weight_decay=0.0,  # ours
+    clip_norm=0.0,  # published: by value instead
+    clip_value=0.5,  # published
+    mtp_steps=1,  # published
+    probability_l1_weight=10.0,  # published
+    ranking_weight=0.1,  # published, of the top 10
+    depth=3,  # published
+    top_k=8,  # published
+    total_tokens=30,  # published
+    eval_every=2_000,  # ours
+    checkpoint_every=2_000,  # ours
+)
