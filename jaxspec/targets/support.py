@@ -25,7 +25,7 @@ def cells(model_type: str, family: Family) -> tuple[str, ...]:
         "yes" if family.images else "no",
         "yes" if family.images else "no",  # several: no family is limited to one
         "yes" if family.video else "no",
-        ", ".join(family.drafters),
+        family.drafters,
         f"`{family.architecture}` within {family.tolerance:.0e} relative".replace("e-0", "e-"),
         family.checked,
     )

@@ -1,21 +1,37 @@
 """Every drafter on every target family: the tokens of autoregressive decoding, with and without images."""
 
 import functools
+import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from flax import nnx
 
 from jaxspec import Generator, SamplingParams, TreeConfig
 from jaxspec.drafters.drafter import Drafter
+from jaxspec.drafters.lookup import PromptLookup
+from jaxspec.drafters.massv import MassvConfig, MassvDrafter
+from jaxspec.drafters.medusa import MedusaConfig, MedusaHeads
+from jaxspec.layers import TextConfig
 from jaxspec.targets.registry import family_of
 from tests.drafting import random_head
 from tests.families import FAMILIES, TEXT, family_target
+from tests.helpers import randomized
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 VISION = ("llava_next", "qwen2_5_vl", "gemma3")
 TREE = TreeConfig(depth=1, top_k=3, total_tokens=8)
 DRAFTERS = {"eagle2": ("eagle2", TREE), "vispec": ("vispec", TREE), "chain": ("eagle2", TreeConfig.chain(2))}
+OTHERS = {
+    "eaglevlm": ("eaglevlm", TREE),
+    "specvlm": ("specvlm", TREE),
+    "massv": ("massv", TREE),
+    "medusa": ("medusa", TREE),
+    "lookup": ("lookup", TreeConfig.chain(3)),
+}
+"""What differs from those above in how it reads prompts; tested on the families that read images."""
 NEW_TOKENS = (20, 14, 17)
 
 
@@ -24,8 +40,26 @@ def generator(family: str, name: str) -> Generator:
     target = targets(family)
     if name == "autoregressive":
         return Generator(target, max_length=512)
-    method, tree = DRAFTERS[name]
-    return Generator(target, Drafter(random_head(target, method), tree, method, {}), max_length=512)
+    method, tree = (DRAFTERS | OTHERS)[name]
+    models = {"massv": random_massv, "medusa": random_medusa, "lookup": lambda target: PromptLookup()}
+    model = models[method](target) if method in models else random_head(target, method)
+    return Generator(target, Drafter(model, tree, method, {}), max_length=512)
+
+
+def random_massv(target) -> MassvDrafter:
+    """A text model of one layer that shares only its LM head with the target."""
+    vocabulary, width = target.config.text.vocab_size, target.config.text.hidden_size
+    text = TextConfig(vocabulary, width, 48, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8)
+    drafter = MassvDrafter(MassvConfig(text, "llama", target.config.vision_width), rngs=nnx.Rngs(0))
+    drafter = randomized(drafter, seed=3, scale=1.0)
+    drafter.language_model.lm_head.kernel[...] = target.model.unembed(jnp.eye(width))
+    return drafter
+
+
+def random_medusa(target) -> MedusaHeads:
+    text = target.config.text
+    heads = MedusaHeads(MedusaConfig(text.hidden_size, text.vocab_size, 3), rngs=nnx.Rngs(0))
+    return randomized(heads, seed=4, scale=1.0)
 
 
 targets = functools.cache(family_target)
@@ -58,8 +92,18 @@ def test_speculative_equals_autoregressive(family, name, batch, temperature):
         np.testing.assert_array_equal(one.tokens, two.tokens)
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("family", VISION)
+def test_other_drafters_on_images(family, name, temperature):
+    expected = answers(family, "autoregressive", 3, temperature)
+    for one, two in zip(expected, answers(family, name, 3, temperature), strict=True):
+        np.testing.assert_array_equal(one.tokens, two.tokens)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [*itertools.product(FAMILIES, DRAFTERS), *itertools.product(VISION, OTHERS)]
+)
 def test_some_drafts_are_accepted(family, name):
     """Equality would say little where every draft is rejected."""
     assert any(result.accepted.any() for temperature in (0.0, 1.0) for result in answers(family, name, 3, temperature))
