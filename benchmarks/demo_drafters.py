@@ -54,17 +54,22 @@ def massv2() -> Sequence[Recipe]:
 
 
 def vispec() -> Sequence[Recipe]:
-    """Stage 2, without its multi-step run, and with each of our improvements and all of them."""
+    """Stage 2, with and without its multi-step run."""
+    return [recipe("demo_vispec"), recipe("demo_vispec", "ablation_distilled", mtp_steps=0)]
+
+
+def improvements() -> Sequence[Recipe]:
+    """One epoch more of ViSpec: as it was, with each of our improvements, and with all of them."""
+    changes = {"steps": 184, "learning_rate": 3e-4, "init_from": "runs/demo_vispec/export", "seed": 2}
     taps, accepted = {"tap_layers": (3, 6, 9)}, {"acceptance_weight": 5.0}
     steps, tokens = {"mtp_steps": 2}, {"draft_vocab_size": 192}
     return [
-        recipe("demo_vispec"),
-        recipe("demo_vispec", "ablation_distilled", mtp_steps=0),
-        recipe("demo_vispec", "vispec_taps", **taps),
-        recipe("demo_vispec", "vispec_acceptance", **accepted),
-        recipe("demo_vispec", "vispec_steps", **steps),
-        recipe("demo_vispec", "vispec_vocabulary", **tokens),
-        recipe("demo_vispec", "demo_vispec_plus", **taps, **accepted, **steps, **tokens),
+        recipe("demo_vispec", "vispec_longer", **changes),
+        recipe("demo_vispec", "vispec_taps", **changes, **taps),
+        recipe("demo_vispec", "vispec_acceptance", **changes, **accepted),
+        recipe("demo_vispec", "vispec_steps", **changes, **steps),
+        recipe("demo_vispec", "vispec_vocabulary", **changes, **tokens),
+        recipe("demo_vispec", "vispec_plus", **changes, **taps, **accepted, **steps, **tokens),
     ]
 
 
@@ -82,6 +87,7 @@ GROUPS: dict[str, Callable[[], Sequence[Recipe]]] = {
     "lm": lambda: [recipe("demo_lm")],
     "heads": heads,
     "vispec": vispec,
+    "improvements": improvements,
     "massv1": massv1,
     "massv2": massv2,
     "ablation": ablation,

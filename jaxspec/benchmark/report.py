@@ -228,7 +228,7 @@ def markdown(results: dict) -> str:
         tree = about["tree"]
         lines.append(
             f"* drafter {name}: {about['method']}, tree of depth {tree['depth']}, top_k {tree['top_k']}, "
-            f"{tree['total_tokens']} nodes with the root"
+            f"{tree['total_tokens']} nodes with the root{trained_by(about['trained'])}"
         )
     if results.get("transformers"):
         other = results["transformers"]
@@ -252,6 +252,14 @@ def markdown(results: dict) -> str:
             "",
         ]  # fmt: skip
     return "\n".join(lines)
+
+
+def trained_by(run: dict) -> str:
+    """Where a drafter comes from, as far as its folder says."""
+    if run["recipe"] is None:
+        return ""
+    known = {"recipe hash": run["recipe_hash"], "step": run["step"], "seed": run["seed"]}
+    return f"; {run['recipe']} ({', '.join(f'{name} {value}' for name, value in known.items() if value is not None)})"
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

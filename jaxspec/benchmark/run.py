@@ -51,6 +51,7 @@ class SpeedBenchmark:
     max_length: int
     seed: int
     patience: int = 1
+    noise_off: bool = True
     others: Sequence[Arm] = ()
 
     def __post_init__(self):
@@ -78,10 +79,11 @@ class SpeedBenchmark:
 
         common = [arm(BASELINE)] + [arm(name, drafter, tree) for name, (drafter, tree) in self.drafters.items()]
         uncoupled = []
-        if any(temperature > 0 for temperature in self.temperatures):
+        if self.noise_off and any(temperature > 0 for temperature in self.temperatures):
             uncoupled = [
                 arm(UNCOUPLED.format(name), drafter, dataclasses.replace(tree, noise_weight=0.0))
                 for name, (drafter, tree) in self.drafters.items()
+                if drafter.method != "lookup"  # which has no scores for noise to change
             ]
         others = [[common[0], *self.others]] if self.others else []
         return {
@@ -239,6 +241,7 @@ def settings_of(benchmark: SpeedBenchmark) -> dict:
                 "method": drafter.method,
                 "tree": dataclasses.asdict(tree),
                 "recorded_mean_acceptance_length": drafter.about.get("mean_acceptance_length"),
+                "trained": {field: drafter.about.get(field) for field in ("recipe", "recipe_hash", "step", "seed")},
             }
             for name, (drafter, tree) in benchmark.drafters.items()
         },

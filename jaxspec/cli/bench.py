@@ -37,6 +37,12 @@ SHOWN = {
 """Columns of the report that fit a terminal, and what they are called there."""
 
 
+def name_of(given: str) -> str:
+    """What tables call a drafter: the end of its path, or its run where training exported it."""
+    path = Path(given)
+    return path.parent.name if path.name == "export" and path.parent.name else path.name
+
+
 @dataclasses.dataclass(frozen=True)
 class Bench:
     """Measure drafters against autoregressive decoding on held-out scenes.
@@ -58,6 +64,8 @@ class Bench:
     """On a virtual machine: so many tries per run to find one in which the host took less than 1 % of the CPU away."""
     seed: int = 0
     """Of scenes and sampling."""
+    noise_off: bool = True
+    """At temperatures above 0, also draft without the target's noise."""
     transformers: bool = False
     """Also compare autoregressive decoding with transformers' greedy generate (needs torch)."""
     score_prompts: int = 100
@@ -74,7 +82,7 @@ class Bench:
             drafters = {}
             for given in self.drafters:
                 drafter = load_named_drafter(given, target)
-                name = Path(given).name
+                name = name_of(given)
                 if name in drafters:
                     raise ValueError(f"two drafters are called {name}; their folders need different names")
                 drafters[name] = drafter, self.tree.applied(drafter.tree)
@@ -94,6 +102,7 @@ class Bench:
                 max_length=self.model.max_length,
                 seed=self.seed,
                 patience=self.patience,
+                noise_off=self.noise_off,
                 others=others,
             )
         progress = partial(ProgressLines, console)

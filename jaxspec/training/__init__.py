@@ -14,6 +14,7 @@ from jaxspec.training.vision import VisionRecipe, vision_task
 from jaxspec.training.vispec import ViSpecRecipe
 
 __all__ = [
+    "DrafterRecipe",
     "EagleRecipe",
     "MassvRecipe",
     "MedusaRecipe",

@@ -24,7 +24,7 @@ from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.training.acceptance import Measurement
 from jaxspec.training.held_out import Span, held_out_of, pipelines
-from jaxspec.training.recipe import Recipe, Task, check_same
+from jaxspec.training.recipe import Recipe, Task, check_same, recipe_hash
 
 IMAGE_SAMPLE = 64
 """Records that are looked at for an image."""
@@ -175,6 +175,7 @@ def about_run(recipe: DrafterRecipe, target: jaxspec.Target) -> dict:
     """Where a drafter comes from, for its folder."""
     return {
         "recipe": recipe.name,
+        "recipe_hash": recipe_hash(recipe),
         "steps": recipe.steps,
         "seed": recipe.seed,
         "target_fingerprint": target.fingerprint(),

@@ -1,6 +1,7 @@
 """What a training run is: the fields every recipe shares, and the task a recipe turns into."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -137,6 +138,12 @@ def is_vision(path) -> bool:
 def recorded(recipe: Recipe) -> dict:
     """The resolved recipe as `recipe.json` holds it."""
     return json.loads(json.dumps({"type": type(recipe).__name__, **dataclasses.asdict(recipe)}, default=str))
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """16 hex digits of everything that decides what is learned, the name left out."""
+    fields = {name: value for name, value in recorded(recipe).items() if name not in ("name", *recipe.changeable)}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_recipe(recipe: Recipe, resuming: bool) -> str | None:
