@@ -1,4 +1,4 @@
-"""`python -m jaxspec {generate,bench,distill,export} --help`."""
+"""`python -m jaxspec {generate,bench,distill,export,prepare} --help`."""
 
 from jaxspec.cli import main
 

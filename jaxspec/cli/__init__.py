@@ -15,6 +15,7 @@ from jaxspec.cli.distill import Distill
 from jaxspec.cli.export import Export
 from jaxspec.cli.generate import Generate
 from jaxspec.cli.output import make_console
+from jaxspec.cli.prepare import Prepare
 from jaxspec.stopping import Stopped
 
 Command = (
@@ -22,6 +23,7 @@ Command = (
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Distill, tyro.conf.subcommand("distill")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Prepare, tyro.conf.subcommand("prepare")]
 )
 
 

@@ -9,6 +9,8 @@ what it is given.
     source = ConversationSource("data", "llava_pretrain", needs_images=True)
 """
 
+import contextlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -126,15 +128,18 @@ def build_conversations(
     path: str | os.PathLike[str],
     image_folder: str | os.PathLike[str] | None = None,
     report: Callable[[str], None] = print,
-) -> None:
+) -> Path:
     """Make the data set `name` in `data_dir` of a file and its pictures, unless it is there already.
 
-    `report` is told how many records it has and which ones were skipped, and why. Raises as `ConversationFiles`.
+    Returns its folder. `report` is told how many records it has and which ones were skipped, and why. Raises as `ConversationFiles`.
     """
     builder = builder_of(data_dir, name)
-    if not Path(builder.data_dir).exists():
+    if Path(builder.data_dir).exists():
+        report(f"{name} was made before; to make it anew, delete {builder.data_dir}")
+    else:
         builder = builder_of(data_dir, name, ConversationFiles(path, image_folder))
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(io.StringIO()):  # it says that it downloads
+            builder.download_and_prepare()
     metadata, skipped = builder.info.metadata, builder.info.metadata["skipped"]
     count = builder.info.splits["train"].num_examples
     report(f"{name}: {count} records, {metadata['with_images']} with images; {len(skipped)} skipped")
@@ -142,6 +147,7 @@ def build_conversations(
         report(f"  skipped {record_id}: {reason}")
     if len(skipped) > SHOWN:
         report(f"  and {len(skipped) - SHOWN} more, named in {Path(builder.data_dir) / 'metadata.json'}")
+    return Path(builder.data_dir)
 
 
 def builder_of(data_dir, name: str, files: ConversationFiles | None = None) -> Conversations:
@@ -161,7 +167,9 @@ class ConversationSource:
     def __init__(self, data_dir: str | os.PathLike[str], name: str, needs_images: bool = False):
         builder = builder_of(data_dir, name)
         if not Path(builder.data_dir).exists():
-            raise FileNotFoundError(f"no data set {name!r} in {data_dir}; make it with build_conversations")
+            raise FileNotFoundError(
+                f"no data set {name!r} in {data_dir}; make it with: python -m jaxspec prepare FILE {data_dir}"
+            )
         if needs_images and not builder.info.metadata["with_images"]:
             raise ValueError(f"the data set {name!r} in {data_dir} has no images, which this recipe needs")
         self._records = builder.as_data_source("train")

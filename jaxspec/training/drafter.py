@@ -49,7 +49,7 @@ class DrafterRecipe(Recipe):
     """The target's own answers, made by `python -m jaxspec distill`."""
     conversations: str | None = None
     """What others said, to learn from in place of `answers_dir`: a .json or .jsonl file, the folder of a set that
-    `jaxspec.data.sources.build_conversations` made, or `scenes`."""
+    `python -m jaxspec prepare` made, or `scenes`."""
     image_folder: str | None = None
     """Where the images of the records are. By default where they were when the set was made, or beside the file."""
     max_records: int | None = None
