@@ -131,7 +131,8 @@ def build_conversations(
 ) -> Path:
     """Make the data set `name` in `data_dir` of a file and its pictures, unless it is there already.
 
-    Returns its folder. `report` is told how many records it has and which ones were skipped, and why. Raises as `ConversationFiles`.
+    Returns its folder. `report` is told how many records it has and which ones were skipped, and why. Raises as
+    `ConversationFiles`.
     """
     builder = builder_of(data_dir, name)
     if Path(builder.data_dir).exists():

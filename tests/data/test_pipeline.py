@@ -75,6 +75,22 @@ def test_going_on_at_any_step_equals_never_stopping(source, encoder):
     _same(whole[7], pipeline[7])
 
 
+def test_batches_name_their_records(source, encoder):
+    class Named:
+        """The source, with names."""
+
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, index):
+            return {**source[index], "id": f"scene-{index}"}
+
+    for records, expected in ((source, "3"), (Named(), "scene-3")):
+        pipeline = Pipeline(records, encoder, sequence_length=448, batch_size=2, shuffle=False)
+        (batch,) = _take(pipeline.batches(start_step=1), 1)
+        assert batch["ids"][1] == expected and len(batch["ids"]) == 2
+
+
 def test_every_epoch_has_all_records_in_its_own_order(source, encoder):
     pipeline = Pipeline(source, encoder, sequence_length=448, batch_size=10, seed=3)
     rows = np.concatenate([pipeline[step]["prompts"].input_ids for step in range(4)])
