@@ -19,6 +19,7 @@ from jaxspec.drafters.vocabulary import most_frequent, take_from_target
 from jaxspec.layers import TextConfig
 from jaxspec.training.drafter import DrafterRecipe, Teacher, start_from
 from jaxspec.training.losses import (
+    RANKED,
     expected_share,
     masked_mean,
     overlap,
@@ -56,6 +57,8 @@ class EagleRecipe(DrafterRecipe):
         if self.method not in self.methods:
             known = ", ".join(self.methods)
             raise ValueError(f"method of {type(self).__name__} must be one of {known}, got {self.method!r}")
+        if self.draft_vocab_size is not None and self.draft_vocab_size < RANKED:
+            raise ValueError(f"draft_vocab_size must be at least {RANKED}, got {self.draft_vocab_size}")
 
     def head_fields(self, text: TextConfig) -> dict:
         """What every head with the one layer `text` is made of; the bias is as in the published heads for Qwen."""

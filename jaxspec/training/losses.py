@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+RANKED = 10
+"""Tokens whose order the published ranking loss looks at."""
+
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean of `values` `[B, S]` where `mask` `[B, S]`; 0 where nothing is selected."""
@@ -47,7 +50,7 @@ def probability_l1(logits: jax.Array, target_logits: jax.Array, mask: jax.Array)
     return masked_mean(jnp.abs(difference).sum(axis=-1), mask)
 
 
-def ranking(logits: jax.Array, target_logits: jax.Array, mask: jax.Array, top: int = 10) -> jax.Array:
+def ranking(logits: jax.Array, target_logits: jax.Array, mask: jax.Array, top: int = RANKED) -> jax.Array:
     """Negative Plackett-Luce log-likelihood of the target's order of its `top` tokens under the draft's logits."""
     order = jax.lax.top_k(target_logits, top)[1]  # [B, S, top]
     chosen = jnp.take_along_axis(logits.astype(jnp.float32), order, axis=-1)

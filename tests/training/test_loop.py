@@ -220,6 +220,11 @@ def test_a_run_goes_on_only_with_its_own_recipe(tmp_path, capsys):
     assert "another learning rate schedule: steps 8 -> 10" in capsys.readouterr().out
 
 
+def test_a_draft_vocabulary_that_is_too_small_to_rank():
+    with pytest.raises(ValueError, match="draft_vocab_size must be at least 10, got 9"):
+        EagleRecipe(name="head", draft_vocab_size=9)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
