@@ -45,9 +45,14 @@ SHAPES = {  # config.json of llava-hf/llava-1.5-7b-hf; the text model of Qwen2.5
     "tiny": LlavaConfig(TextConfig(320, 64, 128, 2, 4, 2, 16), SMALL_CLIP, 319),
 }
 HEADS = {
-    "eagle2": lambda text: EagleConfig(text, qkv_bias=text.qkv_bias),
-    "vispec": lambda text: ViSpecConfig(text, qkv_bias=text.qkv_bias),
+    "eagle2": ("eagle2", lambda text: EagleConfig(text, qkv_bias=text.qkv_bias)),
+    "vispec": ("vispec", lambda text: ViSpecConfig(text, qkv_bias=text.qkv_bias)),
+    "vispec-eighth": (
+        "vispec",
+        lambda text: ViSpecConfig(text, qkv_bias=text.qkv_bias, draft_vocab_size=text.vocab_size // 8),
+    ),
 }
+"""Name -> method and config; "vispec-eighth" drafts an eighth of the vocabulary."""
 TREES = {"published": None, "3/8/30": TreeConfig(3, 8, 30), "chain of 5": TreeConfig.chain(5)}
 MEMORY = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "TPU v5e": 8.2e11, "TPU v5p": 2.77e12, "TPU v6e": 1.64e12}
 """Bytes a second, from the makers' data sheets."""
@@ -59,7 +64,7 @@ class Rounds:
 
     output: Path
     shapes: tuple[Literal["llava-7b", "qwen-7b-text", "tiny"], ...] = ("llava-7b", "qwen-7b-text")
-    heads: tuple[Literal["eagle2", "vispec"], ...] = ("eagle2", "vispec")
+    heads: tuple[Literal["eagle2", "vispec", "vispec-eighth"], ...] = ("eagle2", "vispec", "vispec-eighth")
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     batch_sizes: tuple[int, ...] = (1, 8)
     rounds: int = 64
@@ -78,15 +83,14 @@ class Rounds:
     def measure(self, shape: str, batch: int):
         """A row per arm."""
         config = SHAPES[shape]
-        target = random_module(lambda rngs: Llava(config, rngs=rngs), self.dtype)
+        target = random_module(partial(Llava, config), self.dtype)
         arms = {"autoregressive": (None, TreeConfig.autoregressive())}
         for name in self.heads:
-            head = HEADS[name](dataclasses.replace(config.text, num_layers=1))
-            drafter = random_module(
-                lambda rngs, name=name, head=head: METHODS[name].module(head, rngs=rngs), self.dtype
-            )
+            method, config_of = HEADS[name]
+            head = config_of(dataclasses.replace(config.text, num_layers=1))
+            drafter = random_module(partial(METHODS[method].module, head), self.dtype)
             for label, tree in TREES.items():
-                arms[f"{name}, {label}"] = drafter, tree or METHODS[name].tree
+                arms[f"{name}, {label}"] = drafter, tree or METHODS[method].tree
         runners = {name: Runner(config, target, *arm, batch, self.rounds) for name, arm in arms.items()}
         times = {name: [] for name in runners}
         for _ in range(self.runs):
@@ -149,8 +153,9 @@ class Runner:
 
 
 def random_module(build, dtype: str) -> nnx.Module:
-    """A module with random weights at fan-in scale, drawn on the device in `dtype`."""
-    graph, state = nnx.split(abstract(build))
+    """The module that `build(rngs=)` makes, with random weights at fan-in scale, drawn on the device in `dtype`;
+    integers count up."""
+    graph, state = nnx.split(abstract(lambda rngs: build(rngs=rngs)))
     leaves, tree = jax.tree.flatten(state)
 
     @jax.jit
@@ -159,6 +164,8 @@ def random_module(build, dtype: str) -> nnx.Module:
         scale = [1.0 if leaf.ndim < 2 else leaf.shape[0] ** -0.5 for leaf in leaves]
         return [
             (s * jax.random.normal(key, leaf.shape)).astype(dtype)
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+            else jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
             for key, leaf, s in zip(keys, leaves, scale, strict=True)
         ]
 
