@@ -1,4 +1,4 @@
-"""Tensors of a Hugging Face folder, read lazily: single file or sharded with an index, any float type.
+"""Tensors of a Hugging Face folder, read lazily: single file or sharded with an index, any float type; and written.
 
 The safetensors container is read through a memory map, because its numpy front end knows no bfloat16 and its other
 front ends load whole tensors onto a device.
@@ -6,10 +6,13 @@ front ends load whole tensors onto a device.
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 DTYPES = {
     "F64": np.float64,
@@ -66,6 +69,17 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{path}: tensor {name} has {last - first} bytes, {dtype} {shape} takes {expected}")
         tensors[name] = data[start + first : start + last].view(DTYPES[dtype]).reshape(shape)
     return tensors
+
+
+def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write tensors as one safetensors file. Raises OSError where that fails."""
+    path.touch()
+    mode = path.stat().st_mode  # what other files get; the library's own are for the owner's eyes only
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    path.chmod(mode)
 
 
 def read_folder(folder: Path) -> dict[str, np.ndarray]:

@@ -14,11 +14,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from jaxspec.checkpoints.names import abstract, fill, match, to_tensors
-from jaxspec.checkpoints.tensors import SINGLE, read_folder, read_json
+from jaxspec.checkpoints.tensors import SINGLE, read_folder, read_json, write_file
 from jaxspec.drafters.contract import Method
 from jaxspec.drafters.registry import METHODS, method_of
 from jaxspec.speculation.tree import TreeConfig
@@ -82,10 +80,10 @@ def save_drafter_folder(
     temporary.mkdir(parents=True)
     try:
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, temporary / SINGLE, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
+        write_file(temporary / SINGLE, tensors)
+    except OSError:
         shutil.rmtree(temporary, ignore_errors=True)  # half a drafter would only fill the disk
-        raise error if isinstance(error, OSError) else OSError(f"{folder / SINGLE}: {error}") from error
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

@@ -9,10 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import transformers
-from safetensors.numpy import save_file
 
 from jaxspec.checkpoints.names import NameTable, abstract, fill, to_tensors
-from jaxspec.checkpoints.tensors import read_folder, read_json
+from jaxspec.checkpoints.tensors import SINGLE, read_folder, read_json, write_file
 from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.gemma3 import Gemma3, Gemma3Config
 from jaxspec.targets.llava import LLAVA_NAMES, Llava, LlavaConfig
@@ -134,6 +133,6 @@ def save_model(model: VisionLanguageModel, hf_config, processor_folder: Path, fo
     hf_config.tie_word_embeddings = hf_config.get_text_config().tie_word_embeddings = tied
     hf_config.save_pretrained(temporary)
     tensors = to_tensors(model, family_of(hf_config).names, dtype)
-    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    write_file(temporary / SINGLE, tensors)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -104,7 +104,8 @@ def manager(folder: Path, read_only: bool = False) -> ocp.CheckpointManager:
         options = {"max_to_keep": 2}
     if read_only:
         options["create"] = False
-    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=read_only, **options))
+    with quiet("absl"):  # it warns of everything that reading alone switches off
+        return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=read_only, **options))
 
 
 def restore(source: ocp.CheckpointManager, step: int, like: Any) -> Any:

@@ -41,6 +41,7 @@ def from_json(kind: type, values: dict):
 def drafter_of_run(folder: Path, recipe: DrafterRecipe, target: jaxspec.Target) -> Drafter:
     """The drafter that the run would export now: of its best checkpoint, if it has one and the recipe wants it, else of
     the latest. Raises FileNotFoundError where no checkpoint was saved."""
+    folder = folder.absolute()  # as orbax wants it
     graph, params, rest = split_drafter(recipe, target)
     about = about_run(recipe, target)
     if recipe.export_checkpoint == "best" and (folder / BEST).is_dir():

@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from jaxspec.checkpoints.names import NameTable, fill, to_tensors
-from jaxspec.checkpoints.tensors import SINGLE, read_folder
+from jaxspec.checkpoints.tensors import SINGLE, read_folder, write_file
 from jaxspec.data.scenes import load_scenes
 from jaxspec.demo.processor import IMAGE_SIZE, PATCH_SIZE, processor_at
 from jaxspec.demo.scenes import patch_labels, scene_from_json
@@ -97,7 +96,7 @@ def vision_task(recipe: VisionRecipe) -> Task:
     def export(params, folder: Path, about: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / "tower.tmp"
-        save_file(to_tensors(nnx.merge(graph, params).tower, NAMES), temporary)
+        write_file(temporary, to_tensors(nnx.merge(graph, params).tower, NAMES))
         temporary.replace(folder / SINGLE)
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(recipe.tower), indent=2) + "\n")
 

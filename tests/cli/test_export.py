@@ -111,7 +111,7 @@ def test_refusals(models, tmp_path, capsys, source, arguments, sentence):
 
 
 @pytest.mark.parametrize(("choice", "step"), [("best", 4), ("last", 6)])
-def test_a_run_exports_its_chosen_checkpoint(models, tmp_path, capsys, choice, step):
+def test_a_run_exports_its_chosen_checkpoint(models, tmp_path, monkeypatch, capsys, choice, step):
     recipe = ViSpecRecipe(name="head", run_dir=str(tmp_path), target=str(models[0]), save_dtype="float32")
     recipe = dataclasses.replace(recipe, export_checkpoint=choice)
     recipe.folder.mkdir()
@@ -122,7 +122,10 @@ def test_a_run_exports_its_chosen_checkpoint(models, tmp_path, capsys, choice, s
             moved = jax.tree.map(lambda leaf, at=at: leaf + at, params)
             checkpoints.offer(at, moved, {"step": at, "mean_acceptance_length": length})
             checkpoints.save(at, initial_state(recipe, moved))
-    assert main(["export", str(recipe.folder), str(tmp_path / "out")]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "head", "out"]) == 0
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "out/model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert f"ViSpec drafter of step {step}, float32" in capsys.readouterr().out
     target = jaxspec.load_target(models[0])
     drafter = jaxspec.load_drafter(tmp_path / "out", target)
