@@ -59,8 +59,8 @@ class Generate:
     """The question; "Describe the picture." by default."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = ModelOptions()
     drafter: Annotated[str | None, tyro.conf.arg(metavar="METHOD|PATH|REPO")] = None
-    """A method of the embedded model (vispec, its default, or eagle2), lookup (for any target), a folder or a repo id.
-    Another target without a drafter decodes autoregressively."""
+    """A method of the embedded model (vispec, its default, eagle2, eaglevlm, massv, medusa, specvlm), lookup (for any
+    target), a folder or a repo id. Another target without a drafter decodes autoregressively."""
     tree: Annotated[TreeOptions, tyro.conf.arg(name="")] = TreeOptions()
     temperature: float = 0.0
     """0 is greedy."""

@@ -13,7 +13,7 @@ from jaxspec.drafters.drafter import Drafter, load_drafter
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.target import Target, load_target
 
-EMBEDDED_DRAFTERS = ("eagle2", "vispec")
+EMBEDDED_DRAFTERS = ("eagle2", "eaglevlm", "massv", "medusa", "specvlm", "vispec")
 
 
 @dataclasses.dataclass(frozen=True)

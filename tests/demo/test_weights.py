@@ -11,6 +11,7 @@ import jaxspec
 from jaxspec import demo
 from jaxspec.benchmark.quality import score_answers
 from jaxspec.benchmark.run import example_prompts
+from jaxspec.cli.options import EMBEDDED_DRAFTERS
 
 LIMIT = 160
 
@@ -42,11 +43,11 @@ def test_transformers_gives_the_same_greedy_tokens(target, autoregressive):
         assert 40 <= len(ours.tokens) <= LIMIT
 
 
-@pytest.mark.parametrize("method", ["eagle2", "vispec"])
+@pytest.mark.parametrize("method", EMBEDDED_DRAFTERS)
 def test_embedded_drafters_change_no_token_and_save_rounds(target, autoregressive, method):
     generator = jaxspec.Generator(target, jaxspec.load_drafter(demo.drafter_path(method), target))
     for index, example in enumerate(example_prompts(6, seed=1)):
-        for temperature, length in ((0.0, 3.0), (1.0, 2.0)):
+        for temperature, length in ((0.0, 2.5), (1.0, 1.5)):
             sampling = jaxspec.SamplingParams(temperature, seed=index)
             one, two = (
                 each.generate(example.question, [example.image], sampling, LIMIT)
