@@ -3,63 +3,77 @@
 from pathlib import Path
 
 COLOURS = ("#4053d3", "#ddb310", "#b51d14", "#00beff", "#fb49b0", "#00b25d")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+STYLES = ("-", "--", ":", "-.")
+HEIGHT = 0.26
+"""Of a bar, in inches."""
 
 
 def write_plot(results: dict, path: Path) -> bool:
-    """`path` as PNG; False where matplotlib is not installed or there is nothing to draw."""
+    """`path` as PNG; False where matplotlib is not installed or there is nothing to draw.
+
+    Acceptance by position is left out where there are more drafters than colours: nobody could tell the lines apart.
+    """
     entries = [entry for entry in results["speed"] if entry["acceptance_at_position"]]
     if not entries:
         return False
     try:
         from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
     except ImportError:
         return False
     temperatures = list(dict.fromkeys(entry["temperature"] for entry in entries))
     names = list(dict.fromkeys(entry["arm"] for entry in entries))
-    colour = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
-    figure = Figure(figsize=(15, 5.2), layout="constrained")
-    speed, length, position = figure.subplots(1, 3)
-    bars(speed, entries, names, temperatures, colour, "speedup", "Decode speed-up over autoregressive")
-    bars(length, entries, names, temperatures, colour, "mean_acceptance_length", "Tokens per step, bonus included")
-    for entry in entries:
-        joint = entry["acceptance_at_position"]
-        place = temperatures.index(entry["temperature"])
-        position.plot(
-            range(1, len(joint) + 1),
-            joint,
-            color=colour[entry["arm"]],
-            linestyle=("-", "--", ":", "-.")[place % 4],
-            marker=MARKERS[place % len(MARKERS)],
-        )
-    for place, temperature in enumerate(temperatures):
-        style = {"linestyle": ("-", "--", ":", "-.")[place % 4], "marker": MARKERS[place % len(MARKERS)]}
-        position.plot([], [], color="0.35", label=f"temperature {temperature:g}", **style)
-    position.set(title="Draft tokens accepted: at least n", xlabel="n", ylabel="share of rounds", ylim=(0, 1.02))
-    position.xaxis.get_major_locator().set_params(integer=True)
-    position.legend(frameon=False)
-    for axes in (speed, length, position):
+    few = len(names) <= len(COLOURS)
+    figure = Figure(figsize=(15, max(4.2, 1.2 + HEIGHT * (len(entries) + 0.6 * len(names)))), layout="constrained")
+    speed, length, *position = figure.subplots(1, 3 if few else 2)
+    length.sharey(speed)
+    bars(speed, entries, names, temperatures, "speedup", "Decode speed-up over autoregressive")
+    bars(length, entries, names, temperatures, "mean_acceptance_length", "Tokens per step, bonus included")
+    length.tick_params(labelleft=False)
+    if few:
+        lines(position[0], entries, names, temperatures)
+    for axes in (speed, length, *position):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="0.9")
         axes.set_axisbelow(True)
-    handles = [Patch(color=colour[name]) for name in names]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4), frameon=False)
+    figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=130)
     return True
 
 
-def bars(axes, entries, names, temperatures, colour, field: str, title: str) -> None:
-    """A group of bars per temperature, in the order of `names`; the line at 1 is autoregressive decoding."""
-    width = 0.8 / len(names)
-    values = {(entry["arm"], entry["temperature"]): entry[field] for entry in entries}
-    for group, temperature in enumerate(temperatures):
-        present = [name for name in names if (name, temperature) in values]
-        for place, name in enumerate(present):
-            middle = group + (place - (len(present) - 1) / 2) * width
-            bar = axes.bar(middle, values[name, temperature], 0.92 * width, color=colour[name])
-            axes.bar_label(bar, fmt="%.2f", padding=2, fontsize=9)
-    axes.axhline(1.0, color="0.35", linewidth=1, linestyle="--")
-    axes.set_xticks(range(len(temperatures)), [f"temperature {each:g}" for each in temperatures])
+def bars(axes, entries, names, temperatures, field: str, title: str) -> None:
+    """A row per drafter, the first on top, with a bar per temperature; the line at 1 is autoregressive decoding."""
+    for place, temperature in enumerate(temperatures):
+        chosen = [entry for entry in entries if entry["temperature"] == temperature]
+        height = 0.8 / len(temperatures)
+        middles = [names.index(entry["arm"]) + (place - (len(temperatures) - 1) / 2) * height for entry in chosen]
+        bar = axes.barh(
+            middles,
+            [entry[field] for entry in chosen],
+            0.9 * height,
+            color=COLOURS[place % len(COLOURS)],
+            label=f"temperature {temperature:g}",
+        )
+        axes.bar_label(bar, fmt="%.2f", padding=2, fontsize=9)
+    axes.axvline(1.0, color="0.35", linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_title(title)
-    axes.margins(y=0.12)
+    axes.margins(x=0.12)
+    axes.grid(axis="x", color="0.9")
+
+
+def lines(axes, entries, names, temperatures) -> None:
+    """How many of the draft tokens were accepted at least, a line per drafter and temperature."""
+    for entry in entries:
+        joint = entry["acceptance_at_position"]
+        axes.plot(
+            range(1, len(joint) + 1),
+            joint,
+            color=COLOURS[(names.index(entry["arm"]) + len(temperatures)) % len(COLOURS)],  # the first are bars
+            linestyle=STYLES[temperatures.index(entry["temperature"]) % len(STYLES)],
+            marker="o",
+            label=f"{entry['arm']}, {entry['temperature']:g}",
+        )
+    axes.set(title="Draft tokens accepted: at least n", xlabel="n", ylabel="share of rounds", ylim=(0, 1.02))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="y", color="0.9")
+    axes.legend(frameon=False, fontsize=8)

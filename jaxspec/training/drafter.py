@@ -79,6 +79,8 @@ class DrafterRecipe(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.max_records is not None and self.max_records < 1:
+            raise ValueError(f"max_records must be at least 1, got {self.max_records}")
         if self.acceptance_every < 0 or self.acceptance_every % self.eval_every:
             raise ValueError(
                 f"acceptance_every must be a multiple of eval_every ({self.eval_every}), got {self.acceptance_every}"

@@ -230,9 +230,10 @@ def test_a_draft_vocabulary_that_is_too_small_to_rank():
     [
         ({"acceptance_every": 6}, r"acceptance_every must be a multiple of eval_every \(4\), got 6"),
         ({"acceptance_every": 4, "acceptance_prompts": 0}, "acceptance_every is 4, but acceptance_prompts is 0"),
+        ({"max_records": 0}, "max_records must be at least 1, got 0"),
     ],
 )
-def test_impossible_measurements(changes, message):
+def test_values_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):
         EagleRecipe(name="head", eval_every=4, **changes)
 
