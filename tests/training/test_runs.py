@@ -140,11 +140,11 @@ def test_the_recorded_acceptance_is_what_decoding_earns(runs):
 
 def test_drafters_trained_together_are_those_trained_alone(runs):
     heads = head_recipe(runs, "vispec_too", acceptance_every=0)
-    common = {name: getattr(heads, name) for name in (*COMMON, *OF_DRAFTERS)}
+    common = {name: getattr(heads, name) for name in (*COMMON, *OF_DRAFTERS, "warmup_steps")}
     run(heads, MedusaRecipe(name="medusa_too", save_dtype="float32", acceptance_prompts=0, **common))
-    alone, ours = (load_file(runs / name / "export/model.safetensors") for name in ("vispec", "vispec_too"))
-    for name, value in alone.items():
-        np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-5)
+    leaves = [jax.tree.leaves(final_state(runs / name)) for name in ("vispec", "vispec_too")]
+    for alone, ours in zip(*leaves, strict=True):
+        np.testing.assert_allclose(ours, alone, rtol=1e-3, atol=1e-5)
     assert jaxspec.load_drafter(runs / "medusa_too/export", jaxspec.load_target(runs / "target/export"))
     with pytest.raises(ValueError, match="must have the same max_records, got vispec_too None, medusa_too 3"):
         run(heads, MedusaRecipe(name="medusa_too", **common | {"max_records": 3}))
