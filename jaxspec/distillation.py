@@ -1,8 +1,9 @@
 """Self-distillation: a target answers prompts itself, part by part, for its drafters to learn from.
 
-A part's answers depend on its prompts and the settings alone: batches never reach across parts, record i samples with
-seed + i. So a run that was stopped, or that several processes share, ends in the same set; and with a drafter it ends
-in the same set sooner.
+A part's answers depend on its prompts and the settings, not on other parts: batches never reach across parts, record i
+samples with seed + i. So a run that was stopped, or that several processes share, ends in the same set, given the same
+kind of device, batch size and drafter. These choose no token, but they change how matrix products are rounded, which
+decides where two tokens are as good as equal: the coarser the type (bfloat16), the more often.
 """
 
 import dataclasses
@@ -15,8 +16,9 @@ from typing import Any, Literal
 import jinja2
 
 from jaxspec.data.answers import ABOUT, Answer, AnswerParts, Part, Refused, write_json
+from jaxspec.data.formats import encodable, name_of, printable
 from jaxspec.data.pictures import Pictures
-from jaxspec.data.prompts import Conversation, PromptSource, name_of, read_conversation, with_suffix
+from jaxspec.data.prompts import Conversation, PromptSource, read_conversation, with_suffix
 from jaxspec.generator import Generator, Result
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.sampling import SamplingParams
@@ -56,7 +58,13 @@ class DistillSettings:
                 raise ValueError(f"{field} must be at least {least}, got {value}")
         if not 0 <= self.sampled_share <= 1:
             raise ValueError(f"sampled_share must lie in 0..1, got {self.sampled_share}")
-        SamplingParams(temperature=self.temperature, top_p=self.top_p)
+        encodable(self.suffix, "suffix")
+        temperature = SamplingParams(temperature=self.temperature, top_p=self.top_p).temperature
+        for field in ("top_p", "sampled_share"):
+            if not temperature and getattr(self, field) != 1:
+                raise ValueError(f"{field} has no effect at temperature 0, got {getattr(self, field)}")
+        if temperature and not self.sampled_share:
+            raise ValueError(f"temperature has no effect at sampled_share 0, got {self.temperature}")
 
     def records(self, available: int) -> range:
         """The chosen ones of a source of that size."""
@@ -101,7 +109,7 @@ class Distiller:
     """Answers the records of a source.
 
     Args:
-      generator: of the target, with or without a drafter: the answers are the same.
+      generator: of the target, with or without a drafter: the answers are the same but for ties in rounding.
       source: from `jaxspec.data.prompts.open_prompts`.
       settings: which records, and how.
       batch_size: prompts that are answered at once; smaller batches are filled up, so that all are of one size.
@@ -165,10 +173,12 @@ class Distiller:
         return Dialogue(record, asked, list(asked.system))
 
     def name(self, record: int) -> str:
+        """What a refused record is called where it is shown."""
         try:
-            return name_of(self.source[record], record)
+            given = self.source[record]
         except ValueError:
-            return name_of(None, record)
+            given = None
+        return printable(name_of(given, f"record {record}"))
 
     def encode(self, dialogue: Dialogue) -> EncodedPrompt:
         """The dialogue up to its next turn, that turn included; raises ValueError for what cannot be asked."""

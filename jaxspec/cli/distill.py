@@ -36,12 +36,12 @@ class Distill:
     output: Path
     """Folder for the set."""
     split: str = "train"
-    """Of scenes and tensorflow-datasets."""
+    """Of scenes and tensorflow-datasets; a file has none."""
     image_folder: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """What the image paths of a file are relative to; the file's own folder by default."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = ModelOptions()
     drafter: Annotated[str | None, tyro.conf.arg(metavar="PATH|REPO|METHOD")] = None
-    """A drafter that the target has already: the same answers, sooner."""
+    """A drafter that the target has already: the same answers (but for ties in rounding), sooner."""
     tree: Annotated[TreeOptions, tyro.conf.arg(name="")] = TreeOptions()
     settings: Annotated[DistillSettings, tyro.conf.arg(name="")] = DistillSettings()
     batch_size: int = 32
@@ -120,7 +120,12 @@ class Distill:
         )
         for each in refused[:SHOWN]:
             line = f"refused: {each['id']} (record {each['record']}): {' '.join(each['reason'].split())}"
-            console.print(visible(line), markup=False, soft_wrap=True)
+            console.print(shown(console, line), markup=False, soft_wrap=True)
         if len(refused) > SHOWN:
             console.print(f"refused: {len(refused) - SHOWN} more, all named in distill.json")
-        console.print(f"wrote the set to {self.output}", markup=False, soft_wrap=True)
+        console.print(shown(console, f"wrote the set to {self.output}"), markup=False, soft_wrap=True)
+
+
+def shown(console: Console, text: str) -> str:
+    """The text with what the console cannot print escaped."""
+    return visible(text).encode(console.encoding, "backslashreplace").decode(console.encoding)

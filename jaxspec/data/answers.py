@@ -2,7 +2,7 @@
 
 Only ids and references to the images are kept; features are recomputed while training. A set is an ordinary
 tensorflow-datasets folder of ArrayRecord files, one file for each part of the prompts. A part is written whole and
-depends on nothing but its prompts, so that stopped runs go on and several processes share the work; `distill.json` says
+its prompts are no other part's, so that stopped runs go on and several processes share the work; `distill.json` says
 where everything came from, and `parts/` what was refused.
 """
 
@@ -99,6 +99,7 @@ class AnswerParts:
             "prompt_tokens": sum(len(answer.prompt_ids) for answer in made.answers),
             "answer_tokens": sum(len(answer.answer_ids) for answer in made.answers),
             "cut": made.cut,
+            "with_images": sum(bool(answer.images) for answer in made.answers),
             "refused": [dataclasses.asdict(each) for each in made.refused],
         }
         write_json(self.report_file(part), report)
@@ -117,7 +118,8 @@ class AnswerParts:
         """
         reports = [json.loads(self.report_file(part).read_text()) for part in range(len(self))]
         refused = [each for report in reports for each in report.pop("refused")]
-        totals = {name: sum(report[name] for report in reports) for name in reports[0]}
+        counted = [name for name in reports[0] if all(name in report for report in reports)]  # older ones lack some
+        totals = {name: sum(report[name] for report in reports) for name in counted}
         if not totals["answers"]:
             first = f"{refused[0]['id']}: {refused[0]['reason']}"
             raise ValueError(f"none of the {len(self.records)} records could be answered; the first: {first}")
@@ -194,6 +196,7 @@ class AnswerSource:
 
     Attributes:
       about: `distill.json`, from settings to counts.
+      has_images: whether any answer is about an image; None where `distill.json` does not say how many are.
 
     Raises:
       FileNotFoundError: there is no such set.
@@ -209,6 +212,7 @@ class AnswerSource:
         self.about = json.loads((folder / ABOUT).read_text())
         if "answers" not in self.about:
             raise ValueError(f"the answers in {folder} are not finished; go on with: {self.about['command']}")
+        self.has_images = None if "with_images" not in self.about else self.about["with_images"] > 0
         self.records = tfds.builder_from_directory(str(folder)).as_data_source("train")
         self.pictures = Pictures(image_folder or self.about["image_folder"])
 

@@ -3,11 +3,15 @@
 Files are a JSON list or JSON lines. Of a record the turns may stand under `conversations`, `messages` or `items`, a
 turn's speaker under `from` or `role`, its words under `value` or `content` (a string, or a list of text and image
 parts), its pictures under `image` or `images`: LLaVA-Pretrain, LLaVA's instruction mixes, ShareGPT and chat messages.
+
+`standard_record` reads a conversation to learn from; a turn, its pictures and names are read here for
+`jaxspec.data.prompts`, too. Whatever JSON can hold is read or refused by a ValueError.
 """
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +35,47 @@ def read_records(path: Path) -> list[Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    text = path.read_text(encoding="utf-8-sig")
     try:
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return list(json_lines(text))
-    except json.JSONDecodeError as error:
+        text = path.read_text(encoding="utf-8-sig")
+        return parse_json(text, "the list") if text.lstrip().startswith("[") else list(json_lines(text))
+    except ValueError as error:
         raise ValueError(f"{path} is neither a JSON list nor JSON lines: {error}") from error
 
 
 def json_lines(text: str) -> Iterator[Any]:
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: strings may hold its other line breaks
         if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise json.JSONDecodeError(f"line {number}: {error.msg}", error.doc, error.pos) from error
+            yield parse_json(line, f"line {number}")
+
+
+def parse_json(content: str | bytes, name: str) -> Any:
+    """Raises ValueError, with that name, for what is no text, not JSON, or too deep for Python's parser."""
+    try:
+        return json.loads(content)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+
+
+def name_of(record: Any, otherwise: str) -> str:
+    """The record's id, as it is."""
+    given = record.get("id") if isinstance(record, Mapping) else None
+    return str(given) if isinstance(given, str | int | float) else otherwise
+
+
+def encodable(text: str, what: str) -> str:
+    """The text itself. Raises ValueError where UTF-8 cannot hold it, as half of a surrogate pair, which JSON can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} cannot be written as UTF-8: character {error.start} is {text[error.start]!a}"
+        ) from None
+    return text
+
+
+def printable(text: str) -> str:
+    """What UTF-8 cannot hold is escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def standard_record(record: Any, number: int, folder: Path) -> dict[str, Any]:
@@ -62,63 +91,99 @@ def standard_record(record: Any, number: int, folder: Path) -> dict[str, Any]:
 
     Raises:
       ValueError: no turns, unknown speakers, no alternation, an empty or no answer, marks and pictures that differ in
-        number, pictures that are not there.
+        number, pictures that are not there, a text, path or id that UTF-8 cannot hold.
     """
     if not isinstance(record, dict):
         raise ValueError(f"it is no JSON object but {type(record).__name__}")
     given = next((record[key] for key in ("conversations", "messages", "items") if record.get(key)), None)
     if not isinstance(given, list):
         raise ValueError("it has no turns")
-    inline: list[str] = []
-    turns = [standard_turn(turn, inline) for turn in given]
-    if len(turns) > 1 and turns[0]["from"] == "gpt":
-        turns = turns[1:]
-    if len(turns) > 1 and turns[-1]["from"] == "human":
-        turns = turns[:-1]
+    read = [standard_turn(turn) for turn in given]
+    if len(read) > 1 and read[0][0]["from"] == "gpt":
+        read = read[1:]
+    if len(read) > 1 and read[-1][0]["from"] == "human":
+        read = read[:-1]
+    turns = [turn for turn, _ in read]
     check_turns(turns)
-    names = record.get("image") or record.get("images") or inline
-    names = names if isinstance(names, list) else [names]
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError("its images are no paths")
-    marks = sum(turn["value"].count(MARK) for turn in turns)
+    marks = [own for _, marked in read for own in marked]
+    names = image_paths(record, marks)
     if names and not marks:
         first = next(turn for turn in turns if turn["from"] == "human")
         first["value"] = f"{MARK}\n" * len(names) + first["value"]
-    elif marks != len(names):
-        raise ValueError(f"it has {marks} {MARK} marks for {len(names)} images")
     paths = [folder / name for name in names]
     for path in paths:
         if not os.path.isfile(path):  # Path.is_file raises where a name is too long for any file
             raise ValueError(f"its image {path} does not exist")
-    return {"id": str(record.get("id", number)), "images": list(map(str, paths)), "conversations": turns}
+    name = encodable(name_of(record, str(number)), "its id")
+    return {"id": name, "images": list(map(str, paths)), "conversations": turns}
 
 
-def standard_turn(turn: Any, inline: list[str]) -> dict[str, str]:
-    """One turn; the pictures that its parts name are appended to `inline`."""
-    if not isinstance(turn, dict):
+def standard_turn(turn: Any) -> tuple[dict[str, str], list[str | None]]:
+    """One turn, and for each of its marks the path that stands there."""
+    role, words = read_turn(turn)
+    parts = [{"type": "text", "text": words}] if isinstance(words, str) else words
+    value, marked = "", []
+    for part in parts:
+        text = part.get("text", MARK)
+        value += text
+        marked += [part.get("image")] * text.count(MARK)
+    return {"from": SPEAKERS[role], "value": value}, marked
+
+
+def read_turn(turn: Any) -> tuple[str, str | list[dict[str, str]]]:
+    """Who speaks (`user`, `assistant` or `system`), and the words: a string, or parts {"type": "text", "text"} and
+    {"type": "image"}, the latter with a path under "image" if they have one of their own.
+
+    Raises ValueError for anything else.
+    """
+    if not isinstance(turn, Mapping):
         raise ValueError(f"a turn is no JSON object but {type(turn).__name__}")
-    speaker, words = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    speaker, words = first_given(turn, "from", "role"), first_given(turn, "value", "content")
     if not isinstance(speaker, str) or speaker not in ROLES:
-        raise ValueError(f"a turn is by {speaker!r}; known: {', '.join(ROLES)}")
-    if isinstance(words, list):
-        words = "".join(part_text(part, inline) for part in words)
-    if not isinstance(words, str):
-        raise ValueError(f"a turn's words are no string but {type(words).__name__}")
-    return {"from": SPEAKERS[ROLES[speaker]], "value": words}
+        raise ValueError(f"a turn is by {reprlib.repr(speaker)}; known: {', '.join(ROLES)}")
+    if not isinstance(words, str | list):
+        raise ValueError(f"a turn's words must be a string or a list of parts, got {type(words).__name__}")
+    return ROLES[speaker], words if isinstance(words, str) else [read_part(part) for part in words]
 
 
-def part_text(part: Any, inline: list[str]) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
+def first_given(fields: Mapping, *names: str) -> Any:
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
+def read_part(part: Any) -> dict[str, str]:
+    kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    if kind == "image":
-        inline += [part["image"]] if isinstance(part.get("image"), str) else []
-        return MARK
-    raise ValueError(f"a turn has a part of type {kind!r}; known: text, image")
+        return {"type": "text", "text": part["text"]}
+    if kind == "image" and isinstance(part.get("image") or "", str):
+        return {"type": "image", **({"image": part["image"]} if part.get("image") else {})}
+    raise ValueError(f"a content part must be a text, or an image by its path; got {reprlib.repr(part)}")
+
+
+def image_paths(record: Mapping, marks: Sequence[str | None]) -> list[str]:
+    """The record's pictures in the order of their marks: each has a path of its own or (None) takes the next of those
+    under `image` or `images`. Without marks, all of these.
+
+    Raises ValueError for pictures that are no paths, and where marks and pictures differ in number.
+    """
+    given = [[value] if isinstance(value, str) else value for value in map(record.get, ("image", "images")) if value]
+    names = given[0] if given else []
+    if given[1:] and given[1] != names:
+        raise ValueError("its image and its images are not the same")
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"images must be paths, got {reprlib.repr(names)}")
+    if marks and list(marks) != names:
+        waiting = marks.count(None)
+        if waiting != len(names):
+            others = f" (beside {len(marks) - waiting} that name their own)" if waiting < len(marks) else ""
+            raise ValueError(f"it has {waiting} {MARK} marks{others} for {len(names)} images")
+        rest = iter(names)
+        names = [own or next(rest) for own in marks]
+    return [encodable(name, "an image's path") for name in names]
 
 
 def check_turns(turns: Sequence[dict[str, str]]) -> None:
-    """Raises ValueError where turns do not alternate or an answer is empty or holds a picture."""
+    """Raises ValueError where turns do not alternate, an answer is empty or holds a picture, or UTF-8 cannot hold a
+    text."""
     speakers = [SPEAKERS.get(ROLES.get(turn["from"])) for turn in turns]
     spoken = speakers[1:] if speakers[:1] == ["system"] else speakers
     if not spoken or spoken != ["human", "gpt"] * (len(spoken) // 2):
@@ -127,6 +192,7 @@ def check_turns(turns: Sequence[dict[str, str]]) -> None:
             f"turns must alternate human and gpt and end with gpt, a system turn at most ahead; got {', '.join(shown)}"
         )
     for turn, speaker in zip(turns, speakers, strict=True):
+        encodable(turn["value"], f"a {speaker} turn")
         if speaker == "gpt" and not turn["value"].strip():
             raise ValueError("an answer is empty")
         if speaker != "human" and MARK in turn["value"]:

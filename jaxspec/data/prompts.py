@@ -7,14 +7,13 @@ is wrong with it, so that one broken record is one line in a list and not the en
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from jaxspec.data.formats import MARK, ROLES
+from jaxspec.data.formats import MARK, encodable, image_paths, name_of, parse_json, read_turn
 from jaxspec.data.pictures import SCENES, is_prepared, open_records
 from jaxspec.data.scenes import JaxspecScenesConfig
 from jaxspec.demo.generation import SPLITS, conversation_of, numbered_scene
@@ -34,10 +33,10 @@ SHORT_ANSWERS = (
 
 @dataclasses.dataclass(frozen=True)
 class PromptSource:
-    """Records as they are stored, where their images are, and a name that changes with the content."""
+    """Records as they are stored, where their images are, and what the source is known by."""
 
     records: Sequence[Any]
-    identity: str
+    identity: str  # of a file its name and a hash of its content; of a prepared set its path, split and record count
     image_folder: Path | None  # None where the images need no folder: scenes
 
     def __len__(self) -> int:
@@ -62,17 +61,20 @@ def open_prompts(data: str, split: str = "train", image_folder: str | Path | Non
 
     Args:
       data: a LLaVA .json or a .jsonl file; `scenes`; the folder of a prepared tensorflow-datasets set, or its name.
-      split: of scenes and tensorflow-datasets.
+      split: of scenes and tensorflow-datasets; a file has none.
       image_folder: what the image paths of a file are relative to; the file's own folder by default.
 
     Raises:
       FileNotFoundError: no such file, folder or data set.
-      ValueError: a file that is not JSON or has no records, an unknown split, an image folder that nothing needs.
+      ValueError: a file that is not JSON or has no records, an unknown split, a split or an image folder that
+        nothing needs.
     """
     path = Path(data).expanduser()
     is_file = path.suffix in (".json", ".jsonl")
     if image_folder is not None and not is_file:
         raise ValueError(f"image_folder is for .json and .jsonl files; {data!r} brings its images along")
+    if split != "train" and is_file:
+        raise ValueError(f"split is for scenes and tensorflow-datasets; {data!r} has no split {split!r}")
     if data == SCENES:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -90,10 +92,7 @@ def open_prompts(data: str, split: str = "train", image_folder: str | Path | Non
     if path.suffix == ".jsonl":
         records: Sequence[Any] = JsonLines(content)
     else:
-        try:
-            records = json.loads(content)
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+        records = parse_json(content, str(path))
         if not isinstance(records, list):
             raise ValueError(f"{path} must hold a list of records, got {type(records).__name__}")
     if not len(records):
@@ -112,10 +111,7 @@ class JsonLines:
 
     def __getitem__(self, index: int) -> Any:
         number, line = self.lines[index]
-        try:
-            return json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"line {number} is not JSON: {error}") from error
+        return parse_json(line, f"line {number}")
 
 
 class SceneRecords:
@@ -152,7 +148,7 @@ class TfdsRecords:
                 made["prompt"] = as_text(record[field])
         for field in ("conversations", "messages"):
             if field in record:
-                made[field] = json.loads(as_text(record[field]))
+                made[field] = parse_json(as_text(record[field]), field)
         return made
 
 
@@ -174,12 +170,6 @@ def prepared_folder(name: str) -> Path:
     return Path(builder.data_path)
 
 
-def name_of(record: Any, index: int) -> str:
-    """The record's id, or its place in the source."""
-    given = record.get("id") if isinstance(record, Mapping) else None
-    return str(given) if isinstance(given, str | int) else f"record {index}"
-
-
 def read_conversation(record: Any, index: int) -> Conversation:
     """What a record asks. Raises ValueError, saying what is wrong with it."""
     if not isinstance(record, Mapping):
@@ -189,70 +179,54 @@ def read_conversation(record: Any, index: int) -> Conversation:
         raise ValueError(f"a record needs one of {', '.join(PROMPT_FIELDS)}; it has {', '.join(given) or 'none'}")
     system, turns = [], []
     for role, content in messages_of(given[0], record[given[0]]):
+        check_content(role, content)
         if role == "system":
             system.append({"role": role, "content": content})
         elif role == "user":
-            if not any(part["type"] == "text" and part["text"] for part in content):
-                raise ValueError("a user turn has no text")
             turns.append(content)
     if not turns:
         raise ValueError("the record has no user turn")
-    images = references_of(record)
-    waiting = [part for turn in turns for part in turn if part["type"] == "image"]
-    if not waiting and images:  # no marks: as for `Generator.generate`, images come first
-        waiting = [{"type": "image"} for _ in images]
-        turns[0] = waiting + turns[0]
-    unnamed = sum("image" not in part for part in waiting)
-    if unnamed != len(images):
-        raise ValueError(f"the record has {unnamed} image marks for {len(images)} images")
-    rest = iter(images)
-    ordered = tuple(part.pop("image", None) or next(rest) for part in waiting)
-    return Conversation(name_of(record, index), tuple(system), tuple(turns), ordered)
+    marks = [part for turn in turns for part in turn if part["type"] == "image"]
+    images = image_paths(record, [part.pop("image", None) for part in marks])
+    if not marks:  # as for `Generator.generate`, images come first
+        turns[0] = [{"type": "image"} for _ in images] + turns[0]
+    name = encodable(name_of(record, f"record {index}"), "its id")
+    return Conversation(name, tuple(system), tuple(turns), tuple(images))
 
 
 def messages_of(field: str, value: Any) -> Iterator[tuple[str, list[dict]]]:
     """(role, content parts) of each message."""
     if field == "prompt":
+        if not isinstance(value, str):
+            raise ValueError(f"a prompt must be text, got {type(value).__name__}")
         yield "user", text_parts(value)
         return
     if not isinstance(value, list) or not value:
         raise ValueError(f"{field} must be a list of turns, got {type(value).__name__}")
-    role_field, text_field = ("from", "value") if field == "conversations" else ("role", "content")
-    for message in value:
-        if not isinstance(message, Mapping) or not {role_field, text_field} <= set(message):
-            raise ValueError(f"each of {field} needs {role_field!r} and {text_field!r}")
-        role, content = message[role_field], message[text_field]
-        if role not in ROLES:
-            raise ValueError(f"the role {role!r} is not known; known: {', '.join(ROLES)}")
-        if field == "messages" and isinstance(content, list):
-            yield ROLES[role], [known_part(part) for part in content]
+    for turn in value:
+        role, words = read_turn(turn)
+        if isinstance(words, str):
+            yield role, text_parts(words)
         else:
-            yield ROLES[role], text_parts(content)
+            marked = (text_parts(part["text"]) if MARK in part.get("text", "") else [part] for part in words)
+            yield role, [part for parts in marked for part in parts]
 
 
-def text_parts(text: Any) -> list[dict]:
+def check_content(role: str, content: list[dict]) -> None:
+    """Raises ValueError for a question without words, an image in another's turn, a text that UTF-8 cannot hold."""
+    texts = [part["text"] for part in content if part["type"] == "text"]
+    for text in texts:
+        encodable(text, f"a turn by {role}")
+    if role == "user" and not any(texts):
+        raise ValueError("a user turn has no text")
+    if role != "user" and len(texts) < len(content):
+        raise ValueError(f"a turn by {role} holds an image; only those by user may")
+
+
+def text_parts(text: str) -> list[dict]:
     """A text with `<image>` marks as content parts, the images ahead of the text."""
-    if not isinstance(text, str):
-        raise ValueError(f"a prompt must be text, got {type(text).__name__}")
     images = [{"type": "image"} for _ in range(text.count(MARK))]
     return [*images, {"type": "text", "text": text.replace(MARK, "").strip()}]
-
-
-def known_part(part: Any) -> dict:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
-    if kind == "image" and isinstance(part.get("image", ""), str):
-        return {"type": "image", **({"image": part["image"]} if part.get("image") else {})}
-    raise ValueError(f"a content part must be a text, or an image by its path; got {str(part)[:60]}")
-
-
-def references_of(record: Mapping) -> list[str]:
-    images = record.get("images", record.get("image"))
-    images = [] if images is None else [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
-        raise ValueError(f"images must be paths, got {str(images)[:60]}")
-    return images
 
 
 def with_suffix(content: list[dict], suffix: str) -> list[dict]:

@@ -3,23 +3,23 @@
 `ConversationFiles` reads the file and leaves the pictures in their folder. `build_conversations` writes both into a
 tensorflow-datasets ArrayRecord, pictures as the encoded bytes that they are, after looking at every one of them; a
 `ConversationSource` opens it. A record is {"id", "images", "conversations"} either way; `open_conversations` finds out
-what it is given.
+what it is given. Every source says by `has_images` whether any of its records has an image, and reads none for it.
 
     build_conversations("data", "llava_pretrain", "blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain")
-    source = ConversationSource("data", "llava_pretrain", needs_images=True)
+    source = ConversationSource("data", "llava_pretrain")
 """
 
 import contextlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from jaxspec.data.formats import read_records, standard_record
+from jaxspec.data.formats import name_of, printable, read_records, standard_record
 from jaxspec.data.pictures import SCENES, Pictures, is_prepared
 from jaxspec.data.prompts import SceneRecords
 from jaxspec.media import open_images
@@ -38,6 +38,7 @@ class ConversationFiles:
 
     Attributes:
       skipped: (id, reason) of each record that cannot be used.
+      has_images: whether any record has an image.
 
     Raises:
       FileNotFoundError: no such file.
@@ -53,11 +54,11 @@ class ConversationFiles:
             try:
                 self._records.append(standard_record(record, number, folder))
             except ValueError as error:
-                name = record.get("id", number) if isinstance(record, dict) else number
-                self.skipped.append((str(name), str(error)))
+                self.skipped.append((name_of(record, str(number)), str(error)))
         if not self._records:
             why = f"; the first, {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
             raise ValueError(f"none of the {len(self.skipped)} records in {path} can be used{why}")
+        self.has_images = any(record["images"] for record in self._records)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -68,6 +69,8 @@ class ConversationFiles:
 
 class SceneConversations(SceneRecords):
     """The numbered scenes of the demo with their pictures and the true answers, made when they are asked for."""
+
+    has_images = True
 
     def __init__(self, split: str):
         super().__init__(split)
@@ -145,7 +148,7 @@ def build_conversations(
     count = builder.info.splits["train"].num_examples
     report(f"{name}: {count} records, {metadata['with_images']} with images; {len(skipped)} skipped")
     for record_id, reason in skipped[:SHOWN]:
-        report(f"  skipped {record_id}: {reason}")
+        report(printable(f"  skipped {record_id}: {reason}"))
     if len(skipped) > SHOWN:
         report(f"  and {len(skipped) - SHOWN} more, named in {Path(builder.data_dir) / 'metadata.json'}")
     return Path(builder.data_dir)
@@ -160,19 +163,21 @@ def builder_of(data_dir, name: str, files: ConversationFiles | None = None) -> C
 class ConversationSource:
     """Random access to a data set that `build_conversations` made; `images` are encoded pictures.
 
+    Attributes:
+      has_images: whether any record has an image; None where the set's metadata does not say.
+
     Raises:
       FileNotFoundError: there is none of that name.
-      ValueError: `needs_images` and it has none.
     """
 
-    def __init__(self, data_dir: str | os.PathLike[str], name: str, needs_images: bool = False):
+    def __init__(self, data_dir: str | os.PathLike[str], name: str):
         builder = builder_of(data_dir, name)
         if not Path(builder.data_dir).exists():
             raise FileNotFoundError(
                 f"no data set {name!r} in {data_dir}; make it with: python -m jaxspec prepare FILE {data_dir}"
             )
-        if needs_images and not builder.info.metadata["with_images"]:
-            raise ValueError(f"the data set {name!r} in {data_dir} has no images, which this recipe needs")
+        with_images = (builder.info.metadata or {}).get("with_images")
+        self.has_images = None if with_images is None else with_images > 0
         self._records = builder.as_data_source("train")
 
     def __len__(self) -> int:
@@ -190,8 +195,8 @@ class ConversationSource:
 
 
 def open_conversations(
-    data: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None, needs_images: bool = False
-) -> Sequence[dict[str, Any]]:
+    data: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None
+) -> ConversationFiles | SceneConversations | ConversationSource:
     """The records of a .json or .jsonl file, of the folder of a set that `build_conversations` made, or of the demo's
     training scenes (`scenes`).
 
@@ -207,4 +212,4 @@ def open_conversations(
     _, name, kind, data_dir = path.absolute(), *path.absolute().parents[:3]
     if kind.name != Conversations.name:
         raise ValueError(f"{path} holds no conversations made by build_conversations, but {kind.name}")
-    return ConversationSource(data_dir, name.name, needs_images)
+    return ConversationSource(data_dir, name.name)

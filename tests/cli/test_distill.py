@@ -1,5 +1,6 @@
 """`python -m jaxspec distill`: the answers are the target's own, however the run that made them went."""
 
+import io
 import json
 import os
 import signal
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import jaxspec
 from jaxspec.cli import main
+from jaxspec.cli.distill import shown
 from jaxspec.data.answers import AnswerSource
 from jaxspec.data.prompts import SUFFIXES
 from jaxspec.data.scenes import load_scenes
@@ -215,6 +218,11 @@ def test_what_cannot_be_answered_is_named(models, pictures, tmp_path, capsys):
         {"id": "no picture", "prompt": question(0), "image": "missing.png"},
         {"id": "marks", "prompt": "<image><image>What?", "image": "0.png"},
         {"id": "long", "prompt": "word " * 300},
+        {"id": "half text", "prompt": "hi \ud800"},
+        {"id": "half \ud800", "prompt": question(0)},
+        {"id": "group", "conversations": [{"from": ["human"], "value": "What?"}]},
+        {"id": "no other picture", "prompt": question(0), "images": None, "image": "missing.png"},
+        {"id": "shown", "messages": [{"role": "system", "content": [{"type": "image", "image": "0.png"}]}]},
     ]
     (tmp_path / "data.jsonl").write_text("\n".join([*map(json.dumps, lines), "{"]))
     assert distill(models, tmp_path / "data.jsonl", tmp_path / "set") == 0
@@ -225,15 +233,28 @@ def test_what_cannot_be_answered_is_named(models, pictures, tmp_path, capsys):
         "empty": "needs one of prompt, messages, conversations",
         "broken picture": "broken.png) cannot be read",
         "no picture": "missing.png) does not exist",
-        "marks": "2 image marks for 1 images",
+        "marks": "it has 2 <image> marks for 1 images",
         "long": "with max_length 256 it may have at most 255",
-        "record 6": "line 7 is not JSON",
+        "half text": "a turn by user cannot be written as UTF-8",
+        r"half \ud800": "its id cannot be written as UTF-8",
+        "group": "a turn is by ['human']; known: human",
+        "no other picture": "missing.png) does not exist",
+        "shown": "a turn by system holds an image",
+        "record 11": "line 12 is not JSON",
     }
     assert reasons.keys() == expected.keys() and all(part in reasons[name] for name, part in expected.items())
     out = capsys.readouterr().out
-    assert "7 records, 6 refused: 1 answers" in out and all(f"refused: {name} (record" in out for name in expected)
+    assert "12 records, 11 refused: 1 answers" in out and all(f"refused: {name} (record" in out for name in expected)
     assert distill(models, tmp_path / "data.jsonl", tmp_path / "none", "--start", "1") == 2
-    assert "none of the 6 records could be answered; the first: empty" in capsys.readouterr().err
+    assert "none of the 11 records could be answered; the first: empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("encoding", "expected"), [("ascii", r"\xe9 \ud800 \u241b"), ("utf-8", "é \\ud800 ␛")])
+def test_what_a_console_cannot_print_is_escaped(encoding, expected):
+    console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    console.print(shown(console, "é \ud800 \x1b"), markup=False)
+    console.file.flush()
+    assert console.file.buffer.getvalue().decode(encoding) == expected + "\n"
 
 
 def test_suffix_and_progress(models, jsonl, generator, tmp_path, capsys):
@@ -258,6 +279,11 @@ def test_suffix_and_progress(models, jsonl, generator, tmp_path, capsys):
         (["--sampled-share", "2"], "sampled_share must lie in 0..1"),
         (["--process-index", "1"], "process_index must lie in 0..0"),
         (["--depth", "2"], "a tree needs a drafter"),
+        (["--split", "nonsense"], "split is for scenes and tensorflow-datasets"),
+        (["--top-p", "0.5"], "top_p has no effect at temperature 0, got 0.5"),
+        (["--sampled-share", "0.5"], "sampled_share has no effect at temperature 0, got 0.5"),
+        (["--temperature", "1", "--sampled-share", "0"], "temperature has no effect at sampled_share 0, got 1.0"),
+        (["--suffix", "\udc80"], "suffix cannot be written as UTF-8: character 0 is '\\udc80'"),
         (["--temperature", "-1"], "temperature must be finite"),
     ],
 )

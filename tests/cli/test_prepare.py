@@ -24,7 +24,7 @@ def test_a_file_and_its_pictures_become_a_data_set(tmp_path, capsys):
     assert told[1].startswith("  skipped missing: its image ")
     start = "train on it with: --conversations "
     assert told[2].startswith(start)
-    source = open_conversations(told[2].removeprefix(start), needs_images=True)
+    source = open_conversations(told[2].removeprefix(start))
     assert [record["conversations"] for record in source] == [TURNS]
 
 

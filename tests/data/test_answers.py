@@ -38,7 +38,9 @@ def test_what_is_written_is_what_is_read(tmp_path):
     answers = [answer(number, ["scenes/test/3"] * (number % 3)) for number in range(5)]
     about = finish_output(tmp_path, write_set(tmp_path, answers))
     assert (about["answers"], about["prompt_tokens"], about["refused"]) == (5, 15, [])
+    assert about["with_images"] == 3
     source = AnswerSource(tmp_path)
+    assert source.has_images is True
     assert len(source) == 5 and source.about == about
     for record, expected in zip(source, answers, strict=True):
         assert (record["id"], record["temperature"], record["seed"]) == (
@@ -67,6 +69,19 @@ def test_a_part_without_answers_shifts_nothing(tmp_path):
     about = finish_output(tmp_path, parts)
     assert [record["id"] for record in AnswerSource(tmp_path)] == ["r0", "r1", "r4"]
     assert [each["id"] for each in about["refused"]] == ["r2", "r3"]
+
+
+def test_a_set_says_whether_it_has_images_where_it_knows(tmp_path):
+    parts = write_set(tmp_path, [answer(number) for number in range(4)])
+    finish_output(tmp_path, parts)
+    assert AnswerSource(tmp_path).has_images is False
+    older = json.loads(parts.report_file(1).read_text())
+    del older["with_images"]
+    parts.report_file(1).write_text(json.dumps(older))
+    (tmp_path / ABOUT).unlink()
+    open_output(tmp_path, {}, {"image_folder": None})
+    about = finish_output(tmp_path, parts)
+    assert about["answers"] == 4 and AnswerSource(tmp_path).has_images is None
 
 
 def test_sets_that_are_not_there_or_not_finished(tmp_path):

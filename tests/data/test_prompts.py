@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from jaxspec.data.formats import parse_json
 from jaxspec.data.prompts import SUFFIXES, open_prompts, read_conversation, with_suffix
 
 IMAGE = {"type": "image"}
@@ -23,7 +24,17 @@ SHAPES = {
     "messages": {"messages": [{"role": "user", "content": "What?"}], "image": "a.png"},
     "parts": {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, text("What?")]}]},
     "llava": {"conversations": [human("What?\n<image>"), {"from": "gpt", "value": "That."}], "image": "a.png"},
+    "marked parts": {"messages": [{"role": "user", "content": [text("<image>\nWhat?")]}], "image": "a.png"},
+    "null beside": {"prompt": "What?", "images": None, "image": "a.png"},
+    "none beside": {"prompt": "What?", "images": [], "image": "a.png"},
+    "empty beside": {"prompt": "What?", "images": ["a.png"], "image": ""},
+    "twice": {"prompt": "What?", "images": ["a.png"], "image": "a.png"},
+    "parts and list": {
+        "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, text("What?")]}],
+        "images": ["a.png"],
+    },
 }
+HALF = "\ud83d"  # of a surrogate pair, as JSON may hold it
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -51,15 +62,33 @@ def test_turns_keep_their_images_and_the_system_message_stays():
         ({"prompt": 5}, "a prompt must be text, got int"),
         ({"prompt": "What?", "messages": []}, "it has prompt, messages"),
         ({"prompt": " <image>", "image": "a"}, "a user turn has no text"),
-        ({"prompt": "<image><image>What?", "image": "a.png"}, "2 image marks for 1 images"),
-        ({"prompt": "<image>What?", "images": ["a.png", "b.png"]}, "1 image marks for 2 images"),
+        ({"prompt": "<image><image>What?", "image": "a.png"}, "it has 2 <image> marks for 1 images"),
+        ({"prompt": "<image>What?", "images": ["a.png", "b.png"]}, "it has 1 <image> marks for 2 images"),
+        (
+            {"messages": SHAPES["parts"]["messages"], "images": ["b.png"]},
+            r"it has 0 <image> marks \(beside 1 that name their own\) for 1 images",
+        ),
         ({"prompt": "What?", "image": 3}, "images must be paths, got 3"),
+        ({"prompt": "What?", "images": ["a.png", ""]}, r"images must be paths, got \['a.png', ''\]"),
+        ({"prompt": "What?", "image": "a.png", "images": ["b.png"]}, "its image and its images are not the same"),
         ({"conversations": []}, "conversations must be a list of turns"),
         ({"conversations": "Hello"}, "conversations must be a list of turns, got str"),
-        ({"conversations": [{"from": "human"}]}, "each of conversations needs 'from' and 'value'"),
+        ({"conversations": [{"from": "human"}]}, "a turn's words must be a string or a list of parts, got NoneType"),
+        ({"conversations": ["Hello"]}, "a turn is no JSON object but str"),
         ({"conversations": [{"from": "gpt", "value": "That."}]}, "no user turn"),
-        ({"conversations": [{"from": "robot", "value": "That."}]}, "the role 'robot' is not known"),
+        ({"conversations": [{"from": "robot", "value": "That."}]}, "a turn is by 'robot'; known: human"),
+        ({"conversations": [{"from": ["human"], "value": "That."}]}, r"a turn is by \['human'\]; known: human"),
+        ({"conversations": [{"value": "That."}]}, "a turn is by None; known: human"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "a content part"),
+        (
+            {"messages": [{"role": "system", "content": [{"type": "image"}, text("Look.")]}], "image": "a.png"},
+            "a turn by system holds an image; only those by user may",
+        ),
+        ({"conversations": [human("What?"), {"from": "gpt", "value": "<image>"}], "image": "a"}, "turn by assistant"),
+        ({"prompt": f"hi {HALF}"}, r"a turn by user cannot be written as UTF-8: character 3 is '\\ud83d'"),
+        ({"conversations": [{"from": "system", "value": HALF}, human("What?")]}, "a turn by system cannot be written"),
+        ({"prompt": "What?", "image": f"{HALF}.png"}, "an image's path cannot be written as UTF-8: character 0 is"),
+        ({"prompt": "What?", "id": f"no. {HALF}"}, "its id cannot be written as UTF-8: character 4 is"),
     ],
 )
 def test_broken_records(record, sentence):
@@ -88,8 +117,25 @@ def test_files_that_hold_no_records(tmp_path):
         open_prompts("no_such_set")
     with pytest.raises(ValueError, match="split must be one of train, validation, test, got 'dev'"):
         open_prompts("scenes", "dev")
+    with pytest.raises(ValueError, match="split is for scenes and tensorflow-datasets; .*.json' has no split 'dev'"):
+        open_prompts(str(tmp_path / "data.json"), "dev")
     with pytest.raises(ValueError, match="'scenes' brings its images along"):
         open_prompts("scenes", image_folder=tmp_path)
+
+
+@pytest.mark.parametrize("line", [b"{", b"[" * 100_000, b'{"prompt": "\xff"}'], ids=["cut", "deep", "latin"])
+def test_a_line_that_is_not_json_is_refused_alone(tmp_path, line):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"prompt": "What?"}\n' + line)
+    source = open_prompts(str(path))
+    assert len(source) == 2 and source[0] == {"prompt": "What?"}
+    with pytest.raises(ValueError, match="line 2 is not JSON: "):
+        source[1]
+
+
+def test_turns_of_a_prepared_set_that_are_no_text_are_refused():
+    with pytest.raises(ValueError, match="conversations is not JSON: .* not list"):
+        parse_json([human("What?")], "conversations")
 
 
 def test_a_source_is_named_after_its_content(tmp_path):
