@@ -78,7 +78,7 @@ class Export:
         from jaxspec.training.runs import drafter_of_run, read_recipe  # what training needs loads slowly
 
         recipe = read_recipe(folder)
-        target = load_target(self.target or recipe.target)
+        target = load_target(self.target or recipe.target, recipe.target_dtype)
         return drafter_of_run(folder, recipe, target), recipe.save_dtype, embedding_of(target)
 
 

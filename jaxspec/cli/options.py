@@ -28,10 +28,13 @@ class TreeOptions:
         None
     )
     """Nodes that the target verifies at once, the root included."""
+    noise_weight: Annotated[float | None, tyro.conf.arg(metavar="0..1")] = None
+    """How much of the target's sampling noise the drafter ranks its candidates by; 0 is drafting without it."""
 
     def applied(self, tree: TreeConfig) -> TreeConfig:
         """Raises ValueError for a tree that cannot be."""
         given = {"depth": self.depth, "top_k": self.tree_top_k, "total_tokens": self.total_tokens}
+        given["noise_weight"] = self.noise_weight
         return dataclasses.replace(tree, **{name: value for name, value in given.items() if value is not None})
 
     @property

@@ -24,6 +24,7 @@ from jaxspec.targets.registry import settle_tying
 
 EMBEDDING = "embed_tokens.weight"
 TREE_KEYS = {"depth": "depth", "top_k": "top_k", "total_token": "total_tokens"}  # as in published files
+NOISE = "noise_weight"  # ours
 
 
 def load_drafter_folder(folder: Path, target, dtype=jnp.float32) -> tuple[nnx.Module, TreeConfig]:
@@ -66,9 +67,11 @@ def save_drafter_folder(
     OSError where the files cannot be written; `folder` is then as it was.
     """
     method = METHODS[name]
+    noise = {} if tree.noise_weight == 1 else {NOISE: tree.noise_weight}
     config = method.write_config(drafter.config) | {
         "dtype": jnp.dtype(dtype).name,
         **{theirs: getattr(tree, ours) for theirs, ours in TREE_KEYS.items()},
+        **noise,
         "jaxspec": {"method": name, **(about or {})},
     }
     tensors = to_tensors(drafter, method.names, dtype)
@@ -116,7 +119,7 @@ def tree_of(raw: dict, method: Method) -> TreeConfig:
     (for sampling), but no whole tree."""
     if not TREE_KEYS.keys() <= raw.keys():
         return method.tree
-    return TreeConfig(**{ours: raw[theirs] for theirs, ours in TREE_KEYS.items()})
+    return TreeConfig(**{ours: raw[theirs] for theirs, ours in TREE_KEYS.items()}, noise_weight=raw.get(NOISE, 1.0))
 
 
 def check_embedding(embedding: np.ndarray, target, folder: Path) -> None:

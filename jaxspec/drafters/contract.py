@@ -7,6 +7,7 @@ also has `check_tree(tree)`, which raises ValueError; a `Generator` asks it befo
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -58,6 +59,8 @@ class Method:
     """Our parameter paths <-> tensor names of its files."""
     complete_config: Callable[[Any, Mapping[str, np.ndarray]], Any] = lambda config, tensors: config
     """The config with what the folder's tensors (by published name) tell beyond config.json."""
+    check_folder: Callable[[Path, Any], None] = lambda folder, tokenizer: None
+    """`check_folder(folder, tokenizer of the target)`: raises ValueError where what else lies in it does not suit."""
     copies_embedding: bool = False
     """Its files hold a copy of the target's embedding, which tells what target they belong to."""
     without_folder: Any = None

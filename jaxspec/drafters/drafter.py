@@ -39,6 +39,7 @@ def load_drafter(path_or_repo_id: str | Path, target) -> Drafter:
     recorded = about.get("target_fingerprint")
     if recorded is not None and recorded != target.fingerprint():
         raise ValueError(f"drafter {folder} was trained for the target {recorded}, not for {target.fingerprint()}")
+    METHODS[name].check_folder(folder, target.tokenizer)
     dtype = target.model.language_model.embed_tokens.embedding.dtype
     model, tree = load_drafter_folder(folder, target.model, jnp.dtype(dtype))
     return Drafter(model, tree, name, about)

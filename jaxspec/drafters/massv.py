@@ -6,7 +6,8 @@ it is the text-only drafter that MASSV is compared with: image tokens are left o
 """
 
 import dataclasses
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flax import nnx
 
 from jaxspec import cache as caches
 from jaxspec.checkpoints.names import NameTable
+from jaxspec.checkpoints.tensors import read_json
 from jaxspec.drafters.contract import Method
 from jaxspec.kernels.attention import LayerKV
 from jaxspec.layers import TextConfig, Uncommitted, causal_mask
@@ -193,8 +195,8 @@ def write_massv_config(config: MassvConfig) -> dict:
 
 
 def massv_misfits(config: MassvConfig, target_config) -> list[str]:
-    """Both must have the same tokenizer; what configs tell of it are the sizes of the vocabularies, which are padded
-    differently within a family (Qwen2.5: 151936 and 152064; Gemma3: 262144 and 262208)."""
+    """Both must have the same tokenizer (`check_tokenizer`); what configs tell of it are the sizes of the vocabularies,
+    which are padded differently within a family (Qwen2.5: 151936 and 152064; Gemma3: 262144 and 262208)."""
     misfits = []
     if config.multimodal and config.vision_width != target_config.vision_width:
         misfits.append(f"vision_width {config.vision_width} (target: {target_config.vision_width})")
@@ -204,6 +206,33 @@ def massv_misfits(config: MassvConfig, target_config) -> list[str]:
     return misfits
 
 
+def check_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Raises ValueError where the tokenizer.json of a text model's folder is not of the target's `tokenizer` (one of
+    transformers'), naming the first token that differs. Without that file, or a vocabulary in it, nothing is judged.
+
+    Compared are the ids that both have, without added tokens: marks of images, roles and padding differ within a
+    family, and a draft that holds one of them is only rejected.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return
+    raw = read_json(path)
+    vocabulary = raw.get("model", {}).get("vocab")
+    if not vocabulary:
+        return
+    if isinstance(vocabulary, list):  # Unigram: pairs of token and score
+        vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
+    added = {token["id"] for token in raw.get("added_tokens", ())} | set(tokenizer.get_added_vocab().values())
+    ours, theirs = ({index: token for token, index in each.items()} for each in (vocabulary, tokenizer.get_vocab()))
+    common = (ours.keys() & theirs.keys()) - added
+    first = min((index for index in common if ours[index] != theirs[index]), default=None)
+    if first is not None:
+        raise ValueError(
+            f"drafter {folder} has another tokenizer than the target: its token {first} is {ours[first]!r}, the "
+            f"target's is {theirs[first]!r}"
+        )
+
+
 MASSV = Method(
     title="MASSV",
     module=MassvDrafter,
@@ -211,6 +240,7 @@ MASSV = Method(
     write_config=write_massv_config,
     tree=TreeConfig.chain(5),  # arXiv 2505.10526
     misfits=massv_misfits,
+    check_folder=check_tokenizer,
     # Our own layout: the text model as it is published, under `language_model.`, beside `projector.*`. The aliases read
     # the text model's own folder.
     names=NameTable(

@@ -6,10 +6,13 @@ reads its own mistakes; this one is the number that decoding will show.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from jaxspec.metrics import Acceptance
+from jaxspec.generator import Generator
+from jaxspec.metrics import Acceptance, pooled
+from jaxspec.speculation.sampling import SamplingParams
+from jaxspec.targets.prompts import EncodedPrompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,3 +43,20 @@ def without_nan(value):
     if isinstance(value, tuple):
         return [without_nan(each) for each in value]
     return None if math.isnan(value) else value
+
+
+def measured_acceptance(
+    generator: Generator,
+    prompts: Sequence[EncodedPrompt],
+    limit: int,
+    temperature: float = 0.0,
+    rows: int | None = None,
+) -> Acceptance:
+    """What the drafter's drafts earn on `prompts`, answered with up to `limit` tokens, over all rounds of all of them.
+    A prompt's place is its seed; `rows` prompts are answered at a time, all of them by default."""
+    sampling = [SamplingParams(temperature=temperature, seed=seed) for seed in range(len(prompts))]
+    rows, stats = rows or len(prompts), []
+    for start in range(0, len(prompts), rows):
+        here = slice(start, start + rows)
+        stats += [result.stats for result in generator.generate_encoded(prompts[here], sampling[here], limit)]
+    return pooled(stats)

@@ -12,23 +12,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jaxspec
+from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.checkpoints.names import parameter_paths
 from jaxspec.data.answers import AnswerEncoder, AnswerSource
 from jaxspec.data.conversations import ConversationEncoder
 from jaxspec.data.sources import open_conversations
 from jaxspec.drafters.checkpoint import load_drafter_folder, save_drafter_folder
 from jaxspec.drafters.drafter import Drafter
-from jaxspec.metrics import Acceptance, pooled
+from jaxspec.metrics import Acceptance
+from jaxspec.sharding import place_parameters
 from jaxspec.speculation.loop import DrafterContext, context_of, read_prompts, taps_of
 from jaxspec.speculation.tree import TreeConfig
-from jaxspec.targets.prompts import EncodedPrompt
-from jaxspec.training.acceptance import Measurement
-from jaxspec.training.held_out import Span, held_out_of, pipelines
+from jaxspec.training.acceptance import Measurement, measured_acceptance
+from jaxspec.training.held_out import Span, first_questions, held_out_of, pipelines
 from jaxspec.training.recipe import Recipe, Task, check_same, recipe_hash
 
-IMAGE_SAMPLE = 64
-"""Records that are looked at for an image."""
-COMMON = ("target", "answers_dir", "conversations", "image_folder", "max_records", "validation_records")
+COMMON = ("target", "target_dtype", "answers_dir", "conversations", "image_folder", "max_records", "validation_records")
 """Fields that drafters trained together share, beside those of every recipe."""
 
 
@@ -45,6 +44,8 @@ class DrafterRecipe(Recipe):
 
     method: str = ""
     target: str = "runs/demo_target/export"
+    target_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen target, and of the drafter where acceptance is measured; what learns is float32."""
     answers_dir: str = "runs/demo_answers"
     """The target's own answers, made by `python -m jaxspec distill`."""
     conversations: str | None = None
@@ -62,6 +63,8 @@ class DrafterRecipe(Recipe):
     top_k: int = 3
     total_tokens: int = 8
     """The tree that the exported folder recommends."""
+    noise_weight: float = 1.0
+    """How much of the sampling noise that tree ranks its candidates by."""
     acceptance_prompts: int = 16
     """Held-out questions that the drafter drafts for at temperature 0; its folder says what it accepted. 0 is none."""
     acceptance_every: int = 0
@@ -95,7 +98,7 @@ class DrafterRecipe(Recipe):
 
     @property
     def tree(self) -> TreeConfig:
-        return TreeConfig(self.depth, self.top_k, self.total_tokens)
+        return TreeConfig(self.depth, self.top_k, self.total_tokens, self.noise_weight)
 
     def new_drafter(self, target: jaxspec.Target) -> nnx.Module:
         """What training starts from."""
@@ -115,11 +118,13 @@ def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None) ->
 
     Raises ValueError, before anything is compiled, for what does not fit together.
     """
-    target = target or jaxspec.load_target(recipe.target)
+    mesh = recipe.mesh()
+    target = target or load_teacher(recipe)
     recipe.tree.check_vocabulary(target.config.text.vocab_size)
     graph, params, rest = split_drafter(recipe, target)
+    params, rest = place_parameters(params, mesh), place_parameters(rest, mesh)
     target_graph, target_params = nnx.split(target.model)
-    records, encoder = open_records(recipe, target)
+    records, encoder = records_and_encoder(recipe, target)
     held_out = held_out_of(recipe.validation_records, records)
     check_records(recipe, target, records, held_out)
     training, validation = pipelines(recipe, records, held_out, encoder)
@@ -130,22 +135,29 @@ def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None) ->
         drafter = nnx.merge(graph, params, rest)
         return recipe.loss(drafter, model, teach(model, batch, key, taps_of(drafter)), key)
 
-    def drafter(params) -> Drafter:
-        return Drafter(nnx.merge(graph, params, rest), recipe.tree, recipe.method, {})
+    def model(*states) -> nnx.Module:
+        return nnx.merge(graph, *states)
 
-    questions = [encoder.encode_question(records[index]) for index in range(min(recipe.acceptance_prompts, held_out))]
+    def served(params) -> Drafter:
+        """As it is loaded beside the target."""
+        return Drafter(model(*in_dtype((params, rest), target.model.dtype)), recipe.tree, recipe.method, {})
+
+    room = min(recipe.sequence_length, target.config.text.max_position_embeddings) - 1
+    questions = first_questions(Span(records, 0, held_out), encoder, recipe.acceptance_prompts, room)
     prompts = [prompt for prompt, _ in questions]
-    limit = min(max((tokens for _, tokens in questions), default=0), recipe.sequence_length)
-    generator = jaxspec.Generator(target, drafter(params))
+    limit = min(max((tokens for _, tokens in questions), default=1), recipe.sequence_length)
+    generator = jaxspec.Generator(target, served(params), max_length=recipe.sequence_length + limit)
     temperatures = (0.0, 1.0) if recipe.acceptance_at_temperature_1 else (0.0,)
 
     def measure(params) -> dict[float, Acceptance]:
-        now = generator.with_drafter(drafter(params))
-        return {t: measured_acceptance(now, prompts, limit, t) for t in temperatures}
+        now = generator.with_drafter(served(params))
+        return {t: measured_acceptance(now, prompts, limit, t, recipe.rows) for t in temperatures}
 
     def export(params, folder: Path, about: dict) -> None:
-        model, about = drafter(params).model, about_run(recipe, target) | about
-        save_drafter_folder(model, recipe.method, recipe.tree, target.model, folder, recipe.save_dtype, about)
+        about = about_run(recipe, target) | about
+        save_drafter_folder(
+            model(params, rest), recipe.method, recipe.tree, target.model, folder, recipe.save_dtype, about
+        )
 
     return Task(
         params=params,
@@ -155,7 +167,13 @@ def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None) ->
         validation=validation,
         export=export,
         acceptance=Measurement(measure, recipe.acceptance_every, recipe.export_checkpoint) if questions else None,
+        shortfall=lambda: {"truncated": training.truncated, "skipped": training.skipped},
     )
+
+
+def load_teacher(recipe: DrafterRecipe) -> jaxspec.Target:
+    """The recipe's target, on all devices."""
+    return jaxspec.load_target(recipe.target, recipe.target_dtype, recipe.mesh())
 
 
 def drafter_tasks(recipes: Sequence[DrafterRecipe]) -> list[Task]:
@@ -164,13 +182,18 @@ def drafter_tasks(recipes: Sequence[DrafterRecipe]) -> list[Task]:
         if not isinstance(recipe, DrafterRecipe):
             raise ValueError(f"only recipes of drafters can be trained together, {recipe.name} is none")
     check_same(recipes, COMMON)
-    target = jaxspec.load_target(recipes[0].target)
+    target = load_teacher(recipes[0])
     return [drafter_task(recipe, target) for recipe in recipes]
 
 
 def split_drafter(recipe: DrafterRecipe, target: jaxspec.Target):
     """What training starts from: structure, parameters that learn, parameters that stay."""
     return nnx.split(recipe.new_drafter(target), lambda path, _: recipe.trains(path), ...)
+
+
+def in_dtype(tree: Any, dtype: Any) -> Any:
+    """Floating-point arrays of a tree in `dtype`, all others as they are."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def about_run(recipe: DrafterRecipe, target: jaxspec.Target) -> dict:
@@ -184,24 +207,28 @@ def about_run(recipe: DrafterRecipe, target: jaxspec.Target) -> dict:
     }
 
 
-def open_records(recipe: DrafterRecipe, target: jaxspec.Target) -> tuple[Sequence[dict], Any]:
+def records_and_encoder(recipe: DrafterRecipe, target: jaxspec.Target) -> tuple[Span, Any]:
     """What the recipe learns from, and what reads it. Raises ValueError for another target's answers."""
     if recipe.conversations is not None:
-        records = open_conversations(recipe.conversations, recipe.image_folder, recipe.needs_images)
+        records = open_conversations(recipe.conversations, recipe.image_folder)
         encoder = ConversationEncoder(target.processor, target.config)
     else:
-        records = AnswerSource(recipe.answers_dir, recipe.image_folder)
+        records = open_answers(recipe, target)
         encoder = AnswerEncoder(target.processor, target.config)
-        if records.about["target_fingerprint"] != target.fingerprint():
-            raise ValueError(
-                f"the answers in {recipe.answers_dir} are those of the target {records.about['target_fingerprint']}, "
-                f"not of {target.fingerprint()}"
-            )
     count = len(records) if recipe.max_records is None else min(recipe.max_records, len(records))
     return Span(records, 0, count), encoder
 
 
-def check_records(recipe: DrafterRecipe, target: jaxspec.Target, records: Sequence[dict], held_out: int) -> None:
+def open_answers(recipe: DrafterRecipe, target: jaxspec.Target) -> AnswerSource:
+    """The target's own answers. Raises ValueError for those of another one."""
+    answers = AnswerSource(recipe.answers_dir, recipe.image_folder)
+    theirs, ours = answers.about["target_fingerprint"], target.fingerprint()
+    if theirs != ours:
+        raise ValueError(f"the answers in {recipe.answers_dir} are those of the target {theirs}, not of {ours}")
+    return answers
+
+
+def check_records(recipe: DrafterRecipe, target: jaxspec.Target, records: Span, held_out: int) -> None:
     """Raises ValueError where a batch cannot be filled, or images are needed that are not there."""
     source = recipe.conversations or recipe.answers_dir
     if len(records) - held_out < recipe.batch_size:
@@ -213,18 +240,15 @@ def check_records(recipe: DrafterRecipe, target: jaxspec.Target, records: Sequen
         return
     if not target.config.image_token_ids:
         raise ValueError(f"method {recipe.method} learns from images, but the target {recipe.target} reads none")
-    looked_at = range(min(len(records), IMAGE_SAMPLE))
-    if not any(len(records[index]["images"]) for index in looked_at):
-        raise ValueError(
-            f"method {recipe.method} learns from images, but none of the first {len(looked_at)} records of "
-            f"{source} has one"
-        )
+    known = records.source.has_images
+    if known is False or not (known or any(len(records[index]["images"]) for index in range(len(records)))):
+        raise ValueError(f"method {recipe.method} learns from images, but no record of {source} has one")
 
 
 def start_from(drafter: nnx.Module, folder: str, target: jaxspec.Target) -> None:
     """Give `drafter` the parameters of the trained one in `folder`; those that it lacks stay. Raises ValueError,
     listing the parameters that do not fit."""
-    trained, _ = load_drafter_folder(Path(folder), target.model)
+    trained, _ = load_drafter_folder(resolve_folder(folder), target.model)
     ours = parameter_paths(drafter)
     problems = [
         f"{path} {leaf.shape} (here {ours[path].shape if path in ours else 'there is none'})"
@@ -252,12 +276,3 @@ def teach(target, batch, key, tap_layers: tuple[int, ...] = ()) -> Teacher:
         root=jnp.zeros((count,), jnp.int32),  # no token follows the last one; no loss looks there
     )
     return Teacher(context, answer)
-
-
-def measured_acceptance(
-    generator: jaxspec.Generator, prompts: Sequence[EncodedPrompt], limit: int, temperature: float = 0.0
-) -> Acceptance:
-    """What the drafter's drafts earn on `prompts`, answered with up to `limit` tokens, over all rounds of all of them.
-    A prompt's place is its seed."""
-    sampling = [jaxspec.SamplingParams(temperature=temperature, seed=seed) for seed in range(len(prompts))]
-    return pooled([result.stats for result in generator.generate_encoded(prompts, sampling, limit)])

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspec.data.answers import AnswerSource
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
 from jaxspec.drafters.registry import METHODS
 from jaxspec.drafters.vocabulary import most_frequent, take_from_target
 from jaxspec.layers import TextConfig
-from jaxspec.training.drafter import DrafterRecipe, Teacher, start_from
+from jaxspec.training.drafter import DrafterRecipe, Teacher, open_answers, start_from
 from jaxspec.training.losses import (
     RANKED,
+    by_columns,
     expected_share,
     masked_mean,
     overlap,
@@ -76,7 +76,7 @@ class EagleRecipe(DrafterRecipe):
         config = self.head_config(dataclasses.replace(target.config.text, num_layers=1, tie_word_embeddings=False))
         head = METHODS[self.method].module(config, rngs=nnx.Rngs(self.seed))
         if self.draft_vocab_size is not None:
-            answers = AnswerSource(self.answers_dir, self.image_folder).records
+            answers = open_answers(self, target).records
             said = (answers[index]["answer_ids"] for index in range(len(answers)))
             ids = most_frequent(said, target.config.text.vocab_size, self.draft_vocab_size)
             take_from_target(head.draft_head, target.model, ids)
@@ -98,10 +98,23 @@ class EagleRecipe(DrafterRecipe):
         # Row i drafts token i + 2 from the feature that stands at i + 1; the token before must be the answer's, too.
         mask = rows.valid & at_rows(answer, 1) & at_rows(answer, 2) & (rows.positions + 2 < lengths[:, None])
         target_features = at_rows(features[..., -context.embeds.shape[-1] :], 1)
-        target_logits = target.unembed(target_features)
-        target_choice, ids = target_logits.argmax(axis=-1), head.draft_ids
-        if ids is not None:  # the head learns the target's distribution over the tokens that it drafts
-            target_logits = target_logits[..., ids]
+        ids = head.draft_ids
+        weights = {
+            "feature": (self.feature_weight, None),
+            "soft_ce": (self.soft_cross_entropy_weight, soft_cross_entropy),
+            "prob_l1": (self.probability_l1_weight, probability_l1),
+            "rank": (self.ranking_weight, ranking),
+        }
+        weights = {name: parts for name, parts in weights.items() if parts[0]}
+
+        def compare(output, target_features):
+            """What the logits of the head's outputs and of the target's features say of each other, by name."""
+            logits, target_logits = head.logits(target, output), target.unembed(target_features)
+            choice, target_choice = logits.argmax(axis=-1), target_logits.argmax(axis=-1)
+            if ids is not None:  # the head learns the target's distribution over the tokens that it drafts
+                choice, target_logits = ids[choice], target_logits[..., ids]
+            values = {name: part(logits, target_logits) for name, (_, part) in weights.items() if part is not None}
+            return values | {"overlap": overlap(logits, target_logits), "agreement": choice == target_choice}
 
         inputs = rows.features
         if self.feature_noise:
@@ -110,23 +123,14 @@ class EagleRecipe(DrafterRecipe):
         total, metrics, overlaps = 0.0, {}, []
         for step in range(self.mtp_steps + 1):
             output, _ = head.forward(rows, inputs)
-            logits = head.logits(target, output)
-            parts = {
-                "feature": (self.feature_weight, lambda: smooth_l1(output, target_features, mask)),  # noqa: B023
-                "soft_ce": (self.soft_cross_entropy_weight, lambda: soft_cross_entropy(logits, target_logits, mask)),  # noqa: B023
-                "prob_l1": (self.probability_l1_weight, lambda: probability_l1(logits, target_logits, mask)),  # noqa: B023
-                "rank": (self.ranking_weight, lambda: ranking(logits, target_logits, mask)),  # noqa: B023
-            }
-            overlaps.append(overlap(logits, target_logits) * mask)
-            for name, (weight, value) in parts.items():
-                if weight:
-                    part = value()
-                    total = total + weight * part / (self.mtp_steps + 1)
-                    metrics[f"{name}_{step + 1}"] = part
-            choice = logits.argmax(axis=-1)
-            metrics[f"agreement_{step + 1}"] = masked_mean(
-                (choice if ids is None else ids[choice]) == target_choice, mask
-            )
+            values = by_columns(compare, target.config.text.vocab_size, output, target_features)
+            values["feature"] = smooth_l1(output, target_features)
+            overlaps.append(values["overlap"] * mask)
+            for name, (weight, _) in weights.items():
+                part = masked_mean(values[name], mask)
+                total = total + weight * part / (self.mtp_steps + 1)
+                metrics[f"{name}_{step + 1}"] = part
+            metrics[f"agreement_{step + 1}"] = masked_mean(values["agreement"], mask)
             # Draft position step + 2 reads what the head predicted for the position before.
             inputs = jnp.concatenate([rows.features[:, :1], output[:, :-1]], axis=1)
         rejected = 1 - masked_mean(expected_share(overlaps), mask)

@@ -1,8 +1,10 @@
 """Which records of a set are learned from, and which only judged by."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 from jaxspec.data.pipeline import Pipeline
+from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.training.recipe import Recipe
 
 
@@ -34,7 +36,7 @@ def pipelines(
             span,
             encoder,
             sequence_length=recipe.sequence_length,
-            batch_size=recipe.batch_size,
+            batch_size=recipe.rows,
             seed=recipe.seed,
             shuffle=shuffle,
             length_buckets=recipe.length_buckets,
@@ -42,5 +44,26 @@ def pipelines(
 
     training = pipeline(Span(records, held_out, len(records)), True)
     validation = pipeline(Span(records, 0, held_out), False) if held_out else []
-    count = min(recipe.eval_batches, -(-held_out // recipe.batch_size))
+    count = min(recipe.eval_batches * recipe.accumulate, -(-held_out // recipe.rows))
     return training, lambda: (validation[index] for index in range(count))
+
+
+def first_questions(records: Sequence[dict], encoder, count: int, room: int) -> list[tuple[EncodedPrompt, int]]:
+    """The first `count` questions of up to `room` tokens, each with the length of its answer. A record that has none,
+    or cannot be encoded, is left out with a warning that names it."""
+    questions = []
+    for index in range(len(records)):
+        if len(questions) == count:
+            break
+        name = index
+        try:
+            record = records[index]
+            name = record.get("id", index)
+            prompt, tokens = encoder.encode_question(record)
+            if (length := len(prompt.input_ids)) > room:
+                raise ValueError(f"its question has {length} tokens, of which {room} fit")
+        except ValueError as error:
+            warnings.warn(f"acceptance is measured without record {name}: {error}", stacklevel=2)
+        else:
+            questions.append((prompt, tokens))
+    return questions

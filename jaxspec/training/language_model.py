@@ -84,7 +84,7 @@ def language_model_task(recipe: SmallLanguageModelRecipe) -> Task:
     def loss(params, constants, batch, key):
         model = nnx.merge(graph, params)
         features, *_ = read_prompts(model, batch["prompts"])
-        return next_token_loss(model.unembed(features[:, :-1]), batch["prompts"].input_ids, batch["loss_mask"])
+        return next_token_loss(model.language_model, features, batch["prompts"].input_ids, batch["loss_mask"])
 
     def export(params, folder: Path, about: dict) -> None:
         files = recipe.folder / "tokenizer"

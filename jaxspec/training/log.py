@@ -1,12 +1,15 @@
 """What a run tells: a progress bar, lines on the console, `log.jsonl`, and where asked TensorBoard and wandb.
 
 Lines have a split: "train" every `log_every` steps, "validation" at every evaluation, "acceptance" at every measurement
-(by temperature), and once "run": the operations of a step and the machine.
+(by temperature), "data" where conversations were cut or records left out, and once "run": the operations of a step and
+the machine.
 """
 
 import json
 import secrets
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,19 @@ from jaxspec.training.recipe import Recipe, recorded, write_text
 
 class Log:
     """A context, from step `start` on. `alone` where no other run shares the console: others get no progress bar, and
-    their lines begin with their name. Raises ValueError where TensorBoard or wandb is asked for but not installed."""
+    their lines begin with their name. Lines are written within `writing()`. Raises ValueError where TensorBoard or
+    wandb is asked for but not installed."""
 
-    def __init__(self, folder: Path, console: Console, recipe: Recipe, start: int, alone: bool = True):
-        self.folder, self.console, self.recipe, self.start = folder, console, recipe, start
+    def __init__(
+        self,
+        folder: Path,
+        console: Console,
+        recipe: Recipe,
+        start: int,
+        alone: bool = True,
+        writing: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.folder, self.console, self.recipe, self.start, self.writing = folder, console, recipe, start, writing
         self.label = "" if alone else f"{recipe.name}  "
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         self.bar = Progress(
@@ -39,7 +51,11 @@ class Log:
     def __enter__(self) -> "Log":
         self.tensorboard = self.open_tensorboard() if self.recipe.tensorboard else None
         self.wandb = self.open_wandb() if self.recipe.wandb else None
-        self.file = (self.folder / "log.jsonl").open("a")
+        path = self.folder / "log.jsonl"
+        with self.writing():
+            if path.exists():
+                write_text(path, "".join(f"{line}\n" for line in path.read_text().splitlines() if self.stands(line)))
+            self.file = path.open("ab", buffering=0)
         self.bar.start()
         self.row = self.bar.add_task(self.recipe.name, total=self.recipe.steps, completed=self.start, rate="")
         return self
@@ -51,6 +67,13 @@ class Log:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+
+    def stands(self, line: str) -> bool:
+        """Whether a line is whole, and not of a step that a stopped run took and that is now taken again."""
+        try:
+            return json.loads(line)["step"] <= self.start
+        except ValueError:
+            return False
 
     def open_tensorboard(self):
         """Events that a stopped run wrote of steps that are now run again are void."""
@@ -112,6 +135,12 @@ class Log:
         """Time from here on, after `step` steps: what lay between is not training."""
         self.since, self.since_step, self.tokens = time.perf_counter(), step, 0
 
+    def data(self, step: int, shortfall: dict[str, int]) -> None:
+        """What this process could not use of its data so far, if anything."""
+        if any(shortfall.values()):
+            told = ", ".join(f"{count} {what}" for what, count in shortfall.items())
+            self.write("data", step, shortfall, f"conversations and records so far: {told}")
+
     def validation(self, step: int, values: dict[str, float]) -> None:
         self.write("validation", step, values, shown(values))
 
@@ -126,8 +155,9 @@ class Log:
             self.write("acceptance", step, {"temperature": temperature, **values}, text)
 
     def write(self, split: str, step: int, values: dict[str, Any], text: str) -> None:
-        self.file.write(json.dumps({"split": split, "step": step, "time": time.time(), **values}) + "\n")
-        self.file.flush()
+        line = json.dumps({"split": split, "step": step, "time": time.time(), **values}) + "\n"
+        with self.writing():
+            self.file.write(line.encode())
         self.console.print(f"{split:>10} {step:6d}  {self.label}{text}", highlight=False, soft_wrap=True)
         scalars = flat(split, values)
         if self.tensorboard:

@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax.sharding import Mesh
 from rich.console import Console
 
+from jaxspec.sharding import place_batch
 from jaxspec.stopping import CatchSignals, Stopped
 from jaxspec.training.flops import flops_of
 from jaxspec.training.member import Member, TrainState
 from jaxspec.training.recipe import Recipe, Task, check_same, optimizer
 
 COMMON = (
-    *("run_dir", "seed", "steps", "batch_size", "sequence_length", "length_buckets"),
+    *("run_dir", "seed", "steps", "batch_size", "accumulate", "fsdp", "tensor", "sequence_length", "length_buckets"),
     *("log_every", "eval_every", "eval_batches", "checkpoint_every"),
 )
 """Fields of `Recipe` that recipes trained together share."""
@@ -31,7 +33,7 @@ class Running(NamedTuple):
 
     step: int  # 1-based
     metrics: Sequence[dict[str, jax.Array]]
-    batch: dict
+    parts: Sequence[dict]  # of its batch
 
 
 class Constants:
@@ -47,22 +49,23 @@ class Constants:
         return jax.tree.unflatten(self.structure, [arrays[place] for place in self.places])
 
 
-def make_step(recipes: Sequence[Recipe], tasks: Sequence[Task], constants: Constants):
-    """`step(states, constants.arrays, batch) -> (states, metrics)`, a list each; states are donated."""
+def make_step(recipes: Sequence[Recipe], tasks: Sequence[Task], constants: Constants, shardings=None):
+    """`step(states, constants.arrays, batch) -> (states, metrics)`, a list each; states are donated, and lie as
+    `shardings` say where they are given."""
     optimizers = [optimizer(recipe) for recipe in recipes]
 
-    def update(task: Task, tx, state: TrainState, own, batch, key):
+    def updated(task: Task, tx, state: TrainState, own, batch, key):
         (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state.params, own, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, out_shardings=shardings and (shardings, None))
     def step(states, arrays, batch):
         key = jax.random.fold_in(jax.random.key(recipes[0].seed), states[0].step)
         each = zip(tasks, optimizers, states, constants.of_tasks(arrays), strict=True)
-        results = [update(*parts, batch, key) for parts in each]
+        results = [updated(*parts, batch, key) for parts in each]
         return [state for state, _ in results], [metrics for _, metrics in results]
 
     return step
@@ -82,18 +85,30 @@ def make_losses(recipes: Sequence[Recipe], tasks: Sequence[Task], constants: Con
     return losses
 
 
-def evaluate(members: Sequence[Member], losses, constants: Constants, step: int) -> None:
-    """Log the mean metrics over the validation batches; nothing where there are none."""
+def update(
+    members: Sequence[Member], step, constants: Constants, parts: Sequence[dict], mesh: Mesh | None
+) -> list[dict]:
+    """One step of all members on the parts of a batch; returns their metrics, means over the parts."""
+    found = []
+    for part in parts:
+        states, metrics = step([member.state for member in members], constants.arrays, arrays(part, mesh))
+        for member, state in zip(members, states, strict=True):
+            member.state = state
+        found.append(metrics)
+    return found[0] if len(found) == 1 else jax.tree.map(lambda *each: sum(each) / len(each), *found)
+
+
+def evaluate(members: Sequence[Member], losses, constants: Constants, step: int, mesh: Mesh | None) -> None:
+    """The mean metrics over the validation batches, and what the data that all of them read has lacked."""
     totals: list[dict[str, float]] = [{} for _ in members]
     count = 0
     for batch in members[0].task.validation():
-        metrics = losses([member.state.params for member in members], constants.arrays, arrays(batch))
+        metrics = losses([member.state.params for member in members], constants.arrays, arrays(batch, mesh))
         for total, values in zip(totals, metrics, strict=True):
             total.update({name: total.get(name, 0.0) + float(value) for name, value in values.items()})
         count += 1
     for member, total in zip(members, totals, strict=True):
-        if count:
-            member.log.validation(step, {name: value / count for name, value in total.items()})
+        member.evaluated(step, {name: value / count for name, value in total.items()}, members[0].task.shortfall())
 
 
 def train(recipe: Recipe, task: Task) -> Any:
@@ -112,33 +127,34 @@ def train_together(recipes: Sequence[Recipe], tasks: Sequence[Task]) -> list[Any
     together, for the folder of another recipe and for folders without a common step, Stopped after a signal.
     """
     check_same(recipes, COMMON)
+    mesh, accumulate = recipes[0].mesh(), recipes[0].accumulate
     console, steps = Console(), recipes[0].steps
     with contextlib.ExitStack() as stack, CatchSignals() as signals:
         pairs = zip(recipes, tasks, strict=True)
         members = [stack.enter_context(Member(recipe, task, console)) for recipe, task in pairs]
         start = common_step(members)
         for member in members:
-            member.begin(start, alone=len(members) == 1)
+            member.begin(start, mesh, alone=len(members) == 1)
         constants = Constants(tasks)
-        step_fn, losses = make_step(recipes, tasks, constants), make_losses(recipes, tasks, constants)
+        shardings = mesh and jax.tree.map(lambda leaf: leaf.sharding, [member.state for member in members])
+        step_fn = make_step(recipes, tasks, constants, shardings)
+        losses = make_losses(recipes, tasks, constants)
 
         def settle(running: Running) -> None:
             for member, metrics in zip(members, running.metrics, strict=True):
-                member.settle(running.step, metrics, running.batch)
+                member.settle(running.step, metrics, running.parts)
 
-        batches, running = tasks[0].batches(start), None
+        batches, running = tasks[0].batches(start * accumulate), None
         for done in range(start + 1, steps + 1):
-            batch = next(batches)
-            states = [member.state for member in members]
+            parts = [next(batches) for _ in range(accumulate)]
             if done == start + 1 and len(members) == 1:  # of several, what they share would count many times
-                flops = flops_of(step_fn, states, constants.arrays, arrays(batch))
+                states = [members[0].state]
+                flops = flops_of(step_fn, states, constants.arrays, arrays(parts[0], mesh)) * accumulate
                 members[0].log.machine(flops, devices_of(states[0]))
-            states, metrics = step_fn(states, constants.arrays, arrays(batch))
-            for member, state in zip(members, states, strict=True):
-                member.state = state
+            metrics = update(members, step_fn, constants, parts, mesh)
             if running is not None:
                 settle(running)  # one step late, so the host never waits for the step just started
-            running = Running(done, metrics, batch)
+            running = Running(done, metrics, parts)
             last = done == steps
             evaluating = done % recipes[0].eval_every == 0 or last
             stopping = signals.received  # read once: a signal may come at any time
@@ -148,7 +164,7 @@ def train_together(recipes: Sequence[Recipe], tasks: Sequence[Task]) -> list[Any
             settle(running)  # nothing is judged or saved that a bad step has left
             running = None
             if evaluating:
-                evaluate(members, losses, constants, done)
+                evaluate(members, losses, constants, done, mesh)
                 for member in members:
                     if member.measures_at(done):
                         member.measure(done)
@@ -175,9 +191,9 @@ def common_step(members: Sequence[Member]) -> int:
     return common
 
 
-def arrays(batch: dict) -> dict:
-    """What a loss reads of a batch; ids may be anything."""
-    return {name: value for name, value in batch.items() if name != "ids"}
+def arrays(batch: dict, mesh: Mesh | None = None) -> dict:
+    """What a loss reads of a batch, on the devices of a mesh; ids may be anything."""
+    return place_batch({name: value for name, value in batch.items() if name != "ids"}, mesh)
 
 
 def devices_of(state: TrainState) -> set[jax.Device]:

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.checkpoints.names import abstract
 from jaxspec.drafters.checkpoint import load_drafter_folder
-from jaxspec.drafters.massv import MassvDrafter
+from jaxspec.drafters.massv import MassvDrafter, check_tokenizer
 from jaxspec.targets.llava import Projector
 from jaxspec.training.drafter import DrafterRecipe, Teacher
 from jaxspec.training.losses import next_token_loss
@@ -53,16 +53,18 @@ class MassvRecipe(DrafterRecipe):
         ids, answer = (jnp.take_along_axis(x, sequence.places, axis=1) for x in (context.input_ids, answer))
         # Image tokens may lie outside of the text model's vocabulary; they are no part of an answer.
         ids = jnp.minimum(ids, drafter.config.text.vocab_size - 1)
-        return next_token_loss(drafter.language_model.unembed(features[:, :-1]), ids, answer & sequence.valid)
+        return next_token_loss(drafter.language_model, features, ids, answer & sequence.valid)
 
 
 def new_massv(target, source: str | Path, multimodal: bool, seed: int = 0) -> MassvDrafter:
     """A drafter for a loaded target from `source`, a text model or a MASSV drafter (folder or repo id), in float32.
 
     A projector that `source` lacks starts fresh; without `multimodal` there is none. Raises ValueError for a target
-    without vision features, and whatever `load_drafter_folder` raises.
+    without vision features or with another tokenizer than the text model's, and whatever `load_drafter_folder` raises.
     """
-    drafter, _ = load_drafter_folder(resolve_folder(source), target.model)
+    folder = resolve_folder(source)
+    check_tokenizer(folder, target.tokenizer)
+    drafter, _ = load_drafter_folder(folder, target.model)
     if not isinstance(drafter, MassvDrafter):
         raise ValueError(f"{source} is no text model and no MASSV drafter: it holds a {type(drafter).__name__}")
     if drafter.config.multimodal == multimodal:

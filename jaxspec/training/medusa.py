@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxspec.drafters.medusa import MedusaConfig, MedusaHeads
 from jaxspec.training.drafter import DrafterRecipe, Teacher, start_from
-from jaxspec.training.losses import masked_mean, soft_cross_entropy
+from jaxspec.training.losses import by_columns, masked_mean, soft_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +33,26 @@ class MedusaRecipe(DrafterRecipe):
 
     def loss(self, heads: MedusaHeads, target, teacher: Teacher, key) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The recipe's loss and, per head, how often its first choice is the target's."""
+        # The target's features at position i say what token i + 1 is, which head k foresees at i - k.
         features, answer = teacher.context.features, teacher.answer
-        target_logits = target.unembed(features)  # at position i of token i + 1, which head k foresees at i - k
-        target_choice = target_logits.argmax(axis=-1)
         foreseen = jnp.pad(answer[:, 1:], ((0, 0), (0, 1)))  # bool [B, S], whether token i + 1 is the answer's
 
         def earlier(x, by):  # [B, S, ..], what stands `by` positions before; 0 where there is nothing
             return jnp.pad(x, ((0, 0), (by, 0), *[(0, 0)] * (x.ndim - 2)))[:, : x.shape[1]]
 
+        def compare(number):
+            def values(before, features):
+                logits, target_logits = heads.logits(target, before, number), target.unembed(features)
+                agreement = logits.argmax(axis=-1) == target_logits.argmax(axis=-1)
+                return {"soft_ce": soft_cross_entropy(logits, target_logits), "agreement": agreement}
+
+            return by_columns(values, target.config.text.vocab_size, earlier(features, number), features)
+
         # A draft begins behind a token of the answer, and every token up to the one foreseen is the answer's.
         total, metrics, mask = 0.0, {}, foreseen
         for number in range(1, self.num_heads + 1):
             mask = mask & earlier(foreseen, number)
-            logits = heads.logits(target, earlier(features, number), number)
-            part = soft_cross_entropy(logits, target_logits, mask)
-            total = total + self.head_decay**number * part
-            metrics[f"soft_ce_{number}"] = part
-            metrics[f"agreement_{number}"] = masked_mean(logits.argmax(axis=-1) == target_choice, mask)
+            means = {name: masked_mean(values, mask) for name, values in compare(number).items()}
+            total = total + self.head_decay**number * means["soft_ce"]
+            metrics |= {f"{name}_{number}": mean for name, mean in means.items()}
         return total, metrics

@@ -1,13 +1,17 @@
 """One recipe in a run of the loop: its state, its folder with checkpoints and log, what it is judged by."""
 
 import contextlib
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
+from jaxspec.sharding import place_parameters
 from jaxspec.training.acceptance import summary
 from jaxspec.training.checkpoints import Checkpoints
 from jaxspec.training.log import Log
@@ -55,20 +59,30 @@ class Member:
         """Those that the run can go on from."""
         return {0, *self.checkpoints.latest.all_steps()}
 
-    def begin(self, start: int, alone: bool) -> None:
-        """Take up step `start`, one of `saved_steps`; later ones are void. `alone` where the run has no others."""
+    def begin(self, start: int, mesh: Mesh | None, alone: bool) -> None:
+        """Take up step `start`, one of `saved_steps`, on a mesh if there is one; later steps are void. `alone` where
+        the run has no others."""
         params = jax.tree.map(jnp.copy, self.task.params)  # each step donates the state: no buffer may serve twice
-        self.state = self.checkpoints.resume(initial_state(self.recipe, params), start)
+        self.state = self.checkpoints.resume(place_parameters(initial_state(self.recipe, params), mesh), start)
         if start:
             self.console.print(f"resuming {self.recipe.name} at step {start} of {self.recipe.steps}")
-        self.log = self.stack.enter_context(Log(self.recipe.folder, self.console, self.recipe, start, alone))
+        writing = partial(self.checkpoints.writing, "log.jsonl", OSError)
+        log = Log(self.recipe.folder, self.console, self.recipe, start, alone, writing)
+        self.log = self.stack.enter_context(log)
 
-    def settle(self, step: int, metrics: dict[str, jax.Array], batch: dict) -> None:
-        """Wait for a step and log it. Raises FloatingPointError where it left no state worth keeping."""
+    def settle(self, step: int, metrics: dict[str, jax.Array], parts: Sequence[dict]) -> None:
+        """Wait for a step, whose batch had these parts, and log it. Raises FloatingPointError where it left no state
+        worth keeping."""
         if not all(np.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
             kept = self.checkpoints.finish()
-            raise FloatingPointError(describe(self.recipe.name, step, metrics, batch, kept))
-        self.log.step(step, metrics, tokens_of(batch))
+            raise FloatingPointError(describe(self.recipe.name, step, metrics, parts, kept))
+        self.log.step(step, metrics, sum(map(tokens_of, parts)))
+
+    def evaluated(self, step: int, metrics: dict[str, float], shortfall: dict[str, int]) -> None:
+        """Log the means over the validation batches, if there are any, and what the data has lacked."""
+        if metrics:
+            self.log.validation(step, metrics)
+        self.log.data(step, shortfall)
 
     def measures_at(self, step: int) -> bool:
         acceptance = self.task.acceptance
@@ -109,9 +123,10 @@ def tokens_of(batch: dict) -> int:
     return int(np.sum(batch["prompts"].lengths)) if "prompts" in batch else 0
 
 
-def describe(name: str, step: int, metrics: dict, batch: dict, kept: int | None) -> str:
+def describe(name: str, step: int, metrics: dict, parts: Sequence[dict], kept: int | None) -> str:
     """Why a run that went astray ends."""
     values = ", ".join(f"{key} {float(value):g}" for key, value in metrics.items())
-    records = f" (records {', '.join(map(str, batch['ids']))})" if "ids" in batch else ""
+    ids = [str(each) for part in parts for each in part.get("ids", ())]
+    records = f" (records {', '.join(ids)})" if ids else ""
     checkpoint = "no checkpoint was saved yet" if kept is None else f"the checkpoint of step {kept} is kept"
     return f"{name}: not finite at step {step}{records}: {values}; {checkpoint}"

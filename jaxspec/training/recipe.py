@@ -11,6 +11,7 @@ import jax
 import optax
 
 from jaxspec.checkpoints.tensors import read_json
+from jaxspec.sharding import training_mesh
 from jaxspec.training.acceptance import Measurement
 
 
@@ -23,6 +24,14 @@ class Recipe:
     seed: int = 0
     steps: int = 1000
     batch_size: int = 8
+    accumulate: int = 1
+    """Parts that a batch is read in, one after another, where it is too large for the devices at once. Each part's loss
+    is a mean over its own tokens; gradients and what the log tells (their norm, too) are means over the parts."""
+    fsdp: int = 1
+    """Devices that each hold a share of the parameters, gathered where it is needed, and read rows of their own."""
+    tensor: int = 1
+    """Devices that each compute with a share of the parameters and read the same rows. `fsdp` x `tensor` devices hold
+    the parameters once; all others hold them again."""
     sequence_length: int = 384
     length_buckets: bool = False
     """Batches of similar lengths, each padded to a bucket instead of to `sequence_length`."""
@@ -49,15 +58,39 @@ class Recipe:
 
     changeable: ClassVar[tuple[str, ...]] = (
         *("run_dir", "log_every", "eval_every", "eval_batches", "checkpoint_every", "tensorboard", "wandb"),
+        *("fsdp", "tensor"),
     )
-    """Fields that may be others when a run goes on: nothing that is learned depends on them."""
+    """Fields that may be others when a run goes on: nothing that is learned depends on them (up to the order of sums on
+    other devices)."""
 
     def __post_init__(self):
-        for field in ("steps", "batch_size", "sequence_length", "log_every", "eval_every", "checkpoint_every"):
+        counts = ("steps", "batch_size", "accumulate", "fsdp", "tensor", "sequence_length", "log_every")
+        for field in (*counts, "eval_every", "checkpoint_every"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps must lie in 0..steps ({self.steps}), got {self.warmup_steps}")
+
+    @property
+    def rows(self) -> int:
+        """Of a batch that are read at once."""
+        return self.batch_size // self.accumulate
+
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """That of all devices; None for one. Raises ValueError where devices or rows do not divide so, and where other
+        processes have some of the devices."""
+        if jax.process_count() > 1:
+            raise ValueError(f"a run uses the devices of one process, but JAX was told of {jax.process_count()}")
+        mesh = training_mesh(self.fsdp, self.tensor)
+        groups = mesh.size // self.tensor if mesh else 1
+        if self.rows % groups:
+            raise ValueError(
+                f"batch_size / accumulate ({self.rows}) must be a multiple of the {groups} groups of devices that "
+                "split it"
+            )
+        return mesh
 
     @property
     def folder(self) -> Path:
@@ -87,6 +120,8 @@ class Task:
     export: Callable[[Any, Path, dict], None]
     """`export(params, folder, about)`; `about` holds the step and, where it was measured, the acceptance."""
     acceptance: Measurement | None = None
+    shortfall: Callable[[], dict[str, int]] = dict
+    """How many conversations were `truncated` and how many records `skipped` so far."""
 
 
 def check_same(recipes: Sequence[Recipe], fields: Sequence[str]) -> None:
@@ -116,7 +151,7 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
         optax.scale(recipe.vision_learning_rate_ratio),
         lambda params: jax.tree_util.tree_map_with_path(lambda path, _: is_vision(path), params),
     )
-    return optax.chain(
+    transformation = optax.chain(
         optax.clip_by_global_norm(recipe.clip_norm) if recipe.clip_norm else optax.identity(),
         optax.clip(recipe.clip_value) if recipe.clip_value else optax.identity(),
         optax.adamw(
@@ -128,11 +163,19 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
         ),
         slow if recipe.vision_learning_rate_ratio != 1.0 else optax.identity(),
     )
+    if recipe.accumulate == 1:
+        return transformation
+    return optax.MultiSteps(transformation, recipe.accumulate).gradient_transformation()
 
 
 def is_vision(path) -> bool:
     """Whether a parameter's path lies in a vision tower or the projector behind it."""
-    return any(str(getattr(key, "key", "")) in ("vision_tower", "multi_modal_projector") for key in path)
+    names = ("vision_tower", "multi_modal_projector", "projector")
+    return any(str(getattr(key, "key", "")) in names for key in path)
+
+
+LATER = {"accumulate": 1, "target_dtype": "float32", "noise_weight": 1.0}
+"""Fields that recipes did not have from the beginning, with what was done without them: hashes made then stay true."""
 
 
 def recorded(recipe: Recipe) -> dict:
@@ -143,6 +186,7 @@ def recorded(recipe: Recipe) -> dict:
 def recipe_hash(recipe: Recipe) -> str:
     """16 hex digits of everything that decides what is learned, the name left out."""
     fields = {name: value for name, value in recorded(recipe).items() if name not in ("name", *recipe.changeable)}
+    fields = {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -154,6 +198,7 @@ def write_recipe(recipe: Recipe, resuming: bool) -> str | None:
     path, now, warning = recipe.folder / "recipe.json", recorded(recipe), None
     if resuming and path.exists():
         before = read_json(path)
+        before = LATER | before
         differing = [name for name in now if name in before and now[name] != before[name]]
         changes = {name: f"{name} {before[name]} -> {now[name]}" for name in differing if name not in recipe.changeable}
         if more := changes.pop("steps", None):

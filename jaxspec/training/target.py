@@ -117,7 +117,7 @@ def target_task(recipe: TargetRecipe) -> Task:
             ),
             encoder,
             sequence_length=recipe.sequence_length,
-            batch_size=recipe.batch_size,
+            batch_size=recipe.rows,
             seed=recipe.seed,
             shuffle=shuffle,
             length_buckets=recipe.length_buckets,
@@ -128,14 +128,14 @@ def target_task(recipe: TargetRecipe) -> Task:
     def loss(params, constants, batch, key):
         model = nnx.merge(graph, params)
         features, *_ = read_prompts(model, batch["prompts"])
-        return next_token_loss(model.unembed(features[:, :-1]), batch["prompts"].input_ids, batch["loss_mask"])
+        return next_token_loss(model.language_model, features, batch["prompts"].input_ids, batch["loss_mask"])
 
     return Task(
         params=params,
         constants=None,
         loss=loss,
         batches=training.batches,
-        validation=lambda: (validation[index] for index in range(recipe.eval_batches)),
+        validation=lambda: (validation[index] for index in range(recipe.eval_batches * recipe.accumulate)),
         export=lambda params, folder, about: save_model(
             nnx.merge(graph, params), hf_config, recipe.processor_folder, folder, recipe.save_dtype
         ),

@@ -77,8 +77,8 @@ def vision_task(recipe: VisionRecipe) -> Task:
     def dataset(split: str) -> grain.MapDataset:
         return grain.MapDataset.source(load_scenes(recipe.dataset_dir, split, train_size=recipe.dataset_size))
 
-    training = dataset("train").seed(recipe.seed).shuffle().repeat().map(encode).batch(recipe.batch_size)
-    validation = dataset("validation").map(encode).batch(recipe.batch_size)
+    training = dataset("train").seed(recipe.seed).shuffle().repeat().map(encode).batch(recipe.rows)
+    validation = dataset("validation").map(encode).batch(recipe.rows)
     classes = patch_labels(scene_from_json(dataset("validation")[0]["scene"]), side)[1]
     graph, params = nnx.split(Readout(recipe.tower, classes, rngs=nnx.Rngs(recipe.seed)))
 
@@ -107,7 +107,9 @@ def vision_task(recipe: VisionRecipe) -> Task:
         batches=lambda start: iter(
             training[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
         ),
-        validation=lambda: (validation[index] for index in range(min(recipe.eval_batches, len(validation)))),
+        validation=lambda: (
+            validation[index] for index in range(min(recipe.eval_batches * recipe.accumulate, len(validation)))
+        ),
         export=export,
     )
 

@@ -14,6 +14,8 @@ from jaxspec.benchmark.run import example_prompts
 from jaxspec.cli.options import EMBEDDED_DRAFTERS
 
 LIMIT = 160
+LEAST = {"medusa": (2.5, 1.5)}
+"""Mean acceptance length on every question at temperature 0 and 1, where a method cannot reach the others'."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_transformers_gives_the_same_greedy_tokens(target, autoregressive):
 def test_embedded_drafters_change_no_token_and_save_rounds(target, autoregressive, method):
     generator = jaxspec.Generator(target, jaxspec.load_drafter(demo.drafter_path(method), target))
     for index, example in enumerate(example_prompts(6, seed=1)):
-        for temperature, length in ((0.0, 2.5), (1.0, 1.5)):
+        for temperature, length in zip((0.0, 1.0), LEAST.get(method, (3.0, 2.0)), strict=True):
             sampling = jaxspec.SamplingParams(temperature, seed=index)
             one, two = (
                 each.generate(example.question, [example.image], sampling, LIMIT)

@@ -1,8 +1,10 @@
 """MASSV's drafter against its own text model run plainly: without cache, without batch, without speculation."""
 
+import copy
 import dataclasses
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from jaxspec.checkpoints.names import abstract
 from jaxspec.checkpoints.tensors import read_file
 from jaxspec.drafters.checkpoint import load_drafter_folder, save_drafter_folder
 from jaxspec.drafters.eagle import EagleHead
-from jaxspec.drafters.massv import MASSV, MassvConfig, MassvDrafter
+from jaxspec.drafters.massv import MASSV, MassvConfig, MassvDrafter, check_tokenizer
 from jaxspec.layers import causal_mask
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.loop import DrafterContext, context_of, read_prompts
@@ -29,7 +31,7 @@ from jaxspec.targets.registry import family_of, load_model
 from jaxspec.training import MassvRecipe
 from jaxspec.training.drafter import Teacher
 from jaxspec.training.massv import new_massv
-from tests.families import FAMILIES, TEXT, family_target
+from tests.families import FAMILIES, TEXT, family_target, small_tokenizer
 from tests.folders import write_random
 from tests.targets.published import CONFIGS
 
@@ -398,3 +400,51 @@ def test_refusals(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "phi"}))
     assert "model_type 'phi' is not supported as a drafter; only llama, mistral" in refusal(folder, target)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(tmp_path):
+    """Whatever kind of tokenizer the file is of; added tokens may differ, and so may sizes."""
+    theirs = targets("qwen2_5_vl").tokenizer
+    ours = small_tokenizer()
+    assert len(ours) < len(theirs)
+    check_tokenizer(tmp_path, theirs)  # a folder that holds none
+    ours.save_pretrained(tmp_path)
+    check_tokenizer(tmp_path, theirs)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+
+    def check(raw):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+        check_tokenizer(tmp_path, theirs)
+
+    renamed = copy.deepcopy(raw)
+    marks = renamed["added_tokens"]
+    for mark in marks:
+        token = mark["content"]
+        mark["content"] = f"<|{token}|>"
+        if token in renamed["model"]["vocab"]:
+            renamed["model"]["vocab"][mark["content"]] = renamed["model"]["vocab"].pop(token)
+    assert marks
+    check(renamed)
+
+    first, second = theirs.convert_ids_to_tokens([100, 200])
+    raw["model"]["vocab"] |= {first: 200, second: 100}
+    expected = f"drafter {tmp_path} has another tokenizer than the target: its token 100 is {second!r}, "
+    expected += f"the target's is {first!r}"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        check(raw)
+    raw["model"]["vocab"] = [[token, 0.0] for token in sorted(raw["model"]["vocab"], key=raw["model"]["vocab"].get)]
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        check(raw)
+
+
+def test_a_text_model_with_another_tokenizer_is_refused_before_it_is_loaded(tmp_path):
+    target = targets("qwen2_5_vl")
+    folder = lm_folder(tmp_path, "qwen2", vocab_size=target.config.text.vocab_size)
+    small_tokenizer().save_pretrained(folder)
+    load_drafter(folder, target)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"]["vocab"] |= dict(zip(target.tokenizer.convert_ids_to_tokens([100, 200]), (200, 100), strict=True))
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    for load in (lambda: load_drafter(folder, target), lambda: new_massv(target, folder, True)):
+        with pytest.raises(ValueError, match="has another tokenizer than the target: its token 100 is"):
+            load()

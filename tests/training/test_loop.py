@@ -6,6 +6,8 @@ import json
 import re
 import resource
 import sys
+import time
+from collections import UserList
 from types import SimpleNamespace
 
 import jax
@@ -14,11 +16,13 @@ import numpy as np
 import pytest
 
 from jaxspec.metrics import Acceptance
+from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.training import EagleRecipe, Recipe, Task, ViSpecRecipe, train
 from jaxspec.training.acceptance import Measurement
 from jaxspec.training.checkpoints import LATEST, Checkpoints, manager
 from jaxspec.training.drafter import check_records
 from jaxspec.training.flops import PEAK_FLOPS, peak_flops
+from jaxspec.training.held_out import Span, first_questions
 
 WIDTH = 4
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -212,7 +216,14 @@ def test_a_run_goes_on_only_with_its_own_recipe(tmp_path, capsys):
     train(small_recipe(tmp_path), small_task([]))
     with pytest.raises(ValueError, match=r"another recipe \(seed 0 -> 1, learning_rate 0.001 -> 0.1\)"):
         train(small_recipe(tmp_path, learning_rate=0.1, seed=1), small_task([]))
-    assert json.loads((tmp_path / "small/recipe.json").read_text())["seed"] == 0
+    path = tmp_path / "small/recipe.json"
+    recorded = json.loads(path.read_text())
+    assert recorded["seed"] == 0
+    path.write_text(
+        json.dumps({name: value for name, value in recorded.items() if name != "accumulate"})
+    )  # an older one
+    with pytest.raises(ValueError, match=r"another recipe \(accumulate 1 -> 2\)"):
+        train(small_recipe(tmp_path, accumulate=2), small_task([]))
     with pytest.raises(ValueError, match="has run 8 steps already, steps is 6"):
         train(small_recipe(tmp_path, steps=6), small_task([]))
     capsys.readouterr()
@@ -242,15 +253,112 @@ def test_values_that_cannot_be(changes, message):
     ("changes", "image_token_ids", "message"),
     [
         ({"batch_size": 9}, (7,), "gives 12 records, 4 of them held out: the others do not fill a batch of 9"),
-        ({}, (7,), "method vispec learns from images, but none of the first 12 records"),
+        ({}, (7,), "method vispec learns from images, but no record of .* has one"),
         ({}, (), "method vispec learns from images, but the target .* reads none"),
     ],
 )
 def test_answers_that_a_recipe_cannot_learn_from(changes, image_token_ids, message):
     target = SimpleNamespace(config=SimpleNamespace(image_token_ids=image_token_ids))
     with pytest.raises(ValueError, match=message):
-        check_records(ViSpecRecipe(name="head", **changes), target, [{"images": []}] * 12, 4)
-    check_records(EagleRecipe(name="head"), target, [{"images": []}] * 12, 4)
+        check_records(ViSpecRecipe(name="head", **changes), target, text_only(False), 4)
+    check_records(EagleRecipe(name="head"), target, text_only(False), 4)
+
+
+def text_only(has_images, last=()) -> Span:
+    """Twelve records without images but for those of the last one."""
+    source = UserList([*[{"images": []}] * 11, {"images": last}])
+    source.has_images = has_images
+    return Span(source, 0, 12)
+
+
+def test_an_image_in_any_record_is_one():
+    target = SimpleNamespace(config=SimpleNamespace(image_token_ids=(7,)))
+    recipe = ViSpecRecipe(name="head")
+    check_records(recipe, target, text_only(True), 4)
+    check_records(recipe, target, text_only(None, ["image"]), 4)
+    with pytest.raises(ValueError, match="no record of .* has one"):
+        check_records(recipe, target, text_only(None), 4)
+
+
+def test_questions_that_cannot_be_asked_are_left_out_by_name():
+    def encode_question(record):
+        if record["question"] is None:
+            raise ValueError("image 1 cannot be read")
+        return EncodedPrompt(np.zeros(record["question"], np.int32), []), 5
+
+    records = [{"id": name, "question": size} for name, size in (("a", None), ("b", 9), ("c", 8), ("d", 3), ("e", 2))]
+    with pytest.warns(UserWarning) as told:
+        found = first_questions(records, SimpleNamespace(encode_question=encode_question), 2, room=8)
+    assert [(len(prompt.input_ids), tokens) for prompt, tokens in found] == [(8, 5), (3, 5)]
+    assert [str(each.message) for each in told] == [
+        "acceptance is measured without record a: image 1 cannot be read",
+        "acceptance is measured without record b: its question has 9 tokens, of which 8 fit",
+    ]
+
+
+def test_a_batch_in_parts_teaches_what_it_teaches_whole(tmp_path):
+    """Parts of equal weight, without noise: the same parameters, schedule and number of steps."""
+
+    def task(rows, killed_at=None):
+        def batches(start):
+            for step in range(start, 100):
+                if step == killed_at:
+                    raise RuntimeError("killed")
+                x = np.random.default_rng(step * rows // 4).normal(size=(4, WIDTH)).astype(np.float32)
+                part = step % (4 // rows) * rows
+                yield {"x": x[part : part + rows], "ids": [f"{step}-{row}" for row in range(rows)]}
+
+        def loss(params, constants, batch, key):
+            return jnp.mean((params["w"] - batch["x"]) ** 2), {"rows": jnp.float32(len(batch["x"]))}
+
+        return dataclasses.replace(small_task([]), batches=batches, loss=loss)
+
+    common = {"batch_size": 4, "weight_decay": 0.1, "clip_value": 0.05, "checkpoint_every": 3}
+    whole = train(small_recipe(tmp_path / "whole", **common), task(4))
+    parts = small_recipe(tmp_path / "parts", **common, accumulate=2)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(parts, task(2, killed_at=9))
+    np.testing.assert_allclose(train(parts, task(2))["w"], whole["w"], rtol=1e-5)
+    lines = [line for line in log_lines(tmp_path / "parts") if line["split"] == "train"]
+    assert [line["step"] for line in lines] == list(range(1, 9)) and {line["rows"] for line in lines} == {2.0}
+
+
+def test_a_run_that_goes_on_tells_no_step_twice(tmp_path):
+    with pytest.raises(RuntimeError, match="killed"):
+        train(small_recipe(tmp_path, checkpoint_every=3), small_task([], killed_at=5))
+    with (tmp_path / "small/log.jsonl").open("a") as log:
+        log.write('{"split": "train", "st')  # all that a kill let through
+    train(small_recipe(tmp_path, checkpoint_every=3), small_task([]))
+    assert [line["step"] for line in log_lines(tmp_path) if line["split"] == "train"] == list(range(1, 9))
+
+
+def test_what_the_data_lacked_is_told(tmp_path, capsys):
+    lacking = iter([{"truncated": 0, "skipped": 0}, {"truncated": 3, "skipped": 1}])
+    train(small_recipe(tmp_path), dataclasses.replace(small_task([]), shortfall=lambda: next(lacking)))
+    (line,) = [line for line in log_lines(tmp_path) if line["split"] == "data"]
+    assert (line["step"], line["truncated"], line["skipped"]) == (8, 3, 1)
+    assert "so far: 3 truncated, 1 skipped" in capsys.readouterr().out
+
+
+def test_a_disk_too_full_for_the_log_is_told_like_one_too_full_for_a_checkpoint(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def batches(start, task=small_task([])):
+        for step, batch in enumerate(task.batches(start), start):
+            while step == 5 and not (tmp_path / "small" / LATEST / "4").exists():
+                time.sleep(0.01)
+            if step == 5:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+            yield batch
+
+    message = "log.jsonl could not be written to .*: File too large; the checkpoint of step 4 is intact"
+    try:
+        with pytest.raises(OSError, match=message):
+            train(small_recipe(tmp_path, checkpoint_every=4), dataclasses.replace(small_task([]), batches=batches))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    train(small_recipe(tmp_path, checkpoint_every=4), small_task([]))
+    assert [line["step"] for line in log_lines(tmp_path) if line["split"] == "train"] == list(range(1, 9))
 
 
 # -- logs ------------------------------------------------------------------------------------------------------------
