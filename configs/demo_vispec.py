@@ -1,8 +1,8 @@
 """ViSpec head of the embedded target: stage 2 of arXiv 2509.15235 on the self-distilled set, from demo_vispec1.
 
-Published: 10 * L1 of the distributions + 0.1 * ranking of the top 10, one multi-step run, AdamW(0.9, 0.95), linear
-decay, gradient value clip 0.5, num_q 2. Ours: learning rate, steps, batch, and num_q 10: a scene has nine places that
-may each hold another object, so one vector per place and the global one.
+Published: 10 * L1 of the distributions + 0.1 * ranking of the top 10, one multi-step run, num_q 2; for stage 1
+AdamW(0.9, 0.95), linear decay and gradient value clip 0.5, which we keep. Ours: learning rate, steps, batch, and num_q
+10: a scene has nine places that may each hold another object, so one vector per place and the global one.
 """
 
 from jaxspec.training import ViSpecRecipe

@@ -1,32 +1,46 @@
-"""MASSV drafter of Qwen2.5-VL-7B-Instruct from Qwen2.5-1.5B-Instruct (arXiv 2505.10526), phase 2. Phase 1 comes first:
+r"""MASSV drafter of Qwen2.5-VL-7B-Instruct from Qwen2.5-1.5B-Instruct (arXiv 2505.10526), phase 2. Not run here.
+
+"published" marks what the paper states, "unconfirmed" what we believe that it states, "ours" what it leaves open as far
+as we know. Phase 1 comes first. Published: only the projector learns, from the image-caption pairs of LLaVA-Pretrain;
+unconfirmed: learning rate, batch, one epoch (of 558,128 pairs); ours: everything else, warm-up being 3 % of the steps:
 
     python train.py configs/massv_qwen2_5_vl_7b.py --name massv_qwen2_5_vl_7b_phase1 --phase 1 --init-from None \
-        --conversations LLaVA-Pretrain/blip_laion_cc_sbu_558k.json --learning-rate 1e-3 --batch-size 256 --steps 2180
+        --conversations LLaVA-Pretrain/blip_laion_cc_sbu_558k.json --learning-rate 1e-3 --batch-size 256 --steps 2180 \
+        --warmup-steps 65
 
-Published: phase 1 trains the projector on image-caption pairs (LLaVA-Pretrain), phase 2 projector and text model on
-answers of the target to visual-instruction prompts; cross-entropy, chains of 5. From memory of the paper, unconfirmed:
-the models, chain length, learning rates (1e-3, 2e-5), batches (256, 128), one epoch each. Ours, where the source says
-nothing we know of: warm-up, decay and clipping (LLaVA's own recipe), sequence length, and steps (one epoch of 558,128
-pairs, and of as many prompts as LLaVA's 665k mix has).
+Then the target answers visual-instruction prompts itself (published). Ours: the prompts are the first questions of
+LLaVA's 665k mix, answered greedily, in as many tokens together with the prompt as training reads:
+
+    python -m jaxspec distill --data data/llava_v1_5_mix665k.json --image-folder data \
+        --target Qwen/Qwen2.5-VL-7B-Instruct --output runs/massv_qwen2_5_vl_7b_answers \
+        --max-new-tokens 1024 --max-length 2048
 """
 
 from jaxspec.training import MassvRecipe
 
 recipe = MassvRecipe(
     name="massv_qwen2_5_vl_7b",
-    phase=2,
-    target="Qwen/Qwen2.5-VL-7B-Instruct",
-    lm="Qwen/Qwen2.5-1.5B-Instruct",
-    init_from="runs/massv_qwen2_5_vl_7b_phase1/export",
-    answers_dir="runs/qwen2_5_vl_7b_answers",
-    steps=5197,
-    batch_size=128,
-    sequence_length=2048,
-    learning_rate=2e-5,
-    warmup_steps=156,
-    decay="cosine",
-    final_learning_rate_ratio=0.0,
-    adam_b2=0.999,
-    clip_norm=1.0,
-    save_dtype="bfloat16",
+    phase=2,  # published: projector and text model learn
+    target="Qwen/Qwen2.5-VL-7B-Instruct",  # unconfirmed
+    target_dtype="bfloat16",  # ours
+    lm="Qwen/Qwen2.5-1.5B-Instruct",  # unconfirmed
+    init_from="runs/massv_qwen2_5_vl_7b_phase1/export",  # published
+    answers_dir="runs/massv_qwen2_5_vl_7b_answers",  # published: self-generated
+    steps=5197,  # unconfirmed: one epoch; ours: of 665k prompts
+    batch_size=128,  # unconfirmed
+    sequence_length=2048,  # ours
+    learning_rate=2e-5,  # unconfirmed
+    warmup_steps=156,  # ours: 3 % of the steps, as LLaVA
+    decay="cosine",  # ours: as LLaVA
+    final_learning_rate_ratio=0.0,  # ours
+    adam_b2=0.999,  # ours: as LLaVA
+    weight_decay=0.0,  # ours: as LLaVA
+    clip_norm=1.0,  # ours: as LLaVA
+    depth=4,  # unconfirmed: five tokens
+    top_k=1,  # published: in a chain
+    total_tokens=6,  # unconfirmed: five tokens, and the root
+    eval_every=250,  # ours
+    acceptance_every=500,  # ours: ten times on the way, the best is exported
+    checkpoint_every=250,  # ours
+    save_dtype="bfloat16",  # ours: as the text model is published
 )

@@ -9,6 +9,7 @@ from jaxspec.training import SpecVLMRecipe
 recipe = SpecVLMRecipe(
     name="specvlm_llava15_13b",
     target="llava-hf/llava-1.5-13b-hf",  # published
+    target_dtype="bfloat16",  # ours
     conversations="data/llava_v1_5_mix665k.json",  # published
     image_folder="data",  # where coco/, gqa/, ocr_vqa/, textvqa/ and vg/ are
     compressor=CompressorConfig(
@@ -38,4 +39,7 @@ recipe = SpecVLMRecipe(
     depth=7,  # published
     top_k=10,  # published
     total_tokens=60,  # published
+    eval_every=250,  # ours
+    acceptance_every=500,  # ours: ten times on the way, the best is exported
+    checkpoint_every=250,  # ours
 )

@@ -8,7 +8,8 @@ from jaxspec.training import EagleRecipe
 recipe = EagleRecipe(
     name="vispec1_qwen2_5_vl_7b",
     target="Qwen/Qwen2.5-VL-7B-Instruct",  # published
-    conversations="data/ShareGPT_V4.3_unfiltered_cleaned_split.json",  # published: 68k conversations of ShareGPT
+    target_dtype="bfloat16",  # ours
+    conversations="data/ShareGPT_V4.3_unfiltered_cleaned_split.json",  # published: ShareGPT; which file of it is ours
     max_records=68_000,  # published
     steps=85_000,  # published: 20 epochs; the batch is ours
     batch_size=16,  # ours
@@ -30,5 +31,6 @@ recipe = EagleRecipe(
     top_k=8,  # published
     total_tokens=30,  # published
     eval_every=2_000,  # ours
+    acceptance_every=4_000,  # ours: about once an epoch, the best is exported
     checkpoint_every=2_000,  # ours
 )

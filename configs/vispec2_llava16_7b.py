@@ -4,7 +4,7 @@ r"""ViSpec for LLaVA-1.6-7B (Vicuna), stage 2 of arXiv 2509.15235: images and lo
 target's own answers (published: 68k prompts of LLaVA-Pretrain, up to 1,024 new tokens):
 
 python -m jaxspec distill --data LLaVA-Pretrain/blip_laion_cc_sbu_558k.json --target llava-hf/llava-v1.6-vicuna-7b-hf \
-    --output runs/llava16_7b_answers --count 68000 --suffix vispec --max-new-tokens 1024
+    --output runs/vispec_llava16_7b_answers --count 68000 --suffix vispec --max-new-tokens 1024
 """
 
 from jaxspec.training import ViSpecRecipe
@@ -12,21 +12,22 @@ from jaxspec.training import ViSpecRecipe
 recipe = ViSpecRecipe(
     name="vispec2_llava16_7b",
     target="llava-hf/llava-v1.6-vicuna-7b-hf",  # published
-    init_from="runs/vispec1_llava16_7b/export",  # published
-    answers_dir="runs/llava16_7b_answers",  # published: self-generated
+    target_dtype="bfloat16",  # ours
+    init_from="runs/vispec1_llava16_7b/export",  # published: from the weights of stage 1
+    answers_dir="runs/vispec_llava16_7b_answers",  # published: self-generated
     num_q=2,  # published: one token and the global feature
-    steps=85_000,  # ours: 20 epochs, as in stage 1
+    steps=85_000,  # ours: 20 epochs, as published for stage 1
     batch_size=16,  # ours
-    sequence_length=4096,  # ours: up to 2,880 image tokens and 1,024 of answer
+    sequence_length=4096,  # ours: up to 2,928 image tokens and 1,024 of answer
     length_buckets=True,  # ours
-    learning_rate=3e-6,  # published
-    warmup_steps=4_250,  # published: one epoch
-    decay="linear",  # published
+    learning_rate=3e-6,  # ours: as published for stage 1
+    warmup_steps=4_250,  # ours: one epoch, as published for stage 1
+    decay="linear",  # ours: as published for stage 1
     final_learning_rate_ratio=0.0,  # ours
-    adam_b2=0.95,  # published: AdamW(0.9, 0.95)
+    adam_b2=0.95,  # ours: AdamW(0.9, 0.95), as published for stage 1
     weight_decay=0.0,  # ours
-    clip_norm=0.0,  # published: by value instead
-    clip_value=0.5,  # published
+    clip_norm=0.0,  # ours: by value instead, as published for stage 1
+    clip_value=0.5,  # ours: as published for stage 1
     mtp_steps=1,  # published
     probability_l1_weight=10.0,  # published
     ranking_weight=0.1,  # published, of the top 10
@@ -34,5 +35,6 @@ recipe = ViSpecRecipe(
     top_k=8,  # published
     total_tokens=30,  # published
     eval_every=2_000,  # ours
+    acceptance_every=4_000,  # ours: about once an epoch, the best is exported
     checkpoint_every=2_000,  # ours
 )
