@@ -19,7 +19,7 @@ from flax import nnx
 from jaxspec import Drafter, SamplingParams, Target, TreeConfig, load_target
 from jaxspec import cache as caches
 from jaxspec.demo.processor import build_processor
-from jaxspec.drafters.compressor import CompressorConfig
+from jaxspec.drafters.compressor import MODES, CompressorConfig
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
 from jaxspec.drafters.lookup import PromptLookup
 from jaxspec.drafters.massv import MassvConfig, MassvDrafter
@@ -65,7 +65,7 @@ def linked_head(target: Target, method: str, seed: int = 1) -> EagleHead:
     head = randomized(fresh, seed, scale=0.1)
     if method == "vispec":
         head.img_fc.kernel[...] += fresh.img_fc.kernel[...]
-    if method == "specvlm":
+    if isinstance(head, SpecVLMHead):
         for mine, theirs in zip(convolutions(head), convolutions(fresh), strict=True):
             mine.kernel[...] += theirs.kernel[...]
     if method == "tapped":
@@ -91,8 +91,9 @@ def fresh_head(target: Target, method: str, seed: int) -> EagleHead:
     match method:
         case "vispec":
             return ViSpecHead(ViSpecConfig(text, num_q=3), rngs=nnx.Rngs(seed))
-        case "specvlm":
-            compressor = CompressorConfig(pruning_ratio=5, pooling_ratio=4, gate_hidden_size=16)
+        case _ if method in ("specvlm", *MODES):
+            mode = "select" if method == "specvlm" else method
+            compressor = CompressorConfig(mode, pruning_ratio=5, pooling_ratio=4, gate_hidden_size=16)
             return SpecVLMHead(SpecVLMConfig(text, compressor=compressor), rngs=nnx.Rngs(seed))
         case _:
             ours = {"tapped": {"tap_layers": (0, 1)}, "narrow": {"draft_vocab_size": NARROW.size}}
@@ -101,6 +102,8 @@ def fresh_head(target: Target, method: str, seed: int) -> EagleHead:
 
 
 def convolutions(head: SpecVLMHead) -> list[nnx.Linear]:
+    if "convolution" not in head.config.compressor.primitives:
+        return []
     return [head.compressor.convolution.embeds, head.compressor.convolution.features]
 
 
