@@ -73,6 +73,19 @@ def improvements() -> Sequence[Recipe]:
     ]
 
 
+def baselines() -> Sequence[Recipe]:
+    """One epoch more of the heads that ViSpec is compared with: as they were, and with multi-step runs."""
+    changes = {"steps": 184, "learning_rate": 3e-4, "seed": 2}
+    recipes = []
+    for method in ("eagle2", "eaglevlm"):
+        start = changes | {"init_from": f"runs/demo_{method}/export"}
+        recipes += [
+            recipe(f"demo_{method}", f"{method}_longer", **start),
+            recipe(f"demo_{method}", f"{method}_steps", mtp_steps=2, **start),
+        ]
+    return recipes
+
+
 def ablation() -> Sequence[Recipe]:
     """ViSpec's parts on what others said in place of the target's own answers."""
     changes = {"mtp_steps": 0, "conversations": "scenes", "max_records": 3072}
@@ -88,6 +101,7 @@ GROUPS: dict[str, Callable[[], Sequence[Recipe]]] = {
     "heads": heads,
     "vispec": vispec,
     "improvements": improvements,
+    "baselines": baselines,
     "massv1": massv1,
     "massv2": massv2,
     "ablation": ablation,
