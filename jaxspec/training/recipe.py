@@ -197,8 +197,7 @@ def write_recipe(recipe: Recipe, resuming: bool) -> str | None:
     """
     path, now, warning = recipe.folder / "recipe.json", recorded(recipe), None
     if resuming and path.exists():
-        before = read_json(path)
-        before = LATER | before
+        before = LATER | read_json(path)
         differing = [name for name in now if name in before and now[name] != before[name]]
         changes = {name: f"{name} {before[name]} -> {now[name]}" for name in differing if name not in recipe.changeable}
         if more := changes.pop("steps", None):
