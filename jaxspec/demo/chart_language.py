@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from jaxspec.demo.scenes import Bar, Scene
+from jaxspec.demo.scenes import Bar, Chart
 from jaxspec.demo.wording import NUMBERS, ORDINALS, amount, background, describe_question, join, maybe, say
 
 
@@ -19,11 +21,11 @@ def _bar_is(rng: np.random.Generator, index: int, bar: Bar) -> str:
     ), nth=ORDINALS[index], colour=bar.colour, value=NUMBERS[bar.value])  # fmt: skip
 
 
-def _extremes(scene: Scene) -> tuple[Bar, Bar]:
+def _extremes(scene: Chart) -> tuple[Bar, Bar]:
     return max(scene.items, key=lambda bar: bar.value), min(scene.items, key=lambda bar: bar.value)
 
 
-def _describe(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _describe(scene: Chart, rng: np.random.Generator) -> tuple[str, str]:
     parts = [say(rng, (
         "The picture shows a bar chart with {amount}.",
         "This is a chart with {amount}, and I go through them from left to right.",
@@ -44,7 +46,7 @@ def _describe(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return describe_question(rng), " ".join(parts)
 
 
-def _walk(scene: Scene, rng: np.random.Generator) -> list[str]:
+def _walk(scene: Chart, rng: np.random.Generator) -> list[str]:
     colours = join([bar.colour for bar in scene.items])
     return [say(rng, (
         "From left to right, the bars are {colours}.",
@@ -53,7 +55,7 @@ def _walk(scene: Scene, rng: np.random.Generator) -> list[str]:
     ), colours=colours)]  # fmt: skip
 
 
-def _count(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _count(scene: Chart, rng: np.random.Generator) -> tuple[str, str]:
     limit = int(rng.integers(2, 7))
     found = [bar for bar in scene.items if bar.value > limit]
     question = say(rng, (
@@ -76,7 +78,7 @@ def _count(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return question, " ".join(parts)
 
 
-def _compare(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _compare(scene: Chart, rng: np.random.Generator) -> tuple[str, str]:
     if rng.random() < 0.5:
         return _compare_extremes(scene, rng)
     chosen = rng.permutation(len(scene.items))[:2].tolist()
@@ -104,7 +106,7 @@ def _compare(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return question, " ".join(parts)
 
 
-def _compare_extremes(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _compare_extremes(scene: Chart, rng: np.random.Generator) -> tuple[str, str]:
     question = say(rng, (
         "Which bar is the tallest?", "Which bar is the tallest, and which is the shortest?",
         "Please compare the bars.", "Where is the tallest bar?",
@@ -123,7 +125,7 @@ def _compare_extremes(scene: Scene, rng: np.random.Generator) -> tuple[str, str]
     return question, " ".join(parts)
 
 
-def _read(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _read(scene: Chart, rng: np.random.Generator) -> tuple[str, str]:
     index = int(rng.integers(len(scene.items)))
     bar = scene.items[index]
     question = say(rng, (
@@ -153,4 +155,10 @@ def _read(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return question, " ".join(parts)
 
 
-MAKERS = {"describe": _describe, "count": _count, "compare": _compare, "read": _read}
+MAKERS: dict[str, Callable[[Chart, np.random.Generator], tuple[str, str]]] = {
+    "describe": _describe,
+    "count": _count,
+    "compare": _compare,
+    "read": _read,
+}
+"""By kind of question; each makes one with its answer."""

@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 
 from jaxspec.demo import chart_language, shape_language
-from jaxspec.demo.scenes import PLACES, Scene
+from jaxspec.demo.scenes import PLACES, Chart, Scene
 from jaxspec.demo.wording import NUMBERS, ORDINALS, pick
 
 SHAPE_KINDS = tuple(shape_language.MAKERS)
@@ -29,10 +29,14 @@ class Turn:
     answer: str
 
 
+def kinds_of(scene: Scene) -> tuple[str, ...]:
+    """The kinds of question that there are about such a scene; "describe" is the first."""
+    return CHART_KINDS if isinstance(scene, Chart) else SHAPE_KINDS
+
+
 def ask(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     """Two or three turns of different kinds about `scene`; the first is "describe" with probability 0.6."""
-    kinds = list(SHAPE_KINDS if scene.kind == "shapes" else CHART_KINDS)
-    order = rng.permutation(kinds[1:]).tolist()
+    order = rng.permutation(kinds_of(scene)[1:]).tolist()
     order.insert(0 if rng.random() < 0.6 else int(rng.integers(1, len(order) + 1)), "describe")
     turns = [turn for kind in order if (turn := ask_kind(scene, kind, rng)) is not None]
     return turns[: int(rng.integers(2, 4))]
@@ -44,17 +48,20 @@ def ask_kind(scene: Scene, kind: str, rng: np.random.Generator) -> Turn | None:
     Raises:
       ValueError: the kind doesn't belong to this kind of scene.
     """
-    makers = shape_language.MAKERS if scene.kind == "shapes" else chart_language.MAKERS
-    if kind not in makers:
-        raise ValueError(f"kind must be one of {', '.join(makers)} for a {scene.kind} scene; got {kind!r}.")
-    made = makers[kind](scene, rng)
+    kinds = kinds_of(scene)
+    if kind not in kinds:
+        raise ValueError(f"kind must be one of {', '.join(kinds)} for a {scene.kind} scene; got {kind!r}.")
+    if isinstance(scene, Chart):
+        made = chart_language.MAKERS[kind](scene, rng)
+    else:
+        made = shape_language.MAKERS[kind](scene, rng)
     return None if made is None else Turn(kind, *made)
 
 
 def inventory(scene: Scene, rng: np.random.Generator) -> Turn:
     """A terse list of every place (or bar) and what it holds: dense supervision for a model that learns to see."""
     question = pick(rng, ("List every place of the picture.", "What is in each place?", "Make a list of the picture."))
-    if scene.kind == "chart":
+    if isinstance(scene, Chart):
         entries = [f"{ORDINALS[index]} bar: {bar.colour} {NUMBERS[bar.value]}" for index, bar in enumerate(scene.items)]
     else:
         held = {item.place: shape_language.full_name(item) for item in scene.items}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -69,35 +70,56 @@ class Bar:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scene:
-    """Everything that is needed to draw a picture and to talk about it.
+class ShapeScene:
+    """A few shapes on a grid of nine places.
 
     Attributes:
-      kind: "shapes" or "chart".
       background: a name from `BACKGROUNDS`.
-      items: `SceneObject`s in raster order (shapes) or `Bar`s from left to right (chart).
-      drawing: per item, shapes only: (extent, dx, dy), the object's side and its offset from the middle of its cell in
-        pixels. It changes the picture and never the truth.
+      items: the shapes in raster order.
+      drawing: per item (extent, dx, dy), its side and its offset from the middle of its cell in pixels. It changes the
+        picture and never the truth.
     """
 
-    kind: str
+    kind: Literal["shapes"] = dataclasses.field(default="shapes", init=False)
     background: str
-    items: tuple[SceneObject, ...] | tuple[Bar, ...]
-    drawing: tuple[tuple[int, int, int], ...] = ()
+    items: tuple[SceneObject, ...]
+    drawing: tuple[tuple[int, int, int], ...]
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """The scene as plain JSON values; `scene_from_json` reads it back."""
         return dataclasses.asdict(self)
 
 
-def scene_from_json(fields: dict) -> Scene:
-    """The scene that `Scene.to_json` wrote."""
-    item = SceneObject if fields["kind"] == "shapes" else Bar
-    return Scene(
-        kind=fields["kind"],
-        background=fields["background"],
-        items=tuple(item(**entry) for entry in fields["items"]),
-        drawing=tuple(tuple(entry) for entry in fields["drawing"]),
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A bar chart.
+
+    Attributes:
+      background: a name from `BACKGROUNDS`.
+      items: the bars from left to right.
+    """
+
+    kind: Literal["chart"] = dataclasses.field(default="chart", init=False)
+    background: str
+    items: tuple[Bar, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The scene as plain JSON values, with the same fields as a `ShapeScene`; `scene_from_json` reads it back."""
+        return {**dataclasses.asdict(self), "drawing": ()}
+
+
+Scene: TypeAlias = ShapeScene | Chart
+"""Everything that is needed to draw a picture and to talk about it."""
+
+
+def scene_from_json(fields: dict[str, Any]) -> Scene:
+    """The scene that `to_json` wrote."""
+    if fields["kind"] == "chart":
+        return Chart(fields["background"], tuple(Bar(**entry) for entry in fields["items"]))
+    return ShapeScene(
+        fields["background"],
+        tuple(SceneObject(**entry) for entry in fields["items"]),
+        tuple((extent, dx, dy) for extent, dx, dy in fields["drawing"]),
     )
 
 
@@ -109,7 +131,7 @@ def sample_scene(rng: np.random.Generator, chart_share: float = 0.3) -> Scene:
 def render(scene: Scene) -> Image.Image:
     """Draws `scene` as an RGB picture of `FRAME` x `FRAME` pixels."""
     image = Image.new("RGB", (FRAME, FRAME), BACKGROUNDS[scene.background])
-    if scene.kind == "shapes":
+    if isinstance(scene, ShapeScene):
         for item, (extent, dx, dy) in zip(scene.items, scene.drawing, strict=True):
             row, column = divmod(PLACES.index(item.place), 3)
             left = round((column + 0.5) * FRAME / 3) + dx - extent // 2
@@ -140,7 +162,7 @@ def patch_labels(scene: Scene, side: int) -> tuple[dict[str, np.ndarray], dict[s
     middles = (np.arange(side) + 0.5) * FRAME / side
     rows, columns = np.meshgrid(middles, middles, indexing="ij")
     for index, item in enumerate(scene.items):
-        if scene.kind == "shapes":
+        if isinstance(item, SceneObject):
             inside = (rows * 3 // FRAME) * 3 + columns * 3 // FRAME == PLACES.index(item.place)
             labels["shape"][inside] = SHAPES.index(item.shape) + 1
             labels["size"][inside] = SIZES.index(item.size) + 1
@@ -152,7 +174,7 @@ def patch_labels(scene: Scene, side: int) -> tuple[dict[str, np.ndarray], dict[s
     return {name: label.reshape(-1) for name, label in labels.items()}, classes
 
 
-def _sample_shapes(rng: np.random.Generator) -> Scene:
+def _sample_shapes(rng: np.random.Generator) -> ShapeScene:
     count = int(rng.integers(3, MAX_ITEMS + 1))
     places = sorted(rng.choice(len(PLACES), size=count, replace=False).tolist())
     colours, items, drawing = tuple(COLOURS), [], []
@@ -162,24 +184,24 @@ def _sample_shapes(rng: np.random.Generator) -> Scene:
         items.append(SceneObject(PLACES[place], colour, shape, size))
         dx, dy = rng.integers(-_JITTER, _JITTER + 1, size=2).tolist()
         drawing.append((int(rng.choice(_EXTENTS[size])), dx, dy))
-    return Scene("shapes", _sample_background(rng), tuple(items), tuple(drawing))
+    return ShapeScene(_sample_background(rng), tuple(items), tuple(drawing))
 
 
-def _sample_chart(rng: np.random.Generator) -> Scene:
+def _sample_chart(rng: np.random.Generator) -> Chart:
     count = int(rng.integers(3, 6))
     colours = rng.permutation(tuple(COLOURS))[:count].tolist()
     values = rng.integers(1, MAX_VALUE + 1, size=count).tolist()
     # "Which bar is tallest" and "which is shortest" must have one answer.
     while values.count(max(values)) > 1 or values.count(min(values)) > 1:
         values = rng.integers(1, MAX_VALUE + 1, size=count).tolist()
-    return Scene("chart", _sample_background(rng), tuple(map(Bar, colours, values)))
+    return Chart(_sample_background(rng), tuple(map(Bar, colours, values)))
 
 
 def _sample_background(rng: np.random.Generator) -> str:
     return tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
 
 
-def _draw_chart(image: Image.Image, scene: Scene) -> None:
+def _draw_chart(image: Image.Image, scene: Chart) -> None:
     # Every edge lies on a whole pixel, so a chart needs no antialiasing.
     draw = ImageDraw.Draw(image)
     grid = tuple(round(0.88 * channel) for channel in BACKGROUNDS[scene.background])

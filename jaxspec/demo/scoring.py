@@ -51,7 +51,7 @@ class Score:
         return 2 * self.true_positives / total if total else 1.0
 
 
-def objects_of(scene: Scene) -> list[SceneObject] | list[Bar]:
+def objects_of(scene: Scene) -> list[SceneObject | Bar]:
     """The truth: the scene's objects in raster order, or its bars from left to right."""
     return list(scene.items)
 

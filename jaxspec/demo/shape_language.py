@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from jaxspec.demo.scenes import COLOURS, PLACES, SHAPES, Scene, SceneObject
+from jaxspec.demo.scenes import COLOURS, PLACES, SHAPES, SceneObject, ShapeScene
 from jaxspec.demo.wording import NUMBERS, amount, background, describe_question, join, maybe, pick, plural, say
 
 
@@ -23,7 +25,7 @@ def _stands(rng: np.random.Generator, item: SceneObject) -> str:
     ), place=item.place, full=full_name(item))  # fmt: skip
 
 
-def _rows(scene: Scene) -> str:
+def _rows(scene: ShapeScene) -> str:
     """A true remark on which rows of the grid are empty."""
     used = {PLACES.index(item.place) // 3 for item in scene.items}
     empty = [name for row, name in enumerate(("top", "middle", "bottom")) if row not in used]
@@ -32,7 +34,7 @@ def _rows(scene: Scene) -> str:
     return f"The {join(empty)} {plural('row', len(empty))} of the picture {'is' if len(empty) == 1 else 'are'} empty."
 
 
-def _describe(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _describe(scene: ShapeScene, rng: np.random.Generator) -> tuple[str, str]:
     items = scene.items
     parts = [say(rng, (
         "The picture shows {amount} on a grid of nine places.",
@@ -65,7 +67,7 @@ def _are(count: int) -> str:
     return ("none are", "one is")[count] if count < 2 else f"{NUMBERS[count]} are"
 
 
-def _count(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _count(scene: ShapeScene, rng: np.random.Generator) -> tuple[str, str]:
     by_shape = rng.random() < 0.6
     attribute = "shape" if by_shape else "colour"
     wanted = getattr(pick(rng, scene.items), attribute)
@@ -114,13 +116,13 @@ def _count(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return question, " ".join(parts)
 
 
-def _unique(scene: Scene) -> list[SceneObject]:
+def _unique(scene: ShapeScene) -> list[SceneObject]:
     """The objects that "the red circle" names without doubt."""
     names = [(item.colour, item.shape) for item in scene.items]
     return [item for item in scene.items if names.count((item.colour, item.shape)) == 1]
 
 
-def _locate(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+def _locate(scene: ShapeScene, rng: np.random.Generator) -> tuple[str, str] | None:
     candidates = _unique(scene)
     if not candidates:
         return None
@@ -158,7 +160,7 @@ def _locate(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     return question, " ".join(parts)
 
 
-def _compare(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+def _compare(scene: ShapeScene, rng: np.random.Generator) -> tuple[str, str] | None:
     candidates = _unique(scene)
     if len(candidates) < 2:
         return None
@@ -214,4 +216,10 @@ def _side(column: int, other: int) -> str:
     return "left" if column < other else "right"
 
 
-MAKERS = {"describe": _describe, "count": _count, "compare": _compare, "locate": _locate}
+MAKERS: dict[str, Callable[[ShapeScene, np.random.Generator], tuple[str, str] | None]] = {
+    "describe": _describe,
+    "count": _count,
+    "compare": _compare,
+    "locate": _locate,
+}
+"""By kind of question; each makes one with its answer, or None where the scene allows no unambiguous one."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from jaxspec.demo.scenes import Scene
+
+Option = TypeVar("Option")
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
@@ -44,7 +47,7 @@ def maybe(rng: np.random.Generator, probability: float, templates: Sequence[str]
     return [say(rng, templates, **fields)] if rng.random() < probability else []
 
 
-def pick(rng: np.random.Generator, options: Sequence):
+def pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
     return options[int(rng.integers(len(options)))]
 
 

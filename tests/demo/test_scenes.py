@@ -12,8 +12,8 @@ from jaxspec.demo.scenes import (
     FRAME,
     PLACES,
     SHAPES,
-    Scene,
     SceneObject,
+    ShapeScene,
     render,
     sample_scene,
     scene_from_json,
@@ -31,7 +31,7 @@ def test_a_scene_survives_json_and_draws_the_same():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("size", "extent", "least"), [("large", 72, 64), ("small", 42, 37)])
 def test_an_object_fills_its_place_in_its_colour(shape, size, extent, least):
-    scene = Scene("shapes", "white", (SceneObject("middle left", "red", shape, size),), ((extent, 0, 0),))
+    scene = ShapeScene("white", (SceneObject("middle left", "red", shape, size),), ((extent, 0, 0),))
     pixels = np.asarray(render(scene))
     assert pixels.shape == (FRAME, FRAME, 3)
     rows, columns = np.nonzero((pixels != 255).any(-1))
