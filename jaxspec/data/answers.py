@@ -19,6 +19,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from jaxspec.data.pictures import Pictures
 from jaxspec.data.pipeline import Example
+from jaxspec.data.records import stored_records
 from jaxspec.media import ImageLike, open_images
 from jaxspec.targets.contract import TargetConfig
 from jaxspec.targets.prompts import EncodedPrompt
@@ -213,7 +214,7 @@ class AnswerSource:
         if "answers" not in self.about:
             raise ValueError(f"the answers in {folder} are not finished; go on with: {self.about['command']}")
         self.has_images = None if "with_images" not in self.about else self.about["with_images"] > 0
-        self.records = tfds.builder_from_directory(str(folder)).as_data_source("train")
+        self.records = stored_records(tfds.builder_from_directory(str(folder)), "train")
         self.pictures = Pictures(image_folder or self.about["image_folder"])
 
     def __len__(self) -> int:

@@ -146,7 +146,7 @@ def read_turn(turn: Any) -> tuple[str, str | list[dict[str, str]]]:
     return ROLES[speaker], words if isinstance(words, str) else [read_part(part) for part in words]
 
 
-def first_given(fields: Mapping, *names: str) -> Any:
+def first_given(fields: Mapping[str, Any], *names: str) -> Any:
     return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
@@ -159,7 +159,7 @@ def read_part(part: Any) -> dict[str, str]:
     raise ValueError(f"a content part must be a text, or an image by its path; got {reprlib.repr(part)}")
 
 
-def image_paths(record: Mapping, marks: Sequence[str | None]) -> list[str]:
+def image_paths(record: Mapping[str, Any], marks: Sequence[str | None]) -> list[str]:
     """The record's pictures in the order of their marks: each has a path of its own or (None) takes the next of those
     under `image` or `images`. Without marks, all of these.
 
@@ -184,7 +184,7 @@ def image_paths(record: Mapping, marks: Sequence[str | None]) -> list[str]:
 def check_turns(turns: Sequence[dict[str, str]]) -> None:
     """Raises ValueError where turns do not alternate, an answer is empty or holds a picture, or UTF-8 cannot hold a
     text."""
-    speakers = [SPEAKERS.get(ROLES.get(turn["from"])) for turn in turns]
+    speakers = [SPEAKERS.get(ROLES.get(turn["from"], "")) for turn in turns]
     spoken = speakers[1:] if speakers[:1] == ["system"] else speakers
     if not spoken or spoken != ["human", "gpt"] * (len(spoken) // 2):
         shown = [turn["from"] for turn in turns[:8]] + ["..."] * (len(turns) > 8)

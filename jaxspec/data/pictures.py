@@ -7,9 +7,11 @@ image file, or SPLIT/INDEX in the folder of a prepared tensorflow-datasets set.
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
+from jaxspec.data.records import Records, stored_records
 from jaxspec.demo.generation import numbered_scene
 from jaxspec.demo.scenes import render
 from jaxspec.media import ImageLike
@@ -24,10 +26,10 @@ class Pictures:
       folder: what references are relative to; None where they are scenes.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None):
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self.folder = None if folder is None else Path(folder)
         self.prepared = self.folder is not None and is_prepared(self.folder)
-        self.splits: dict[str, tfds.core.data_sources.BaseDataSource] = {}
+        self.splits: dict[str, Records[dict[str, Any]]] = {}
 
     def __getitem__(self, reference: str) -> ImageLike:
         """Raises ValueError for a reference that stands for nothing; whether a file exists is seen when it is read."""
@@ -56,10 +58,10 @@ def is_prepared(folder: Path) -> bool:
     return (folder / "dataset_info.json").is_file()
 
 
-def open_records(folder: Path, split: str):
+def open_records(folder: Path, split: str) -> Records[dict[str, Any]]:
     """Random access to a prepared set, images left as encoded bytes. Raises ValueError for an unknown split."""
     builder = tfds.builder_from_directory(str(folder))
     if split not in builder.info.splits:
         raise ValueError(f"split must be one of {', '.join(builder.info.splits)} in {folder}, got {split!r}")
     images = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
-    return builder.as_data_source(split, decoders=images)
+    return stored_records(builder, split, images)

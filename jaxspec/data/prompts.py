@@ -7,7 +7,7 @@ is wrong with it, so that one broken record is one line in a list and not the en
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 
 from jaxspec.data.formats import MARK, encodable, image_paths, name_of, parse_json, read_turn
 from jaxspec.data.pictures import SCENES, is_prepared, open_records
+from jaxspec.data.records import Records
 from jaxspec.data.scenes import JaxspecScenesConfig
 from jaxspec.demo.generation import SPLITS, conversation_of, numbered_scene
 
@@ -35,7 +36,7 @@ SHORT_ANSWERS = (
 class PromptSource:
     """Records as they are stored, where their images are, and what the source is known by."""
 
-    records: Sequence[Any]
+    records: Records[Any]
     identity: str  # of a file its name and a hash of its content; of a prepared set its path, split and record count
     image_folder: Path | None  # None where the images need no folder: scenes
 
@@ -51,8 +52,8 @@ class Conversation:
     """What a user says; the answers are for the target to give."""
 
     id: str
-    system: tuple[dict, ...]  # messages ahead of the first turn
-    turns: tuple[list[dict], ...]  # the content parts of each user turn, {"type": "image"} or {"type": "text", ..}
+    system: tuple[dict[str, Any], ...]  # messages ahead of the first turn
+    turns: tuple[list[dict[str, str]], ...]  # parts of each user turn, {"type": "image"} or {"type": "text", ..}
     images: tuple[str, ...]  # a reference for each image part
 
 
@@ -90,7 +91,7 @@ def open_prompts(data: str, split: str = "train", image_folder: str | Path | Non
         raise FileNotFoundError(f"no image folder {folder}")
     content = path.read_bytes()
     if path.suffix == ".jsonl":
-        records: Sequence[Any] = JsonLines(content)
+        records: Records[Any] = JsonLines(content)
     else:
         records = parse_json(content, str(path))
         if not isinstance(records, list):
@@ -103,7 +104,7 @@ def open_prompts(data: str, split: str = "train", image_folder: str | Path | Non
 class JsonLines:
     """One JSON object per line, parsed when it is asked for."""
 
-    def __init__(self, content: bytes):
+    def __init__(self, content: bytes) -> None:
         self.lines = [(number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
 
     def __len__(self) -> int:
@@ -117,13 +118,14 @@ class JsonLines:
 class SceneRecords:
     """The numbered scenes of the demo, made when they are asked for; as many as the `jaxspec_scenes` set holds."""
 
-    def __init__(self, split: str):
-        self.split, self.count = split, getattr(JaxspecScenesConfig(), f"{split}_size")
+    def __init__(self, split: str) -> None:
+        self.split = split
+        self.count: int = getattr(JaxspecScenesConfig(), f"{split}_size")
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         reference = f"{SCENES}/{self.split}/{index}"
         _, turns = numbered_scene(self.split, index)
         return {"id": reference, "conversations": conversation_of(turns), "images": [reference]}
@@ -133,13 +135,13 @@ class TfdsRecords:
     """A prepared set with the features `prompt` or `question` (text), or `conversations` or `messages` (JSON as text),
     and perhaps `image` and `id`."""
 
-    def __init__(self, folder: Path, split: str):
+    def __init__(self, folder: Path, split: str) -> None:
         self.records, self.split = open_records(folder, split), split
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         record, reference = self.records[index], f"{self.split}/{index}"
         made: dict[str, Any] = {"id": str(as_text(record.get("id", reference)))}
         made["images"] = [reference] if "image" in record else []
@@ -194,7 +196,7 @@ def read_conversation(record: Any, index: int) -> Conversation:
     return Conversation(name, tuple(system), tuple(turns), tuple(images))
 
 
-def messages_of(field: str, value: Any) -> Iterator[tuple[str, list[dict]]]:
+def messages_of(field: str, value: Any) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """(role, content parts) of each message."""
     if field == "prompt":
         if not isinstance(value, str):
@@ -212,7 +214,7 @@ def messages_of(field: str, value: Any) -> Iterator[tuple[str, list[dict]]]:
             yield role, [part for parts in marked for part in parts]
 
 
-def check_content(role: str, content: list[dict]) -> None:
+def check_content(role: str, content: list[dict[str, str]]) -> None:
     """Raises ValueError for a question without words, an image in another's turn, a text that UTF-8 cannot hold."""
     texts = [part["text"] for part in content if part["type"] == "text"]
     for text in texts:
@@ -223,13 +225,13 @@ def check_content(role: str, content: list[dict]) -> None:
         raise ValueError(f"a turn by {role} holds an image; only those by user may")
 
 
-def text_parts(text: str) -> list[dict]:
+def text_parts(text: str) -> list[dict[str, str]]:
     """A text with `<image>` marks as content parts, the images ahead of the text."""
     images = [{"type": "image"} for _ in range(text.count(MARK))]
     return [*images, {"type": "text", "text": text.replace(MARK, "").strip()}]
 
 
-def with_suffix(content: list[dict], suffix: str) -> list[dict]:
+def with_suffix(content: list[dict[str, str]], suffix: str) -> list[dict[str, str]]:
     """A user turn that ends in a suffix: one of `SUFFIXES` by name, or any text as it is.
 
     SpecVLM's takes the place of a request for a short answer and is a sentence of its own otherwise.

@@ -11,10 +11,12 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from jaxspec.data.records import Records, stored_records
 from jaxspec.demo.generation import conversation_of, numbered_scene
 from jaxspec.demo.scenes import FRAME, render
 from jaxspec.quiet import quiet
@@ -29,7 +31,7 @@ class JaxspecScenesConfig(tfds.core.BuilderConfig):
     validation_size: int = 500
     test_size: int = 500
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("train_size", "validation_size", "test_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1; got {getattr(self, field)}.")
@@ -44,11 +46,11 @@ class JaxspecScenes(tfds.core.GeneratorBasedBuilder):
     `kinds` the kinds of the questions as JSON.
     """
 
-    name = "jaxspec_scenes"
-    VERSION = tfds.core.Version("1.0.0")
+    name: ClassVar[str] = "jaxspec_scenes"
+    VERSION: ClassVar[tfds.core.Version] = tfds.core.Version("1.0.0")
     # Nothing is downloaded. Looking for a checksum file would import a package that tensorflow-datasets uses without
     # declaring it.
-    url_infos = {}
+    url_infos: ClassVar[dict[str, Any]] = {}
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -88,19 +90,19 @@ class JaxspecScenes(tfds.core.GeneratorBasedBuilder):
             )
 
 
-class _Records:
+class StoredScenes:
     """Random access to one split, with pictures left as encoded bytes: whoever needs pixels decodes them once."""
 
-    def __init__(self, source):
+    def __init__(self, source: Records[dict[str, Any]]) -> None:
         self._source = source
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, position: int) -> dict:
-        if not 0 <= position < len(self._source):
-            raise IndexError(f"A record's position must lie within 0..{len(self._source) - 1}; got {position}.")
-        record = self._source[position]
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self._source):
+            raise IndexError(f"A record's position must lie within 0..{len(self._source) - 1}; got {index}.")
+        record = self._source[index]
         return {
             "index": int(record["index"]),
             "images": [bytes(record["image"])],
@@ -116,7 +118,7 @@ def load_scenes(
     train_size: int = 40_000,
     validation_size: int = 500,
     test_size: int = 500,
-) -> _Records:
+) -> StoredScenes:
     """Prepares the data set in `data_dir` unless it is there already, and opens one split.
 
     Returns:
@@ -132,4 +134,4 @@ def load_scenes(
     with quiet("absl"):  # tensorflow-datasets warns of every configuration that is made by arguments
         builder = JaxspecScenes(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
     builder.download_and_prepare()
-    return _Records(builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()}))
+    return StoredScenes(stored_records(builder, split, {"image": tfds.decode.SkipDecoding()}))

@@ -15,13 +15,14 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
 from jaxspec.data.formats import name_of, printable, read_records, standard_record
 from jaxspec.data.pictures import SCENES, Pictures, is_prepared
 from jaxspec.data.prompts import SceneRecords
+from jaxspec.data.records import stored_records
 from jaxspec.media import open_images
 from jaxspec.quiet import quiet
 
@@ -45,11 +46,11 @@ class ConversationFiles:
       ValueError: neither JSON list nor JSON lines, or no record can be used.
     """
 
-    def __init__(self, path: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None):
+    def __init__(self, path: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None) -> None:
         path = Path(path)
         folder = path.parent if image_folder is None else Path(image_folder)
         self.skipped: list[tuple[str, str]] = []
-        self._records = []
+        self._records: list[dict[str, Any]] = []
         for number, record in enumerate(read_records(path)):
             try:
                 self._records.append(standard_record(record, number, folder))
@@ -70,9 +71,9 @@ class ConversationFiles:
 class SceneConversations(SceneRecords):
     """The numbered scenes of the demo with their pictures and the true answers, made when they are asked for."""
 
-    has_images = True
+    has_images: bool = True
 
-    def __init__(self, split: str):
+    def __init__(self, split: str) -> None:
         super().__init__(split)
         self.pictures = Pictures(None)
 
@@ -86,11 +87,11 @@ class Conversations(tfds.core.GeneratorBasedBuilder):
     marks; `conversations` turns {"from", "value"} as JSON. Metadata: `with_images`, how many records have pictures;
     `skipped`, [id, reason] of the records of the file that could not be used."""
 
-    name = "conversations"
-    VERSION = tfds.core.Version("1.0.0")
-    url_infos = {}  # nothing is downloaded
+    name: ClassVar[str] = "conversations"
+    VERSION: ClassVar[tfds.core.Version] = tfds.core.Version("1.0.0")
+    url_infos: ClassVar[dict[str, Any]] = {}  # nothing is downloaded
 
-    def __init__(self, *, files: ConversationFiles | None = None, **kwargs):
+    def __init__(self, *, files: ConversationFiles | None = None, **kwargs: Any) -> None:
         self.files = files
         super().__init__(**kwargs)
 
@@ -106,12 +107,14 @@ class Conversations(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        return {"train": self._generate_examples()}
+        if self.files is None:
+            raise ValueError(f"{self.data_dir} is not there, and there is no file to make it of")
+        return {"train": self._generate_examples(self.files)}
 
-    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
-        skipped, with_images = list(self.files.skipped), 0
-        for index in range(len(self.files)):
-            record = self.files[index]
+    def _generate_examples(self, files: ConversationFiles) -> Iterator[tuple[int, dict]]:
+        skipped, with_images = list(files.skipped), 0
+        for index in range(len(files)):
+            record = files[index]
             try:
                 open_images(record["images"])
             except ValueError as error:
@@ -120,7 +123,7 @@ class Conversations(tfds.core.GeneratorBasedBuilder):
             with_images += bool(record["images"])
             images = [Path(path).read_bytes() for path in record["images"]]
             yield index, {**record, "images": images, "conversations": json.dumps(record["conversations"])}
-        if len(skipped) == len(self.files) + len(self.files.skipped):
+        if len(skipped) == len(files) + len(files.skipped):
             raise ValueError(f"none of the {len(skipped)} records can be used; the last, {': '.join(skipped[-1])}")
         self.info.metadata.update(with_images=with_images, skipped=skipped)
 
@@ -154,7 +157,7 @@ def build_conversations(
     return Path(builder.data_dir)
 
 
-def builder_of(data_dir, name: str, files: ConversationFiles | None = None) -> Conversations:
+def builder_of(data_dir: str | os.PathLike[str], name: str, files: ConversationFiles | None = None) -> Conversations:
     with quiet("absl"):  # tensorflow-datasets warns of every configuration that is made by arguments
         config = tfds.core.BuilderConfig(name=name)
         return Conversations(data_dir=os.fspath(data_dir), config=config, file_format="array_record", files=files)
@@ -170,15 +173,15 @@ class ConversationSource:
       FileNotFoundError: there is none of that name.
     """
 
-    def __init__(self, data_dir: str | os.PathLike[str], name: str):
+    def __init__(self, data_dir: str | os.PathLike[str], name: str) -> None:
         builder = builder_of(data_dir, name)
         if not Path(builder.data_dir).exists():
             raise FileNotFoundError(
                 f"no data set {name!r} in {data_dir}; make it with: python -m jaxspec prepare FILE {data_dir}"
             )
         with_images = (builder.info.metadata or {}).get("with_images")
-        self.has_images = None if with_images is None else with_images > 0
-        self._records = builder.as_data_source("train")
+        self.has_images: bool | None = None if with_images is None else with_images > 0
+        self._records = stored_records(builder, "train")
 
     def __len__(self) -> int:
         return len(self._records)

@@ -8,6 +8,7 @@ shape, size and value of what its cell or bar holds. The linear layers are throw
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -17,7 +18,7 @@ from flax import nnx
 
 from jaxspec.checkpoints.names import NameTable, fill, to_tensors
 from jaxspec.checkpoints.tensors import SINGLE, read_folder, write_file
-from jaxspec.data.scenes import load_scenes
+from jaxspec.data.scenes import StoredScenes, load_scenes
 from jaxspec.demo.processor import IMAGE_SIZE, PATCH_SIZE, processor_at
 from jaxspec.demo.scenes import patch_labels, scene_from_json
 from jaxspec.layers import linear
@@ -58,7 +59,7 @@ class VisionRecipe(Recipe):
 class Readout(nnx.Module):
     """A tower and one linear layer per kind of label."""
 
-    def __init__(self, config: ClipVisionConfig, classes: dict[str, int], *, rngs: nnx.Rngs):
+    def __init__(self, config: ClipVisionConfig, classes: dict[str, int], *, rngs: nnx.Rngs) -> None:
         self.tower = ClipVisionTower(config, rngs=rngs)
         self.heads = nnx.Dict(
             {name: linear(config.hidden_size, count, bias=True, rngs=rngs) for name, count in classes.items()}
@@ -70,16 +71,17 @@ def vision_task(recipe: VisionRecipe) -> Task:
     processor = processor_at(recipe.processor_folder)
     side = recipe.image_size // recipe.patch_size
 
-    def encode(record: dict) -> dict[str, np.ndarray]:
+    def encode(record: dict[str, Any]) -> dict[str, np.ndarray]:
         pixels = processor.image_processor(open_images(record["images"]), return_tensors="np")["pixel_values"][0]
         return {"pixel_values": pixels, **patch_labels(scene_from_json(record["scene"]), side)[0]}
 
-    def dataset(split: str) -> grain.MapDataset:
-        return grain.MapDataset.source(load_scenes(recipe.dataset_dir, split, train_size=recipe.dataset_size))
+    def scenes(split: str) -> StoredScenes:
+        return load_scenes(recipe.dataset_dir, split, train_size=recipe.dataset_size)
 
-    training = dataset("train").seed(recipe.seed).shuffle().repeat().map(encode).batch(recipe.rows)
-    validation = dataset("validation").map(encode).batch(recipe.rows)
-    classes = patch_labels(scene_from_json(dataset("validation")[0]["scene"]), side)[1]
+    train, held_out = (grain.MapDataset.source(scenes(split)) for split in ("train", "validation"))
+    training = train.seed(recipe.seed).shuffle().repeat().map(encode).batch(recipe.rows)
+    validation = held_out.map(encode).batch(recipe.rows)
+    classes = patch_labels(scene_from_json(scenes("validation")[0]["scene"]), side)[1]
     graph, params = nnx.split(Readout(recipe.tower, classes, rngs=nnx.Rngs(recipe.seed)))
 
     def loss(params, constants, batch, key):
@@ -108,7 +110,9 @@ def vision_task(recipe: VisionRecipe) -> Task:
             training[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
         ),
         validation=lambda: (
-            validation[index] for index in range(min(recipe.eval_batches * recipe.accumulate, len(validation)))
+            batch
+            for index in range(min(recipe.eval_batches * recipe.accumulate, len(validation)))
+            if (batch := validation[index]) is not None  # which a filtered record would be
         ),
         export=export,
     )
