@@ -1,14 +1,18 @@
 """Hugging Face config objects -> ours and back, for the parts that families share."""
 
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from jaxspec.layers import RopeConfig, TextConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
 """Text models that one decoder layer computes; the Qwen2 ones have biases at query, key and value."""
 
 
-def llama_text_config(config) -> TextConfig:
+def llama_text_config(config: "PretrainedConfig") -> TextConfig:
     """A transformers config of a Llama-like text model as ours. Raises ValueError for what the decoder layer does not
     compute."""
     if config.model_type not in TEXT_MODELS:
@@ -25,7 +29,7 @@ def llama_text_config(config) -> TextConfig:
     )
 
 
-def common_text_fields(config) -> dict:
+def common_text_fields(config: "PretrainedConfig") -> dict[str, Any]:
     """The fields of `TextConfig` that every text model's config gives."""
     return {
         "vocab_size": config.vocab_size,
@@ -42,7 +46,7 @@ def common_text_fields(config) -> dict:
     }
 
 
-def rope_config(parameters: dict) -> RopeConfig:
+def rope_config(parameters: dict[str, Any]) -> RopeConfig:
     """`rope_parameters` of a transformers 5 config (older spellings are converted by transformers on reading)."""
     # Beside `rope_type` there may still be the `type` of older files.
     known = {field.name for field in dataclasses.fields(RopeConfig)} - {"theta", "type"}
@@ -51,7 +55,7 @@ def rope_config(parameters: dict) -> RopeConfig:
     return RopeConfig(theta=parameters["rope_theta"], type=parameters.get("rope_type", "default"), **values)
 
 
-def published_text_fields(text: TextConfig) -> dict:
+def published_text_fields(text: TextConfig) -> dict[str, Any]:
     """The inverse of `common_text_fields`, for the constructor of a transformers config."""
     return {
         "vocab_size": text.vocab_size,
@@ -68,7 +72,7 @@ def published_text_fields(text: TextConfig) -> dict:
     }
 
 
-def published_rope(rope: RopeConfig) -> dict:
+def published_rope(rope: RopeConfig) -> dict[str, Any]:
     """The inverse of `rope_config`, for text models."""
     parameters = {"rope_type": rope.type, "rope_theta": rope.theta}
     if rope.type != "default":

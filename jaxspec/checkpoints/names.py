@@ -8,7 +8,7 @@ the transposed `weight`, `scale` and `embedding` are `weight`, a convolution's k
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ import numpy as np
 from flax import nnx
 
 from jaxspec.sharding import parameter_sharding
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
@@ -87,7 +89,7 @@ class OneKey:
         return jax.random.key(0)
 
 
-def abstract(build: Callable[[Any], nnx.Module]) -> nnx.Module:
+def abstract(build: Callable[[Any], Module]) -> Module:
     """The module that `build(rngs)` makes, with shapes in place of values."""
     return nnx.eval_shape(lambda: build(OneKey()))
 
@@ -128,9 +130,7 @@ def match(
     return found
 
 
-def fill(
-    module: nnx.Module, tensors: Mapping[str, np.ndarray], table: NameTable, source: str, dtype, mesh=None
-) -> nnx.Module:
+def fill(module: Module, tensors: Mapping[str, np.ndarray], table: NameTable, source: str, dtype, mesh=None) -> Module:
     """A module with the same structure (built abstractly) whose parameters are the published tensors in `dtype`
     (integers keep theirs).
 

@@ -61,7 +61,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         temperature = _number("temperature", self.temperature)
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be finite and at least 0, got {temperature!r}")

@@ -6,12 +6,14 @@ is the tree with `top_k = 1`, autoregressive decoding the tree of one node.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxspec.speculation.sampling import BatchSampling, warp
+
+Carry = TypeVar("Carry")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class TreeConfig:
     total_tokens: int
     noise_weight: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.depth < 0:
             raise ValueError(f"depth must be at least 0, got {self.depth}")
         if self.top_k < 1:
@@ -47,7 +49,7 @@ class TreeConfig:
             raise ValueError(f"noise_weight must lie in 0..1, got {self.noise_weight}")
 
     @classmethod
-    def chain(cls, num_speculative_tokens: int, **options) -> "TreeConfig":
+    def chain(cls, num_speculative_tokens: int, **options: float) -> "TreeConfig":
         """A chain of that many draft tokens (the root not counted)."""
         if num_speculative_tokens < 1:
             raise ValueError(f"a chain needs at least 1 speculative token, got {num_speculative_tokens}")
@@ -122,8 +124,8 @@ def grow_tree(
     first_logits: jax.Array,
     noise: jax.Array,
     sampling: BatchSampling,
-    expand: Callable[[Any, jax.Array, jax.Array, int], tuple[Any, jax.Array]],
-    carry: Any,
+    expand: Callable[[Carry, jax.Array, jax.Array, int], tuple[Carry, jax.Array]],
+    carry: Carry,
     vocabulary: jax.Array | None = None,
 ) -> Tree:
     """EAGLE-2's dynamic tree (arXiv 2406.16858, section 4) over any drafter.

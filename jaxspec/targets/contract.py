@@ -56,6 +56,7 @@ class VisionLanguageModel(nnx.Module):
     `encode_vision` and `project`."""
 
     language_model: LanguageModel
+    config: TargetConfig
 
     @property
     def dtype(self):

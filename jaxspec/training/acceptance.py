@@ -39,9 +39,9 @@ def summary(step: int, accepted: dict[float, Acceptance]) -> dict[str, Any]:
     return {"step": step, **figures(accepted[0.0]), **sampled}
 
 
-def without_nan(value):
+def without_nan(value: float | tuple[float, ...]) -> float | list[float | None] | None:
     if isinstance(value, tuple):
-        return [without_nan(each) for each in value]
+        return [None if math.isnan(each) else each for each in value]
     return None if math.isnan(value) else value
 
 

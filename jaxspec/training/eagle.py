@@ -6,7 +6,7 @@ by one, as it will when drafting (ViSpec 3.4).
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jaxspec.drafters.eagle import EagleConfig, EagleHead
 from jaxspec.drafters.registry import METHODS
 from jaxspec.drafters.vocabulary import most_frequent, take_from_target
 from jaxspec.layers import TextConfig
+from jaxspec.targets.contract import VisionLanguageModel
+from jaxspec.targets.target import Target
 from jaxspec.training.drafter import DrafterRecipe, Teacher, open_answers, start_from
 from jaxspec.training.losses import (
     RANKED,
@@ -52,7 +54,7 @@ class EagleRecipe(DrafterRecipe):
     acceptance_weight: float = 0.0
     """Of the expected share of `mtp_steps + 1` draft tokens in a row that is rejected (ours)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.method not in self.methods:
             known = ", ".join(self.methods)
@@ -60,7 +62,7 @@ class EagleRecipe(DrafterRecipe):
         if self.draft_vocab_size is not None and self.draft_vocab_size < RANKED:
             raise ValueError(f"draft_vocab_size must be at least {RANKED}, got {self.draft_vocab_size}")
 
-    def head_fields(self, text: TextConfig) -> dict:
+    def head_fields(self, text: TextConfig) -> dict[str, Any]:
         """What every head with the one layer `text` is made of; the bias is as in the published heads for Qwen."""
         sizes = {"tap_layers": self.tap_layers, "draft_vocab_size": self.draft_vocab_size}
         return {"text": text, "qkv_bias": text.qkv_bias, **sizes}
@@ -68,13 +70,13 @@ class EagleRecipe(DrafterRecipe):
     def head_config(self, text: TextConfig) -> EagleConfig:
         return EagleConfig(**self.head_fields(text), input_norm=self.method == "eaglevlm")
 
-    def trains(self, path: tuple) -> bool:
+    def trains(self, path: tuple[Any, ...]) -> bool:
         return path[-1] != "ids"  # of the draft vocabulary
 
-    def new_drafter(self, target) -> EagleHead:
+    def new_drafter(self, target: Target) -> EagleHead:
         """A head of the target's shape, or that of `init_from` with what it lacks."""
         config = self.head_config(dataclasses.replace(target.config.text, num_layers=1, tie_word_embeddings=False))
-        head = METHODS[self.method].module(config, rngs=nnx.Rngs(self.seed))
+        head = cast(EagleHead, METHODS[self.method].module(config, rngs=nnx.Rngs(self.seed)))
         if self.draft_vocab_size is not None:
             answers = open_answers(self, target).records
             said = (answers[index]["answer_ids"] for index in range(len(answers)))
@@ -84,11 +86,13 @@ class EagleRecipe(DrafterRecipe):
             start_from(head, self.init_from, target)
         return head
 
-    def loss(self, head: EagleHead, target, teacher: Teacher, key) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        self, drafter: EagleHead, target: VisionLanguageModel, teacher: Teacher, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The recipe's loss and, per draft position, how often the head's first choice is the target's."""
         context, answer = teacher
         rows_key, noise_key = jax.random.split(key)
-        rows = head.rows_of(context, jnp.roll(context.embeds, -1, axis=1), rows_key)
+        rows = drafter.rows_of(context, jnp.roll(context.embeds, -1, axis=1), rows_key)
         features, lengths = context.features, context.lengths
 
         def at_rows(x, shift):  # what stands `shift` positions after each row
@@ -98,7 +102,7 @@ class EagleRecipe(DrafterRecipe):
         # Row i drafts token i + 2 from the feature that stands at i + 1; the token before must be the answer's, too.
         mask = rows.valid & at_rows(answer, 1) & at_rows(answer, 2) & (rows.positions + 2 < lengths[:, None])
         target_features = at_rows(features[..., -context.embeds.shape[-1] :], 1)
-        ids = head.draft_ids
+        ids = drafter.draft_ids
         weights = {
             "feature": (self.feature_weight, None),
             "soft_ce": (self.soft_cross_entropy_weight, soft_cross_entropy),
@@ -109,7 +113,7 @@ class EagleRecipe(DrafterRecipe):
 
         def compare(output, target_features):
             """What the logits of the head's outputs and of the target's features say of each other, by name."""
-            logits, target_logits = head.logits(target, output), target.unembed(target_features)
+            logits, target_logits = drafter.logits(target, output), target.unembed(target_features)
             choice, target_choice = logits.argmax(axis=-1), target_logits.argmax(axis=-1)
             if ids is not None:  # the head learns the target's distribution over the tokens that it drafts
                 choice, target_logits = ids[choice], target_logits[..., ids]
@@ -120,9 +124,9 @@ class EagleRecipe(DrafterRecipe):
         if self.feature_noise:
             amplitude = self.feature_noise * 512 / features.shape[1]
             inputs = inputs + jax.random.uniform(noise_key, inputs.shape, minval=-amplitude, maxval=amplitude)
-        total, metrics, overlaps = 0.0, {}, []
+        total, metrics, overlaps = jnp.zeros(()), {}, []
         for step in range(self.mtp_steps + 1):
-            output, _ = head.forward(rows, inputs)
+            output, _ = drafter.forward(rows, inputs)
             values = by_columns(compare, target.config.text.vocab_size, output, target_features)
             values["feature"] = smooth_l1(output, target_features)
             overlaps.append(values["overlap"] * mask)

@@ -4,7 +4,7 @@ it does. Each phase is a run of its own; the second starts from the first one's 
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.checkpoints.names import abstract
 from jaxspec.drafters.checkpoint import load_drafter_folder
 from jaxspec.drafters.massv import MassvDrafter, check_tokenizer
+from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.llava import Projector
+from jaxspec.targets.target import Target
 from jaxspec.training.drafter import DrafterRecipe, Teacher
 from jaxspec.training.losses import next_token_loss
 
@@ -34,17 +36,19 @@ class MassvRecipe(DrafterRecipe):
     total_tokens: int = 6
     """A chain of 5, as published."""
 
-    def new_drafter(self, target) -> MassvDrafter:
+    def new_drafter(self, target: Target) -> MassvDrafter:
         return new_massv(target, self.init_from or self.lm, self.phase != 0, self.seed)
 
     @property
     def needs_images(self) -> bool:
         return self.phase != 0
 
-    def trains(self, path: tuple) -> bool:
+    def trains(self, path: tuple[Any, ...]) -> bool:
         return self.phase != 1 or path[0] == "projector"
 
-    def loss(self, drafter: MassvDrafter, target, teacher: Teacher, key) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        self, drafter: MassvDrafter, target: VisionLanguageModel, teacher: Teacher, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy of the answers' tokens. Of the target only its vision features are used; what else the teacher
         computes falls away when the step is compiled."""
         context, answer = teacher
@@ -56,7 +60,7 @@ class MassvRecipe(DrafterRecipe):
         return next_token_loss(drafter.language_model, features, ids, answer & sequence.valid)
 
 
-def new_massv(target, source: str | Path, multimodal: bool, seed: int = 0) -> MassvDrafter:
+def new_massv(target: Target, source: str | Path, multimodal: bool, seed: int = 0) -> MassvDrafter:
     """A drafter for a loaded target from `source`, a text model or a MASSV drafter (folder or repo id), in float32.
 
     A projector that `source` lacks starts fresh; without `multimodal` there is none. Raises ValueError for a target

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxspec.drafters.medusa import MedusaConfig, MedusaHeads
+from jaxspec.targets.contract import VisionLanguageModel
+from jaxspec.targets.target import Target
 from jaxspec.training.drafter import DrafterRecipe, Teacher, start_from
 from jaxspec.training.losses import by_columns, masked_mean, soft_cross_entropy
 
@@ -22,7 +24,7 @@ class MedusaRecipe(DrafterRecipe):
     head_decay: float = 0.8
     """The loss of head k has the weight `head_decay ** k`."""
 
-    def new_drafter(self, target) -> MedusaHeads:
+    def new_drafter(self, target: Target) -> MedusaHeads:
         """Heads of the target's width, or those of `init_from` and fresh ones where it has fewer."""
         text = target.config.text
         heads = MedusaHeads(MedusaConfig(text.hidden_size, text.vocab_size, self.num_heads), rngs=nnx.Rngs(self.seed))
@@ -31,7 +33,9 @@ class MedusaRecipe(DrafterRecipe):
             start_from(heads, self.init_from, target)
         return heads
 
-    def loss(self, heads: MedusaHeads, target, teacher: Teacher, key) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        self, drafter: MedusaHeads, target: VisionLanguageModel, teacher: Teacher, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The recipe's loss and, per head, how often its first choice is the target's."""
         # The target's features at position i say what token i + 1 is, which head k foresees at i - k.
         features, answer = teacher.context.features, teacher.answer
@@ -42,14 +46,14 @@ class MedusaRecipe(DrafterRecipe):
 
         def compare(number):
             def values(before, features):
-                logits, target_logits = heads.logits(target, before, number), target.unembed(features)
+                logits, target_logits = drafter.logits(target, before, number), target.unembed(features)
                 agreement = logits.argmax(axis=-1) == target_logits.argmax(axis=-1)
                 return {"soft_ce": soft_cross_entropy(logits, target_logits), "agreement": agreement}
 
             return by_columns(values, target.config.text.vocab_size, earlier(features, number), features)
 
         # A draft begins behind a token of the answer, and every token up to the one foreseen is the answer's.
-        total, metrics, mask = 0.0, {}, foreseen
+        total, metrics, mask = jnp.zeros(()), {}, foreseen
         for number in range(1, self.num_heads + 1):
             mask = mask & earlier(foreseen, number)
             means = {name: masked_mean(values, mask) for name, values in compare(number).items()}

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flax import nnx
 
@@ -11,6 +12,11 @@ from jaxspec.drafters.drafter import Drafter
 from jaxspec.training.checkpoints import BEST, LATEST, manager, restore
 from jaxspec.training.drafter import DrafterRecipe, about_run, split_drafter
 from jaxspec.training.member import initial_state
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Kind = TypeVar("Kind", bound="DataclassInstance")
 
 
 def read_recipe(folder: Path) -> DrafterRecipe:
@@ -26,11 +32,11 @@ def read_recipe(folder: Path) -> DrafterRecipe:
     return from_json(known[name], values)
 
 
-def from_json(kind: type, values: dict):
+def from_json(kind: type[Kind], values: dict[str, Any]) -> Kind:
     """A dataclass from what `dataclasses.asdict` and JSON made of it: lists were tuples, dicts were dataclasses."""
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(kind)}
 
-    def restored(name, value):
+    def restored(name: str, value: Any) -> Any:
         if isinstance(value, dict) and dataclasses.is_dataclass(defaults[name]):
             return from_json(type(defaults[name]), value)
         return tuple(value) if isinstance(value, list) else value
@@ -59,5 +65,5 @@ def drafter_of_run(folder: Path, recipe: DrafterRecipe, target: jaxspec.Target) 
     return Drafter(nnx.merge(graph, params, rest), recipe.tree, recipe.method, about | {"step": step})
 
 
-def subclasses(parent: type) -> set[type]:
+def subclasses(parent: type[Kind]) -> set[type[Kind]]:
     return {parent}.union(*map(subclasses, parent.__subclasses__()))

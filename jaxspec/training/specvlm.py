@@ -23,7 +23,7 @@ class SpecVLMRecipe(EagleRecipe):
     feature_noise: float = 0.0
     ranking_weight: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.mtp_steps:
             raise ValueError(
