@@ -135,4 +135,4 @@ class Bench:
         wrote = ", ".join(["results.json", "results.md", *(["results.png"] if drawn else [])])
         console.print(f"wrote {wrote} to {self.output}", markup=False, soft_wrap=True)
         if not drawn and self.drafters:
-            console.print("no results.png: matplotlib is not installed (pip install 'jaxspec[plot]')", markup=False)
+            console.print("no results.png: matplotlib is not installed (pip install 'jaxspec-vlm[plot]')", markup=False)

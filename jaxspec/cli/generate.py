@@ -54,7 +54,8 @@ class Generate:
     image: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATH")] = ()
     """A picture. The packaged one by default, with the embedded target or without a prompt."""
     video: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATH")] = ()
-    """A video or an animated picture, for targets that read them. Video files need `pip install 'jaxspec[video]'`."""
+    """A video or an animated picture, for targets that read them. Video files need PyAV:
+    `pip install 'jaxspec-vlm[video]'`."""
     prompt: str | None = None
     """The question; "Describe the picture." by default."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = ModelOptions()

@@ -52,7 +52,7 @@ class Recipe:
     eval_batches: int = 8
     checkpoint_every: int = 250
     tensorboard: bool = False
-    """Write TensorBoard event files, too (`pip install 'jaxspec[logging]'`)."""
+    """Write TensorBoard event files, too (`pip install 'jaxspec-vlm[logging]'`)."""
     wandb: str | None = None
     """A project of Weights & Biases to log to, too."""
 
