@@ -3,48 +3,16 @@
     python train.py configs/NAME.py [configs/OTHER.py ...] [--field value ...]
 
 A config file holds one recipe; every field can be overridden, in all of them. Runs resume by themselves and stop
-cleanly on Ctrl-C.
+cleanly on Ctrl-C. `jaxspec train NAME` is the same where no checkout is at hand.
 """
 
-import os
-import runpy
 import sys
-from itertools import takewhile
-from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces that torch is missing, which nobody needs
-
-import tyro  # noqa: E402
-
-from jaxspec.training import Recipe, Stopped, run  # noqa: E402
-
-
-def read_recipes(arguments: list[str]) -> list[Recipe]:
-    """The recipes of config files with command-line overrides. Exits with a message on bad arguments."""
-    paths = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
-    if not paths:
-        known = "\n".join(f"  {path}" for path in sorted(Path("configs").glob("*.py")))
-        sys.exit(f"{__doc__}\nrecipes here:\n{known}")
-    if missing := [path for path in paths if not Path(path).is_file()]:
-        sys.exit(f"no config file {', '.join(missing)}")
-    recipes = {path: runpy.run_path(path)["recipe"] for path in paths}
-    overrides = arguments[len(paths) :]
-    return [
-        tyro.cli(type(recipe), default=recipe, args=overrides, prog=f"train.py {path}")
-        for path, recipe in recipes.items()
-    ]
+from jaxspec import cli
 
 
 def main() -> None:
-    recipes = read_recipes(sys.argv[1:])
-    for recipe in recipes:
-        print(recipe)
-    try:
-        run(*recipes)
-    except Stopped as stopped:
-        print(stopped)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(cli.main(["train", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

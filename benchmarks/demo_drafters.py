@@ -3,25 +3,23 @@
     python benchmarks/demo_drafters.py [GROUP ...]
 
 The recipes of a group are trained together. Groups run in the order in which they need each other; what is finished is
-passed over, what was stopped goes on. The answers they learn from: the docstring of configs/demo_eagle2.py.
+passed over, what was stopped goes on. What makes the answers they learn from: configs/demo_eagle2.py.
 """
 
 import argparse
 import dataclasses
-import runpy
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from jaxspec.recipe_files import load_recipe
 from jaxspec.training import Recipe, Stopped, run
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 PRIMITIVES = ("pruning", "pooling", "convolution", "resampler", "text_only")
 
 
 def recipe(config: str, name: str | None = None, **changes) -> Recipe:
-    """That of configs/CONFIG.py under another name with other values."""
-    base = runpy.run_path(str(CONFIGS / f"{config}.py"))["recipe"]
+    """The packaged one under another name with other values."""
+    base = load_recipe(config)
     return dataclasses.replace(base, name=name or base.name, **changes)
 
 

@@ -1,23 +1,25 @@
-"""jaxspec: lossless speculative decoding for vision-language models, in JAX."""
+"""jaxspec: lossless speculative decoding for vision-language models, in JAX.
 
-import os
-from importlib.metadata import PackageNotFoundError, version
+Everything named here, and any module of the package, is imported when it is first asked for: `import jaxspec` and the
+import of a single module load no more than they need.
+"""
 
-# jaxspec takes processors and configs from transformers, never a model: its advice to install PyTorch is not for users.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# ruff: noqa: E402
-from jaxspec.drafters.drafter import Drafter, load_drafter
-from jaxspec.generator import Generator, Piece, Result
-from jaxspec.speculation.sampling import SamplingParams
-from jaxspec.speculation.tree import TreeConfig
-from jaxspec.targets.target import Target, load_target
-from jaxspec.video import Video
+from jaxspec.distribution import installed_version, warn_of_namesakes
+from jaxspec.quiet import without_torch_advice
 
-try:
-    __version__ = version("jaxspec")
-except PackageNotFoundError:  # a checkout that is not installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from jaxspec import demo
+    from jaxspec.drafters.drafter import Drafter, load_drafter
+    from jaxspec.generator import Generator, Piece, Result
+    from jaxspec.speculation.sampling import SamplingParams
+    from jaxspec.speculation.tree import TreeConfig
+    from jaxspec.targets.target import Target, load_target
+    from jaxspec.video import Video
+
+__version__: str = installed_version()
 
 __all__ = [
     "Drafter",
@@ -28,6 +30,43 @@ __all__ = [
     "Target",
     "TreeConfig",
     "Video",
+    "demo",
     "load_drafter",
     "load_target",
 ]
+
+_HOMES = {
+    "Drafter": "drafters.drafter",
+    "Generator": "generator",
+    "Piece": "generator",
+    "Result": "generator",
+    "SamplingParams": "speculation.sampling",
+    "Target": "targets.target",
+    "TreeConfig": "speculation.tree",
+    "Video": "video",
+    "load_drafter": "drafters.drafter",
+    "load_target": "targets.target",
+}
+"""The module of each name above."""
+
+without_torch_advice()
+warn_of_namesakes()
+
+
+def __getattr__(name: str) -> Any:
+    if home := _HOMES.get(name):
+        value = getattr(import_module(f"{__name__}.{home}"), name)
+        globals()[name] = value
+        return value
+    module = f"{__name__}.{name}"
+    if not name.startswith("_"):
+        try:
+            return import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:  # the module is there, something that it needs is not
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""`python -m jaxspec {generate,bench,distill,export,prepare} --help`."""
+"""`python -m jaxspec {generate,bench,distill,train,export,prepare} --help`; installed, `jaxspec` is the same."""
 
 from jaxspec.cli import main
 

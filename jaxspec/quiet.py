@@ -2,10 +2,11 @@
 
 import contextlib
 import logging
+from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def quiet(library: str, level: int = logging.ERROR):
+def quiet(library: str, level: int = logging.ERROR) -> Iterator[None]:
     """Only errors from the logger of that name, such as "transformers", within the block; with `level`, only worse."""
     logger = logging.getLogger(library)
     before = logger.level
@@ -14,3 +15,13 @@ def quiet(library: str, level: int = logging.ERROR):
         yield
     finally:
         logger.setLevel(before)
+
+
+def without_torch_advice() -> None:
+    """From now on transformers does not advise to install PyTorch when it is imported, whoever imports it: jaxspec
+    takes processors and configs from there, never a model. Nothing else that it logs is left out."""
+    logging.getLogger("transformers").addFilter(is_no_torch_advice)
+
+
+def is_no_torch_advice(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("PyTorch was not found")

@@ -35,7 +35,7 @@ class Video:
     @classmethod
     def open(cls, source: str | Path | bytes, fps: float = FPS, max_frames: int = MAX_FRAMES) -> "Video":
         """About `fps` frames per second, evenly spread over an animated GIF, WebP or PNG, or over a video file (which
-        needs PyAV: `pip install 'jaxspec[video]'`).
+        needs PyAV: `pip install 'jaxspec-vlm[video]'`).
 
         An even number of them, at least `MIN_FRAMES` and at most `max_frames` where the source has that many; the
         `fps` of the result is what came of it. Raises ValueError, naming the file, where it cannot be read.
@@ -123,7 +123,7 @@ def sampled_stream(source, fps: float, max_frames: int) -> tuple[list[Image.Imag
     try:
         import av
     except ImportError as error:
-        raise ValueError("it is no picture, and video files need PyAV (pip install 'jaxspec[video]')") from error
+        raise ValueError("it is no picture, and video files need PyAV (pip install 'jaxspec-vlm[video]')") from error
     with av.open(stream_of(source)) as container:
         if not container.streams.video:
             raise ValueError("it has no pictures")

@@ -24,7 +24,7 @@ LEGEND = (
     "the smallest to the largest of the runs, `over prompts` the 10th to the 90th percentile. `identical` counts the "
     "answers that equal autoregressive decoding token for token."
 )
-PACKAGES = ("jaxspec", "jax", "jaxlib", "flax", "transformers", "numpy")
+PACKAGES = ("jaxspec-vlm", "jax", "jaxlib", "flax", "transformers", "numpy")
 
 
 def environment(target, dtype: str, target_name: str, arguments: Sequence[str]) -> dict:

@@ -44,7 +44,7 @@ def transformers_arm(target: Target, dtype: str, max_new_tokens: int) -> tuple[A
     except ImportError as error:
         raise ValueError(
             "--transformers compares with transformers' models, which need torch; install it with: "
-            "pip install 'jaxspec[test]'"
+            "pip install 'jaxspec-vlm[test]'"
         ) from error
     device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
     model = AutoModelForImageTextToText.from_pretrained(target.path, dtype=getattr(torch, dtype)).to(device).eval()

@@ -1,14 +1,27 @@
-"""Where a checkpoint is: a local folder, or a repository of the Hugging Face hub."""
+"""Where a checkpoint is: in the package, in a local folder, or in a repository of the Hugging Face hub."""
 
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+EMBEDDED = "demo"
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja")
 
 
 def resolve_folder(path_or_repo_id: str | Path) -> Path:
-    """A local folder, downloading a hub repository where the argument is a repo id."""
+    """A local folder, downloading a hub repository where the argument is a repo id.
+
+    "demo" is the embedded target and "demo:METHOD" its drafter of that method. These names mean the same everywhere,
+    since recipes and records are read in other places than they were written in: a folder of your own that is called
+    demo is "./demo".
+
+    Raises FileNotFoundError where there is no such folder, or no such embedded drafter.
+    """
+    name, colon, method = str(path_or_repo_id).partition(":")
+    if name == EMBEDDED and isinstance(path_or_repo_id, str):
+        from jaxspec import demo  # the only thing below it that knows of the demo
+
+        return demo.drafter_path(method) if colon else demo.target_path()
     path = Path(path_or_repo_id).expanduser()
     if path.is_dir():
         return path

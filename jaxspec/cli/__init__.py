@@ -4,41 +4,34 @@ The library raises ValueError and OSError (a missing file) with one clear senten
 here those sentences become the last line on stderr and exit status 2.
 """
 
+import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
 
-import tyro
-
-from jaxspec.cli.bench import Bench
-from jaxspec.cli.distill import Distill
-from jaxspec.cli.export import Export
-from jaxspec.cli.generate import Generate
-from jaxspec.cli.output import make_console
-from jaxspec.cli.prepare import Prepare
+import jaxspec
+from jaxspec.distribution import warn_of_namesakes
 from jaxspec.stopping import Stopped
-
-Command = (
-    Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")]
-    | Annotated[Distill, tyro.conf.subcommand("distill")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[Prepare, tyro.conf.subcommand("prepare")]
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 2 for input that cannot be used, 130 after Ctrl-C or
-    SIGTERM."""
+    """Run a command and return its exit status: 0, 2 for input that cannot be used, 1 for training that diverged, 130
+    after Ctrl-C or SIGTERM."""
+    warn_of_namesakes()  # the other `jaxspec` may have replaced our __init__.py
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(f"jaxspec {jaxspec.__version__}")
+        return 0
     try:
-        command = tyro.cli(Command, args=arguments, prog="python -m jaxspec")
-        command.run(make_console(), arguments)
+        run(arguments)
     except SystemExit as stop:  # tyro: 0 after --help, 2 after printing what is wrong with the flags
         return stop.code or 0
-    except (ValueError, OSError) as error:
+    except BrokenPipeError:  # whoever read what we print has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"jaxspec: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     except Stopped as stopped:
         print(f"jaxspec: {stopped}", file=sys.stderr)
         return 130
@@ -46,3 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("jaxspec: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def run(arguments: list[str]) -> None:
+    from jaxspec.cli.commands import read_command  # slow to load, and --version needs none of it
+    from jaxspec.cli.output import make_console
+    from jaxspec.cli.train import before_overrides
+
+    command = read_command(before_overrides(arguments), program())
+    command.run(make_console(), arguments)
+
+
+def program() -> str:
+    """How this was called."""
+    return "jaxspec" if Path(sys.argv[0]).stem == "jaxspec" else "python -m jaxspec"

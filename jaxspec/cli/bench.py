@@ -39,7 +39,7 @@ SHOWN = {
 
 def name_of(given: str) -> str:
     """What tables call a drafter: the end of its path, or its run where training exported it."""
-    path = Path(given)
+    path = Path(given.removeprefix("demo:"))
     return path.parent.name if path.name == "export" and path.parent.name else path.name
 
 
@@ -107,7 +107,7 @@ class Bench:
             )
         progress = partial(ProgressLines, console)
         results = {
-            "environment": environment(target, self.model.dtype, self.model.target_name, arguments),
+            "environment": environment(target, self.model.dtype, self.model.target, arguments),
             "settings": settings_of(benchmark),
             "transformers": about_transformers,
             "speed": benchmark.run(progress),
@@ -135,4 +135,4 @@ class Bench:
         wrote = ", ".join(["results.json", "results.md", *(["results.png"] if drawn else [])])
         console.print(f"wrote {wrote} to {self.output}", markup=False, soft_wrap=True)
         if not drawn and self.drafters:
-            console.print("no results.png: matplotlib is not installed (pip install 'jaxspec[plot]')", markup=False)
+            console.print("no results.png: matplotlib is not installed (pip install 'jaxspec-vlm[plot]')", markup=False)

@@ -66,7 +66,7 @@ class Distill:
             about = {
                 "command": shlex.join(["python", "-m", "jaxspec", *arguments]),
                 "jaxspec": jaxspec.__version__,
-                "target": self.model.target_name,
+                "target": self.model.target,
                 "target_fingerprint": target.fingerprint(),
                 "image_folder": image_folder,
             }

@@ -54,7 +54,8 @@ class Generate:
     image: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATH")] = ()
     """A picture. The packaged one by default, with the embedded target or without a prompt."""
     video: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATH")] = ()
-    """A video or an animated picture, for targets that read them. Video files need `pip install 'jaxspec[video]'`."""
+    """A video or an animated picture, for targets that read them. Video files need PyAV:
+    `pip install 'jaxspec-vlm[video]'`."""
     prompt: str | None = None
     """The question; "Describe the picture." by default."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = ModelOptions()
@@ -80,7 +81,7 @@ class Generate:
     def run(self, console: Console, arguments: list[str]) -> None:
         del arguments
         sampling = SamplingParams(self.temperature, self.top_p, self.top_k, self.min_p, self.seed, self.stop)
-        name = self.drafter or (None if self.model.target else "vispec")
+        name = self.drafter or ("vispec" if self.model.embedded else None)
         if name is None and self.tree.given:
             raise ValueError("a tree needs a drafter: give --drafter")
         paths = self.image or self.default_images()
@@ -115,7 +116,7 @@ class Generate:
             console.save_svg(self.save_svg, title="python -m jaxspec generate")
 
     def default_images(self) -> tuple[Path, ...]:
-        return () if self.video or (self.model.target and self.prompt) else (demo.picture_path(),)
+        return () if self.video or (self.prompt and not self.model.embedded) else (demo.picture_path(),)
 
     def arm(self, name: str, generator: Generator) -> Arm:
         return Arm.of(name, generator, self.max_new_tokens)

@@ -8,12 +8,11 @@ from typing import Annotated
 import jax
 import tyro
 
-from jaxspec import demo
+from jaxspec.checkpoints.hub import EMBEDDED
+from jaxspec.demo import EMBEDDED_DRAFTERS
 from jaxspec.drafters.drafter import Drafter, load_drafter
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.target import Target, load_target
-
-EMBEDDED_DRAFTERS = ("eagle2", "eaglevlm", "massv", "medusa", "specvlm", "vispec")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +45,8 @@ class TreeOptions:
 class ModelOptions:
     """Target, precision, compiled programs."""
 
-    target: Annotated[str | None, tyro.conf.arg(metavar="PATH|REPO")] = None
-    """Hugging Face folder or repo id of the target; the embedded model by default."""
+    target: Annotated[str, tyro.conf.arg(metavar="demo|PATH|REPO")] = EMBEDDED
+    """Hugging Face folder or repo id of the target; demo is the embedded model."""
     dtype: str = "float32"
     """Of parameters and computation: float32, bfloat16 or float16."""
     max_length: int = 4096
@@ -57,18 +56,18 @@ class ModelOptions:
 
     def load(self) -> Target:
         use_compilation_cache(self.compilation_cache)
-        return load_target(self.target or demo.target_path(), dtype=self.dtype)
+        return load_target(self.target, dtype=self.dtype)
 
     @property
-    def target_name(self) -> str:
-        return self.target or "embedded target"
+    def embedded(self) -> bool:
+        """Whether the target is the one that ships with the package."""
+        return self.target == EMBEDDED
 
 
 def load_named_drafter(name: str, target: Target) -> Drafter:
-    """A drafter from a folder, the hub, or the package (by method); "lookup" needs none of them."""
-    if name in EMBEDDED_DRAFTERS and not Path(name).is_dir():
-        return load_drafter(demo.drafter_path(name), target)
-    return load_drafter(name, target)
+    """As `load_drafter`; a method of the embedded model is short for demo:METHOD, unless a folder has that name."""
+    short = name in EMBEDDED_DRAFTERS and not Path(name).is_dir()
+    return load_drafter(f"{EMBEDDED}:{name}" if short else name, target)
 
 
 def use_compilation_cache(folder: str | None) -> None:

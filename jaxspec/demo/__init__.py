@@ -18,6 +18,9 @@ from jaxspec.demo.scoring import objects_of
 
 _FOLDER = pathlib.Path(__file__).parent
 
+EMBEDDED_DRAFTERS = ("eagle2", "eaglevlm", "massv", "medusa", "specvlm", "vispec")
+"""The methods that a drafter of the embedded target ships for; as a folder each is called `demo:METHOD`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -65,26 +68,31 @@ def examples(split: str, n: int, seed: int = 0, kinds: Collection[str] | None = 
 
 
 def target_path() -> pathlib.Path:
-    """Folder of the embedded target, an ordinary Hugging Face LLaVA-1.5 folder."""
-    return _weights("target", "target")
+    """Folder of the embedded target, an ordinary Hugging Face LLaVA-1.5 folder. Wherever a folder can stand it is also
+    called `demo`."""
+    return _existing(_FOLDER / "weights" / "target")
 
 
 def drafter_path(method: str) -> pathlib.Path:
-    """Folder of the embedded drafter that `method` trained."""
-    return _weights(method, f"drafter {method!r}")
+    """Folder of the embedded drafter of that method, also called `demo:METHOD`.
+
+    Raises:
+      FileNotFoundError: there is none for the method.
+    """
+    if method not in EMBEDDED_DRAFTERS:
+        raise FileNotFoundError(
+            f"the embedded model has no drafter {method!r}: there are "
+            f"{', '.join(f'demo:{each}' for each in EMBEDDED_DRAFTERS)} (train.py trains others)"
+        )
+    return _existing(_FOLDER / "weights" / method)
 
 
 def picture_path() -> pathlib.Path:
     """The packaged example picture."""
-    return _existing(_FOLDER / "pictures" / "scene.png", "example picture")
+    return _existing(_FOLDER / "pictures" / "scene.png")
 
 
-def _weights(name: str, what: str) -> pathlib.Path:
-    return _existing(_FOLDER / "weights" / name, what)
-
-
-def _existing(path: pathlib.Path, what: str) -> pathlib.Path:
+def _existing(path: pathlib.Path) -> pathlib.Path:
     if not path.exists():
-        command = f"python train.py configs/demo_{path.name}.py" if path.suffix == "" else "a full checkout"
-        raise FileNotFoundError(f"The demo's {what} is not at {path}; get it with: {command}")
+        raise FileNotFoundError(f"{path} belongs to the package and is not there: install jaxspec-vlm again")
     return path

@@ -10,10 +10,14 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+import transformers  # noqa: F401 - on import it sets the level that `quiet` changes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoProcessor, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from jaxspec.demo.generation import conversation_of, numbered_scene
+from jaxspec.quiet import quiet
+
+with quiet("transformers"):  # without torchvision it takes the processor that reads with PIL, as we want, and says so
+    from transformers import AutoProcessor, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 VOCABULARY_SIZE = 640
 IMAGE_SIZE = 144
@@ -62,7 +66,8 @@ def processor_at(folder: str | os.PathLike[str]) -> LlavaProcessor:
     """The demo's processor in `folder`, built there first where it is missing."""
     if not pathlib.Path(folder, "processor_config.json").exists():
         build_processor(folder)
-    return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    with quiet("transformers"):
+        return AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 
 def train_tokenizer(scenes: int = 6000) -> Tokenizer:

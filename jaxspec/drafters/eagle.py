@@ -10,7 +10,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import transformers
 from flax import nnx
 
 from jaxspec import cache as caches
@@ -205,7 +204,9 @@ def read_eagle_fields(raw: dict) -> dict:
     layers = raw.get("num_hidden_layers", 1)
     if layers != 1:
         raise ValueError(f"a draft head has 1 layer, config.json says {layers}")
-    text = llama_text_config(transformers.LlamaConfig.from_dict({**raw, "model_type": "llama"}))
+    from transformers import LlamaConfig  # loads slowly, and a head that is at hand needs none of it
+
+    text = llama_text_config(LlamaConfig.from_dict({**raw, "model_type": "llama"}))
     return {
         "text": text,
         "qkv_bias": raw.get("qkv_bias", False),
@@ -218,8 +219,10 @@ def read_eagle_fields(raw: dict) -> dict:
 
 def write_eagle_config(config: EagleConfig) -> dict:
     """The inverse, in the layout of published heads."""
+    from transformers import LlamaConfig
+
     text = config.text
-    llama = transformers.LlamaConfig(
+    llama = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         **published_text_fields(text) | {"num_hidden_layers": 1},
         rope_parameters=published_rope(text.rope),

@@ -1,8 +1,9 @@
-"""Training: recipes, tasks, losses and the loop. `run` does whatever a recipe of `configs/` describes."""
+"""Training: recipes, tasks, losses and the loop. `run` does whatever a recipe of `jaxspec/recipes` describes."""
 
 from jaxspec.stopping import Stopped
 from jaxspec.training.drafter import DrafterRecipe, drafter_task, drafter_tasks
 from jaxspec.training.eagle import EagleRecipe
+from jaxspec.training.inputs import check_inputs
 from jaxspec.training.language_model import SmallLanguageModelRecipe, language_model_task
 from jaxspec.training.loop import train, train_together
 from jaxspec.training.massv import MassvRecipe
@@ -32,7 +33,15 @@ __all__ = [
 
 def run(*recipes: Recipe) -> None:
     """Run or resume a recipe, or several recipes of drafters for the same target on the same answers, which then runs
-    once per step for all of them. Raises Stopped after a signal, with everything saved."""
+    once per step for all of them.
+
+    Raises Stopped after a signal, with everything saved, and FileNotFoundError, naming the command, where what a recipe
+    reads has yet to be made.
+    """
+    for recipe in recipes:
+        if not isinstance(recipe, Recipe):
+            raise ValueError(f"`recipe` must be a recipe of jaxspec.training, got {type(recipe).__name__}")
+        check_inputs(recipe)
     if len(recipes) > 1:
         train_together(recipes, drafter_tasks(recipes))
         return
@@ -47,6 +56,4 @@ def run(*recipes: Recipe) -> None:
         case VisionRecipe():
             train(recipe, vision_task(recipe))
         case _:
-            raise ValueError(
-                f"a config file's `recipe` must be a recipe of jaxspec.training, got {type(recipe).__name__}"
-            )
+            raise ValueError(f"{type(recipe).__name__} is no recipe that can be run")

@@ -43,7 +43,7 @@ class DrafterRecipe(Recipe):
     """A drafter for a trained target. A method subclasses it with its settings, `new_drafter` and `loss`."""
 
     method: str = ""
-    target: str = "runs/demo_target/export"
+    target: str = "demo"
     target_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen target, and of the drafter where acceptance is measured; what learns is float32."""
     answers_dir: str = "runs/demo_answers"

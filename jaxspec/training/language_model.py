@@ -26,7 +26,7 @@ from jaxspec.training.recipe import Recipe, Task
 class SmallLanguageModelRecipe(Recipe):
     """A Llama with the target's tokenizer."""
 
-    target: str = "runs/demo_target/export"
+    target: str = "demo"
     answers_dir: str = "runs/demo_answers"
     validation_records: int = 128
     """The first answers of the set are held out, the same ones as of drafters."""

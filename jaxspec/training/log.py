@@ -191,4 +191,6 @@ def optional(module: str, field: str):
     try:
         return import_module(module)
     except ImportError as error:
-        raise ValueError(f"{field} needs {module}, which is not installed: pip install 'jaxspec[logging]'") from error
+        raise ValueError(
+            f"{field} needs {module}, which is not installed: pip install 'jaxspec-vlm[logging]'"
+        ) from error

@@ -17,7 +17,7 @@ from jaxspec.training.acceptance import Measurement
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Fields common to every run; `configs/*.py` hold one instance each, overridden from the command line."""
+    """Fields common to every run; `jaxspec/recipes/*.py` hold one instance each, overridden from the command line."""
 
     name: str
     run_dir: str = "runs"
@@ -52,7 +52,7 @@ class Recipe:
     eval_batches: int = 8
     checkpoint_every: int = 250
     tensorboard: bool = False
-    """Write TensorBoard event files, too (`pip install 'jaxspec[logging]'`)."""
+    """Write TensorBoard event files, too (`pip install 'jaxspec-vlm[logging]'`)."""
     wandb: str | None = None
     """A project of Weights & Biases to log to, too."""
 
@@ -177,6 +177,10 @@ def is_vision(path) -> bool:
 LATER = {"accumulate": 1, "target_dtype": "float32", "noise_weight": 1.0}
 """Fields that recipes did not have from the beginning, with what was done without them: hashes made then stay true."""
 
+EMBEDDED_TARGET = {"demo": "runs/demo_target/export"}
+"""What the embedded target was called in recipes before `demo` was a name for it: their hashes, too, stay true. A hash
+tells how something was trained; which target it was trained for tells the fingerprint that is recorded beside it."""
+
 
 def recorded(recipe: Recipe) -> dict:
     """The resolved recipe as `recipe.json` holds it."""
@@ -187,6 +191,8 @@ def recipe_hash(recipe: Recipe) -> str:
     """16 hex digits of everything that decides what is learned, the name left out."""
     fields = {name: value for name, value in recorded(recipe).items() if name not in ("name", *recipe.changeable)}
     fields = {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}
+    if "target" in fields:
+        fields["target"] = EMBEDDED_TARGET.get(fields["target"], fields["target"])
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,13 +1,13 @@
 """Training a target from scratch: next-token cross-entropy on the assistant's tokens of image conversations."""
 
 import dataclasses
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import transformers
 from flax import nnx
 
+from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.data.conversations import ConversationEncoder
 from jaxspec.data.pipeline import Pipeline
 from jaxspec.data.scenes import load_scenes
@@ -103,9 +103,9 @@ def target_task(recipe: TargetRecipe) -> Task:
     config = LlavaConfig.from_hf(hf_config)
     model = Llava(config, rngs=nnx.Rngs(recipe.seed))
     if recipe.vision_from is not None:
-        model.vision_tower = load_tower(model.vision_tower, Path(recipe.vision_from))
+        model.vision_tower = load_tower(model.vision_tower, resolve_folder(recipe.vision_from))
     if recipe.init_from is not None:
-        model = grow(model, load_model(Path(recipe.init_from)))
+        model = grow(model, load_model(resolve_folder(recipe.init_from)))
     graph, params = nnx.split(model)
     encoder = ConversationEncoder(processor, config)
 

@@ -1,4 +1,4 @@
-"""The files in configs/: each holds the recipe that its name says, published values where papers name them."""
+"""The recipes of the package: each file holds the one that its name says, published values where papers name them."""
 
 import dataclasses
 import re
@@ -10,17 +10,18 @@ import pytest
 import tyro
 
 from jaxspec import TreeConfig
-from jaxspec.cli import Command
+from jaxspec.cli.commands import read_command
+from jaxspec.recipe_files import load_recipe, packaged_recipes
 from jaxspec.training import DrafterRecipe, EagleRecipe, MassvRecipe, Recipe, ViSpecRecipe
 from jaxspec.training.recipe import recipe_hash
 
-CONFIGS = {path.stem: path for path in (Path(__file__).parents[2] / "configs").glob("*.py")}
+CONFIGS = packaged_recipes()
 PUBLISHED = [name for name in CONFIGS if not name.startswith("demo_")]
 """Those for published targets."""
 
 
 def recipe_of(name: str) -> Recipe:
-    return runpy.run_path(str(CONFIGS[name]))["recipe"]
+    return load_recipe(name)
 
 
 def command_of(name: str, program: str) -> list[str]:
@@ -65,7 +66,7 @@ def test_no_two_sets_of_answers_share_a_folder():
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith(("massv", "vispec2"))])
 def test_a_config_tells_how_its_answers_are_made(name):
     recipe = recipe_of(name)
-    distill = tyro.cli(Command, args=command_of(name, "-m jaxspec"))
+    distill = read_command(command_of(name, "-m jaxspec"), "jaxspec")
     assert (str(distill.output), distill.model.target) == (recipe.answers_dir, recipe.target)
     assert distill.model.max_length == recipe.sequence_length  # of nothing that was answered is a part left out
     assert distill.settings.suffix == ("" if isinstance(recipe, MassvRecipe) else "vispec")
