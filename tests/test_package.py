@@ -20,17 +20,6 @@ from jaxspec.recipe_files import packaged_recipes
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ["transformers", "torch", "PIL", "tokenizers", "safetensors", "orbax", "grain", "tensorflow_datasets", "flax"]
-    "transformers",
-    "torch",
-    "PIL",
-    "tokenizers",
-    "huggingface_hub",
-    "safetensors",
-    "orbax",
-    "grain",
-    "tensorflow_datasets",
-    "flax",
-]
 
 
 def files_of(builder) -> set[str]:
