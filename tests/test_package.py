@@ -120,20 +120,22 @@ def installed(folder: Path, summary: str) -> str:
     return str(folder)
 
 
-def test_another_jaxspec_is_noticed(tmp_path, monkeypatch):
+def test_another_jaxspec_is_noticed(tmp_path, monkeypatch, capsys):
     theirs = installed(tmp_path / "theirs", "A library for X-ray spectra")
     ours = installed(tmp_path / "ours", distribution.SUMMARY)  # from when we were called so
-    notice = distribution.warn_of_namesakes.__wrapped__
     monkeypatch.setattr(sys, "path", [ours])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        notice()
+        distribution.warn_of_namesakes()
     monkeypatch.setattr(sys, "path", [ours, theirs])
     with pytest.warns(UserWarning) as told:
-        notice()
+        distribution.warn_of_namesakes()
     (sentence,) = (str(each.message) for each in told)
     for part in ("jaxspec 0.3.1 (A library for X-ray spectra)", "same import name as jaxspec-vlm", "uninstall both"):
         assert part in sentence
+    monkeypatch.setattr(jaxspec, "__all__", ["SpectralModel"])  # theirs was installed last
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == f"jaxspec: {sentence}\n"
 
 
 def test_the_version_is_that_of_the_distribution(monkeypatch, capsys):

@@ -34,16 +34,16 @@ IN_PLACE_OF = {
 }
 TRAINING = "--steps 1 --warmup-steps 0 --batch-size 2 --eval-batches 1 --checkpoint-every 9999 --eval-every 9999"
 TARGET = f"{TRAINING} --dataset-size 8 --hidden-size 16 --intermediate-size 16 --num-heads 2"
-WITH_TOWER = "--vision-hidden-size 16 --vision-intermediate-size 16 --vision-heads 2"
+WITH_TOWER = "--vision-hidden-size 16 --vision-intermediate-size 16 --vision-heads 2 --vision-layers 2"
 DRAFTER = f"{TRAINING} --acceptance-prompts 0 --acceptance-every 0 --validation-records 2"
 FEWER = {
     "generate": "--max-new-tokens 8",
     "bench": "--num-prompts 1 --runs 1 --score-prompts 0 --max-new-tokens 8 --temperatures 0",
     "distill": "--count 6 --max-new-tokens 4 --max-length 256 --batch-size 6",
-    "configs/demo_vision.py": f"{TARGET} --num-layers 4",
-    "configs/demo_target_align.py": f"{TARGET} {WITH_TOWER}",
-    "configs/demo_target_shallow.py": f"{TARGET} {WITH_TOWER}",
-    "configs/demo_target.py": f"{TARGET} {WITH_TOWER} --num-layers 8",
+    "configs/demo_vision.py": f"{TARGET} --num-layers 2",
+    "configs/demo_target_align.py": f"{TARGET} {WITH_TOWER} --num-layers 1",
+    "configs/demo_target_shallow.py": f"{TARGET} {WITH_TOWER} --num-layers 1",
+    "configs/demo_target.py": f"{TARGET} {WITH_TOWER} --num-layers 2",
     "configs/demo_eagle2.py": DRAFTER,
     "configs/demo_vispec1.py": DRAFTER,
     "configs/demo_vispec.py": DRAFTER,
