@@ -4,7 +4,6 @@ We are distributed as `jaxspec-vlm`. `jaxspec` on PyPI is a library for X-ray sp
 name: pip writes both into one folder without a word, and either then runs with files of the other.
 """
 
-import functools
 import warnings
 from importlib.metadata import Distribution, PackageNotFoundError, distributions, version
 
@@ -23,18 +22,21 @@ def installed_version() -> str:
         return "0+unknown"
 
 
-@functools.cache
-def warn_of_namesakes() -> None:
-    """Warns, once, where a distribution called `jaxspec` that is not ours is installed beside this one."""
+def namesake() -> str | None:
+    """A sentence about a distribution called `jaxspec` that is not ours and is installed beside this one; else None."""
     for other in distributions(name=NAMESAKE):
         if not is_ours(other):
-            warnings.warn(
+            return (
                 f"the distribution {NAMESAKE} {other.version} ({other.metadata['Summary']}) is installed here and has "
                 f"the same import name as {NAME}, so that each may run files of the other: uninstall both, then "
-                f"install {NAME} alone",
-                stacklevel=2,
+                f"install {NAME} alone"
             )
-            return
+    return None
+
+
+def warn_of_namesakes() -> None:
+    if sentence := namesake():
+        warnings.warn(sentence, stacklevel=2)
 
 
 def is_ours(distribution: Distribution) -> bool:

@@ -10,17 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jaxspec
-from jaxspec.distribution import warn_of_namesakes
+from jaxspec.distribution import NAME, installed_version, namesake
 from jaxspec.stopping import Stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 2 for input that cannot be used, 1 for training that diverged, 130
     after Ctrl-C or SIGTERM."""
-    warn_of_namesakes()  # the other `jaxspec` may have replaced our __init__.py
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if "load_target" not in getattr(jaxspec, "__all__", ()):  # that package is not ours, this one still is
+        print(f"jaxspec: {namesake() or f'its __init__.py is not that of {NAME}: install it again'}", file=sys.stderr)
+        return 2
     if arguments == ["--version"]:
-        print(f"jaxspec {jaxspec.__version__}")
+        print(f"jaxspec {installed_version()}")
         return 0
     try:
         run(arguments)

@@ -2,11 +2,11 @@ r"""EAGLE-2 head of the embedded target, the baseline: the loss of EAGLE heads i
 
 Published (arXiv 2509.15235 and its code): SmoothL1 on features + 0.1 * (soft cross-entropy + 0.1 * ranking), uniform
 feature noise 0.1, AdamW(0.9, 0.95), linear decay, gradient value clip 0.5. Ours: learning rate, steps, batch (a small
-model from scratch), and images in the training set, where stage 1 is text only. The answers of demo_target, half of
+model from scratch), and images in the training set, where stage 1 is text only. The embedded target's answers, half of
 them sampled so that the head sees the text of both ways of decoding:
 
-python -m jaxspec distill --data scenes --target runs/demo_target/export --output runs/demo_answers --count 3072 \
-    --temperature 1 --sampled-share 0.5 --max-new-tokens 160 --max-length 1024
+python -m jaxspec distill --data scenes --target demo --output runs/demo_answers --count 3072 --temperature 1 \
+    --sampled-share 0.5 --max-new-tokens 160 --max-length 1024
 """
 
 from jaxspec.training import EagleRecipe

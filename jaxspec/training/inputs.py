@@ -1,5 +1,6 @@
 """What a run reads and another command makes: its absence is told before anything is loaded, with that command."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxspec.data.answers import ABOUT
@@ -13,23 +14,19 @@ SCENES = (
     "--sampled-share 0.5 --max-new-tokens 160 --max-length 1024"
 )
 """What the embedded target's drafters learn from."""
-MINUTES = 10
+MINUTES = 5
 """About how long that takes on two cores of a CPU."""
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Raises FileNotFoundError where what the recipe starts from, or learns from, has not been made yet."""
-    packaged = packaged_recipes()
-    for field in FOLDERS:
-        folder = getattr(recipe, field, None)
-        if folder is None or (field == "lm" and recipe.init_from is not None):  # which then takes its place
-            continue
-        path = Path(folder)
-        if path.name == "export" and path.parent.name in packaged and not path.is_dir():
-            raise FileNotFoundError(
-                f"no folder {folder}, the {field} of {recipe.name}; it is made by: "
-                f"python -m jaxspec train {path.parent.name}"
-            )
+    """Raises FileNotFoundError, naming the commands, where what the recipe learns from or starts from is yet to be
+    made."""
+    lacking = [*lacking_answers(recipe), *lacking_folders(recipe)]
+    if lacking:
+        raise FileNotFoundError(f"{recipe.name} reads what is not there yet: {'; '.join(lacking)}")
+
+
+def lacking_answers(recipe: Recipe) -> Iterator[str]:
     answers = getattr(recipe, "answers_dir", None)
     if answers is None or getattr(recipe, "conversations", None) is not None or Path(answers, ABOUT).exists():
         return
@@ -38,8 +35,17 @@ def check_inputs(recipe: Recipe) -> None:
         about = f"about {MINUTES} minutes on two CPU cores"
     else:
         command = f"python -m jaxspec distill --data PROMPTS --target {recipe.target} --output {answers}"
-        own = packaged.get(recipe.name)
+        own = packaged_recipes().get(recipe.name)
         about = f"with the prompts and limits that {own} names" if own else "PROMPTS are yours to choose"
-    raise FileNotFoundError(
-        f"no answers of the target in {answers}, which {recipe.name} learns from; they are made by: {command} ({about})"
-    )
+    yield f"its target's answers in {answers}, made by `{command}` ({about})"
+
+
+def lacking_folders(recipe: Recipe) -> Iterator[str]:
+    packaged = packaged_recipes()
+    for field in FOLDERS:
+        folder = getattr(recipe, field, None)
+        if folder is None or (field == "lm" and recipe.init_from is not None):  # which then takes its place
+            continue
+        path = Path(folder)
+        if path.name == "export" and path.parent.name in packaged and not path.is_dir():
+            yield f"its {field} {folder}, made by `python -m jaxspec train {path.parent.name}`"
