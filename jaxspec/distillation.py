@@ -156,6 +156,9 @@ class Distiller:
                     raise Stopped
                 results, going_on = self.answer(batch), []
                 for dialogue, result in zip(batch, results, strict=True):
+                    if result.error is not None:
+                        refused.append(Refused(dialogue.record, dialogue.id, result.error))
+                        continue
                     key = dialogue.record, dialogue.answered
                     answers[key] = self.answer_of(dialogue, result.tokens)
                     cut += result.finish_reason == "length"

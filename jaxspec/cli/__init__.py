@@ -1,10 +1,12 @@
 """The command line: one file per command, each a frozen dataclass of its options with a `run(console)`.
 
-The library raises ValueError and OSError (a missing file) with one clear sentence for whatever a user can get wrong;
-here those sentences become the last line on stderr and exit status 2.
+The library raises ValueError and OSError (a missing file) with one clear sentence for whatever a user can get wrong,
+and FloatingPointError where a target's logits are not finite; here those sentences become the last line on stderr and
+exit status 2.
 """
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -16,6 +18,7 @@ from jaxspec.cli.export import Export
 from jaxspec.cli.generate import Generate
 from jaxspec.cli.output import make_console
 from jaxspec.cli.prepare import Prepare
+from jaxspec.metrics import AcceptanceWarning
 from jaxspec.stopping import Stopped
 
 Command = (
@@ -33,10 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         command = tyro.cli(Command, args=arguments, prog="python -m jaxspec")
-        command.run(make_console(), arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AcceptanceWarning)  # commands print it themselves
+            command.run(make_console(), arguments)
     except SystemExit as stop:  # tyro: 0 after --help, 2 after printing what is wrong with the flags
         return stop.code or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"jaxspec: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Stopped as stopped:
