@@ -202,7 +202,7 @@ def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> Dec
         cache=cache,
         lengths=state.lengths + emit,
         offset=state.offset,
-        root=jnp.where(emit > 0, last, state.root),
+        root=jnp.where(emit > 0, accepted.root, state.root),
         drafter=drafter_state,
         request=state.request,
         tokens=write_rows(state.tokens, accepted.tokens, state.counts),

@@ -11,6 +11,7 @@ import jaxspec
 from jaxspec import demo
 from jaxspec.cli import main
 from jaxspec.cli.output import TokenColours, coloured, visible
+from jaxspec.detokenizer import Detokenizer, TokenReader
 
 LIMIT = "24"
 
@@ -86,15 +87,10 @@ def test_help_and_unknown_flags(capsys):
 
 def test_coloured_pieces_join_to_the_text():
     """Tokens that are half a character, and a text that is shown later than its tokens are known."""
-    tokens = [b"A", "é".encode()[:1], "é".encode()[1:], b"", b" bc"]
-
-    def decode(ids):
-        return b"".join(tokens[i] for i in ids).decode(errors="replace")
-
-    colours = TokenColours(decode)
-    colours.add([0, 1], [True, False])
+    colours = TokenColours()
+    colours.add([1, 1], [True, False])  # A, half of é
     assert colours.split("A") == [("A", True)]
-    colours.add([2, 3, 4], [True, False, False])
+    colours.add([2, 2, 5], [True, False, False])  # the other half, nothing, " bc"
     assert colours.split("é b") == [("é", True), (" b", False)]
     assert colours.split("c") == [("c", False)]
 
@@ -110,7 +106,16 @@ def test_colours_follow_a_real_tokenizer(models):
     tokenizer = jaxspec.load_target(models[0]).tokenizer
     rng = np.random.default_rng(0)
     ids, accepted = rng.integers(5, len(tokenizer), 200), rng.integers(0, 2, 200).astype(bool)
-    colours = TokenColours(tokenizer.decode)
-    colours.add(ids, accepted)
-    text = tokenizer.decode(ids)
-    assert "".join(part for part, _ in colours.split(text)) == text
+    colours, row = TokenColours(), Detokenizer(TokenReader(tokenizer))
+    row.add(ids)
+    row.finish()
+    colours.add(row.ends, accepted)
+    runs = colours.split(row.text)
+    assert "".join(part for part, _ in runs) == row.text
+    # Who completes a character, found by decoding the answer again for every token.
+    lengths = [len(tokenizer.decode(ids[:n], skip_special_tokens=True).lstrip(" ")) for n in range(1, len(ids) + 1)]
+    text = tokenizer.decode(ids, skip_special_tokens=True).lstrip(" ")
+    shown = [drafted for part, drafted in runs for _ in part]
+    for position, character in enumerate(text):
+        if character != "\ufffd":
+            assert shown[position] == accepted[next(n for n, length in enumerate(lengths) if length > position)]
