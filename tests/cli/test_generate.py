@@ -2,16 +2,19 @@
 
 import io
 import re
+import shutil
 
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 
 import jaxspec
 from jaxspec import demo
 from jaxspec.cli import main
 from jaxspec.cli.output import TokenColours, coloured, visible
 from jaxspec.detokenizer import Detokenizer, TokenReader
+from jaxspec.metrics import AcceptanceWarning
 
 LIMIT = "24"
 
@@ -30,8 +33,9 @@ def expected(models):
     return jaxspec.Generator(target).generate("Describe the picture.", [demo.picture_path()], max_new_tokens=int(LIMIT))
 
 
-def test_answer_table_and_warning(models, expected, capsys):
+def test_answer_table_and_warning(models, expected, capsys, recwarn):
     assert run(models) == 0
+    assert not [each for each in recwarn if issubclass(each.category, AcceptanceWarning)]  # it is printed
     out = capsys.readouterr().out
     assert "\x1b" not in out
     shown = "scene.png, 288 x 288 pixels\nDescribe the picture.\n\n" + visible(expected.text)
@@ -39,7 +43,7 @@ def test_answer_table_and_warning(models, expected, capsys):
     assert re.search(rf"autoregressive\D+{len(expected.tokens)} .* 1\.00 .* 1\.00 .* 0\.00 ", out)
     assert re.search(rf"speculative\D+{len(expected.tokens)} .* yes ", out)
     assert re.search(r"\d+ of \d+ tokens came from the drafter", out)
-    assert "warning: mean_acceptance_length is" in out  # the head is random, its record is not
+    assert out.count("warning: mean_acceptance_length is") == 1  # the head is random, its record is not
 
 
 def test_prompt_lookup_needs_no_folder(models, expected, capsys):
@@ -73,6 +77,21 @@ def test_bad_input_is_one_sentence(models, capsys, arguments, sentence):
     captured = capsys.readouterr()
     assert sentence in captured.err and "Traceback" not in captured.err
     assert captured.err.startswith("jaxspec: ") and captured.err.count("\n") == 1
+
+
+def test_a_target_that_overflows(models, tmp_path, capsys):
+    """Weights that are numbers, and activations that are none any more."""
+    folder = tmp_path / "target"
+    shutil.copytree(models[0], folder)
+    tensors = load_file(folder / "model.safetensors")
+    (norm,) = (name for name in tensors if name.endswith("model.norm.weight"))
+    tensors[norm] = np.full_like(tensors[norm], 3e38)
+    save_file(tensors, folder / "model.safetensors")
+    arguments = ["--prompt", "Hello?", "--max-new-tokens", "4", "--compilation-cache", ""]
+    assert main(["generate", "--target", str(folder), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("jaxspec: prompt 0: the logits of the token at position ")
+    assert captured.err.count("\n") == 1
 
 
 def test_help_and_unknown_flags(capsys):
