@@ -155,7 +155,11 @@ class Distiller:
                 if stopping():
                     raise Stopped
                 results, going_on = self.answer(batch), []
-                for dialogue, result in zip(batch, results, strict=True):
+                for row, (dialogue, result) in enumerate(zip(batch, results, strict=True)):
+                    if result.error is not None:
+                        reason = result.error.removeprefix(f"prompt {row}: ")
+                        refused.append(Refused(dialogue.record, dialogue.id, reason))
+                        continue
                     key = dialogue.record, dialogue.answered
                     answers[key] = self.answer_of(dialogue, result.tokens)
                     cut += result.finish_reason == "length"

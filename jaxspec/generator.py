@@ -5,7 +5,7 @@ Shapes are bucketed, so a service compiles a handful of programs: one per (batch
 
 import copy
 import dataclasses
-import numbers
+import functools
 import time
 from collections.abc import Iterator, Sequence
 
@@ -14,13 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxspec.arguments import (
+    check_encoded,
+    check_prompt,
+    image_list,
+    image_lists,
+    length_limit,
+    limit_list,
+    prompt_list,
+    sampling_list,
+    whole_number,
+)
 from jaxspec.buckets import bucket
-from jaxspec.metrics import GenerationStats
+from jaxspec.detokenizer import Detokenizer, TokenReader
+from jaxspec.drafters.drafter import Drafter
+from jaxspec.drafters.registry import METHODS
+from jaxspec.metrics import AcceptanceWatch, GenerationStats, emitted_per_round
 from jaxspec.prompting import ImageLike, Prompt, encode_prompt
 from jaxspec.speculation import loop
 from jaxspec.speculation.sampling import BatchSampling, SamplingParams
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.prompts import EncodedPrompt, stack_prompts
+from jaxspec.targets.target import Target
 
 ROUNDS_PER_SLICE = 4
 """Verification steps between two looks of the host, when streaming or watching for stop strings."""
@@ -30,11 +45,19 @@ ROUNDS_PER_SLICE = 4
 class Result:
     """One finished request."""
 
-    tokens: np.ndarray  # i32 [n], without the prompt; a stop token is the last one
+    tokens: np.ndarray  # i32 [n], without the prompt, up to a stop token or the token that completed a stop string
     accepted: np.ndarray  # bool [n], True where the token came from the draft
-    text: str  # without special tokens and stop strings
-    finish_reason: str  # "stop" or "length"
+    text: str  # without special tokens, up to where a stop string begins
+    finish_reason: str  # "stop", "length", or "error"
     stats: GenerationStats
+    text_ends: np.ndarray  # i32 [n], how many characters of the text are complete after each token
+    error: str | None = None  # why the answer ends here: the sentence, where finish_reason is "error"
+
+    def checked(self) -> "Result":
+        """The result itself; raises FloatingPointError, with its sentence, where it ended in an error."""
+        if self.error is not None:
+            raise FloatingPointError(self.error)
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +67,7 @@ class Piece:
     text: str
     tokens: np.ndarray  # i32 [n]
     accepted: np.ndarray  # bool [n]
+    text_ends: np.ndarray  # i32 [n], characters of the whole text that are complete after each token
     result: Result | None = None  # on the last piece
 
 
@@ -52,29 +76,45 @@ class Generator:
 
     Args:
       target: from `load_target`.
-      drafter: from `load_drafter`, or None for autoregressive decoding.
+      drafter: from `load_drafter` for this target, or None for autoregressive decoding.
       tree: the drafter's own tree by default.
-      max_length: most tokens of prompt and answer together.
+      max_length: most tokens of prompt and answer together; by default all of the target's positions up to 4096.
 
-    The answer does not depend on drafter, tree or batch (up to floating-point ties). Raises ValueError for a tree that
-    the vocabulary cannot fill or the drafter cannot draft, and for a `max_length` beyond the target's positions.
+    The answer does not depend on drafter, tree or batch (up to floating-point ties). Raises ValueError for a drafter of
+    another target, a tree that the vocabulary cannot fill or the drafter cannot draft, and a `max_length` beyond the
+    target's positions. A drafter with parameters whose drafts are hardly ever accepted, or far less often than its
+    folder says, is warned of once (`AcceptanceWarning`), from 64 greedy rounds on.
     """
 
-    def __init__(self, target, drafter=None, tree: TreeConfig | None = None, max_length: int = 4096):
-        limit = target.config.text.max_position_embeddings
-        if max_length < 2:
-            raise ValueError(f"max_length must be at least 2, got {max_length}")
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None = None,
+        tree: TreeConfig | None = None,
+        max_length: int | None = None,
+    ):
+        if not isinstance(target, Target):
+            raise ValueError(f"target must be a Target, from load_target; got {type(target).__name__}")
+        if not isinstance(drafter, Drafter | None):
+            raise ValueError(f"drafter must be a Drafter, from load_drafter; got {type(drafter).__name__}")
+        if not isinstance(tree, TreeConfig | None):
+            raise ValueError(f"tree must be a TreeConfig, got {type(tree).__name__}")
+        self.max_length = length_limit(max_length, target.config.text.max_position_embeddings)
         if drafter is None:
             if tree is not None and tree.total_tokens > 1:
                 raise ValueError(f"a tree of {tree.total_tokens} tokens needs a drafter")
             tree = TreeConfig.autoregressive()
         else:
+            check_drafter(drafter, target)
             tree = tree or drafter.tree
             if check_tree := getattr(drafter.model, "check_tree", None):
                 check_tree(tree)
         tree.check_vocabulary(target.config.text.vocab_size)
         self.target, self.drafter, self.tree = target, drafter, tree
-        self.max_length = min(max_length, limit)
+        self._watch = None
+        if drafter is not None and jax.tree.leaves(nnx.state(drafter.model)):  # prompt lookup may find nothing
+            own = tree == drafter.tree
+            self._watch = AcceptanceWatch(drafter.about.get("mean_acceptance_length") if own else None)
         graph, self._params = nnx.split((target.model, drafter.model if drafter else None))
         self._graph, self._traced = graph, []
 
@@ -94,14 +134,30 @@ class Generator:
         """Programs compiled so far, by this generator and all that share its programs."""
         return len(self._traced)
 
-    def with_drafter(self, drafter) -> "Generator":
+    @property
+    def acceptance_warning(self) -> str | None:
+        """The sentence that was warned with, if the drafter has been found to be of no use."""
+        return self._watch and self._watch.warning
+
+    @property
+    def judges_drafter(self) -> bool:
+        """Whether there is a drafter that is to earn something, in training or without parameters it is not."""
+        return self._watch is not None
+
+    @functools.cached_property
+    def token_reader(self) -> TokenReader:
+        """How this generator's answers become text."""
+        return TokenReader(self.target.tokenizer)
+
+    def with_drafter(self, drafter: Drafter) -> "Generator":
         """This generator with other parameters in its drafter: compiled programs and tree are shared, so that a drafter
-        can be measured again and again while it trains. Raises ValueError for a drafter of another structure."""
+        can be measured again and again while it trains; it is not warned of. Raises ValueError for a drafter of another
+        structure."""
         graph, params = nnx.split((self.target.model, drafter.model))
         if graph != self._graph:
             raise ValueError(f"with_drafter needs a drafter of the same method and config, got a {drafter.method} one")
         other = copy.copy(self)
-        other.drafter, other._params = drafter, params
+        other.drafter, other._params, other._watch = drafter, params, None
         return other
 
     def generate(
@@ -112,8 +168,8 @@ class Generator:
         max_new_tokens: int = 256,
         raw: bool = False,
     ) -> Result:
-        """One request; see `generate_batch`."""
-        return self.generate_batch([prompt], [images], [sampling], [max_new_tokens], raw)[0]
+        """One request; see `generate_batch`. Raises FloatingPointError where the target's logits are not finite."""
+        return self._single(prompt, images, sampling, max_new_tokens, raw).run()[0].checked()
 
     def generate_batch(
         self,
@@ -126,7 +182,8 @@ class Generator:
         """Lists with one entry per request (`sampling` and `max_new_tokens` may also be one for all).
 
         Raises ValueError, before anything is compiled, for prompts that do not fit `max_length`, images that cannot be
-        read, and image marks without images.
+        read, and image marks without images. A request whose logits are not finite ends with the finish_reason "error"
+        and a sentence in `error`; the others go on.
         """
         return self._prepare(prompts, images, sampling, max_new_tokens, raw).run()
 
@@ -137,7 +194,7 @@ class Generator:
         max_new_tokens: int | Sequence[int] = 256,
     ) -> list[Result]:
         """`generate_batch` of prompts that are encoded already (`jaxspec.prompting.encode_prompt`)."""
-        return self._batch(prompts, sampling, max_new_tokens).run()
+        return self._batch(prompt_list(prompts), sampling, max_new_tokens).run()
 
     def stream(
         self,
@@ -148,47 +205,35 @@ class Generator:
         raw: bool = False,
         rounds_per_piece: int = ROUNDS_PER_SLICE,
     ) -> Iterator[Piece]:
-        """The same request in pieces. Texts join to the result's text; the last piece carries the result."""
-        batch = self._prepare([prompt], [images], sampling, max_new_tokens, raw)
-        state = batch.start()
-        seen, shown = 0, ""
-        while True:
-            finished = batch.finished(state)
-            result = batch.results(state)[0]
-            # A text may still change at its end: half a character, or the beginning of a stop string.
-            text = result.text if finished else stable_text(result.text, batch.sampling[0].stop)
-            tokens, accepted = result.tokens[seen:], result.accepted[seen:]
-            yield Piece(text[len(shown) :], tokens, accepted, result if finished else None)
-            if finished:
-                return
-            seen, shown = len(result.tokens), text
-            state = batch.advance(state, rounds_per_piece)
+        """The same request in pieces. Texts join to the result's text; the last piece carries the result. Bad input
+        raises ValueError at once, not with the first piece."""
+        rounds = whole_number("rounds_per_piece", rounds_per_piece, 1)
+        return self._single(prompt, images, sampling, max_new_tokens, raw).pieces(rounds)
+
+    def _single(self, prompt, images, sampling, max_new_tokens, raw) -> "Batch":
+        check_prompt(prompt, "the prompt")
+        limit = whole_number("max_new_tokens", max_new_tokens, 1)
+        return self._prepare([prompt], [image_list(images)], sampling, limit, raw)
 
     def _prepare(self, prompts, images, sampling, max_new_tokens, raw) -> "Batch":
-        if isinstance(prompts, str):
-            raise ValueError("generate_batch needs a list of prompts, got one string; generate takes a single prompt")
-        count = len(prompts)
-        images = [()] * count if images is None else images
-        if len(images) != count:
-            raise ValueError(f"images has {len(images)} entries for {count} prompts")
+        prompts = prompt_list(prompts)
+        images = image_lists(images, len(prompts))
+        # What costs nothing to check comes before the pictures are read.
+        sampling, max_new_tokens = sampling_list(sampling, len(prompts)), limit_list(max_new_tokens, len(prompts))
+        for index, prompt in enumerate(prompts):
+            check_prompt(prompt, f"prompt {index}")
         encoded = [encode_prompt(self.target, *request, raw) for request in zip(prompts, images, strict=True)]
         return self._batch(encoded, sampling, max_new_tokens)
 
-    def _batch(self, prompts: Sequence[EncodedPrompt], sampling, max_new_tokens) -> "Batch":
-        count = len(prompts)
-        if not count:
+    def _batch(self, prompts: list[EncodedPrompt], sampling, max_new_tokens) -> "Batch":
+        if not prompts:
             raise ValueError("a batch needs at least one prompt, got none")
-        sampling = [sampling] * count if isinstance(sampling, SamplingParams) else list(sampling)
-        limits = [max_new_tokens] * count if isinstance(max_new_tokens, numbers.Integral) else list(max_new_tokens)
-        for name, values in (("sampling", sampling), ("max_new_tokens", limits)):
-            if len(values) != count:
-                raise ValueError(f"{name} has {len(values)} entries for {count} prompts")
+        params, limits = sampling_list(sampling, len(prompts)), limit_list(max_new_tokens, len(prompts))
         for index, prompt in enumerate(prompts):
-            if limits[index] < 1:
-                raise ValueError(f"max_new_tokens must be at least 1, got {limits[index]}")
+            check_encoded(prompt, f"prompt {index}")
             self.check_length(prompt, f"prompt {index}")
-            limits[index] = min(int(limits[index]), self.max_length - len(prompt.input_ids))
-        return Batch(self, list(prompts), sampling, limits)
+            limits[index] = min(limits[index], self.max_length - len(prompt.input_ids))
+        return Batch(self, prompts, params, limits)
 
     def check_length(self, prompt: EncodedPrompt, name: str = "the prompt") -> None:
         """Raises ValueError for a prompt that leaves no room for an answer."""
@@ -199,14 +244,27 @@ class Generator:
             )
 
 
+def check_drafter(drafter: Drafter, target: Target) -> None:
+    """Raises ValueError for a drafter that was loaded for another target, or whose sizes are not this one's."""
+    recorded = getattr(drafter, "target_fingerprint", None)
+    if recorded is not None and target.path is not None:
+        if recorded != (ours := target.fingerprint()):
+            raise ValueError(f"the {drafter.method} drafter was loaded for the target {recorded}, not for {ours}")
+        return
+    method = METHODS.get(drafter.method)
+    if method is not None and (problems := method.misfits(drafter.model.config, target.config)):
+        raise ValueError(f"the {drafter.method} drafter was made for another target: {', '.join(problems)}")
+
+
 class Batch:
-    """One batch on its way through prefill and decode: arrays, times, and what the host reads back."""
+    """One batch on its way through prefill and decode: arrays, times, texts, and what the host reads back."""
 
     def __init__(
         self, generator: Generator, prompts: list[EncodedPrompt], sampling: list[SamplingParams], limits: list[int]
     ):
         self.generator, self.prompts, self.sampling, self.limits = generator, prompts, sampling, limits
         self.prefill_seconds = self.decode_seconds = 0.0
+        self.watching = any(params.stop for params in sampling)
         longest = bucket(max(len(prompt.input_ids) for prompt in prompts))
         self.max_new = bucket(max(limits))
         self.capacity = max(longest, min(longest + self.max_new, generator.max_length))
@@ -219,13 +277,34 @@ class Batch:
             stop_token_ids=np.array([[*row, *[-1] * (width - len(row))] for row in stops], np.int32),
         )
 
+    @functools.cached_property
+    def texts(self) -> list[Detokenizer]:
+        """What the rows say."""
+        return [Detokenizer(self.generator.token_reader, params.stop) for params in self.sampling]
+
     def run(self) -> list[Result]:
         """From prefill to the last answer."""
         state = self.start()
-        watching = any(params.stop for params in self.sampling)
         while not self.finished(state):
-            state = self.advance(state, ROUNDS_PER_SLICE if watching else self.generator.max_length)
+            state = self.advance(state, ROUNDS_PER_SLICE if self.watching else self.generator.max_length)
         return self.results(state)
+
+    def pieces(self, rounds: int) -> Iterator[Piece]:
+        """The same for a single row, `rounds` rounds at a time."""
+        state, seen = self.start(), 0
+        while True:
+            result = self.results(state)[0] if self.finished(state) else None
+            tokens, drafted = self.read(state)
+            text = self.texts[0]
+            new = slice(seen, text.count)
+            failed = result is not None and result.error is not None
+            ends = np.array(text.ends[new], np.int32)
+            yield Piece(text.take(), tokens[0, new], drafted[0, new], ends, None if failed else result)
+            if result is not None:
+                result.checked()
+                return
+            seen = text.count
+            state = self.advance(state, rounds)
 
     def start(self) -> loop.DecodeState:
         started = time.perf_counter()
@@ -234,7 +313,7 @@ class Batch:
         )
         jax.block_until_ready(state.root)
         self.prefill_seconds = time.perf_counter() - started
-        return state
+        return self.watched(state)
 
     def advance(self, state: loop.DecodeState, rounds: int) -> loop.DecodeState:
         """Up to `rounds` more rounds; `state` is consumed."""
@@ -242,58 +321,55 @@ class Batch:
         state = self.generator._decode(self.generator._params, state, jnp.int32(rounds))
         jax.block_until_ready(state.done)
         self.decode_seconds += time.perf_counter() - started
-        return state
+        return self.watched(state)
+
+    def watched(self, state: loop.DecodeState) -> loop.DecodeState:
+        """The state with the rows done whose stop strings have come: they decode no further."""
+        if not self.watching:
+            return state
+        self.read(state)
+        stopped = np.array([text.stopped for text in self.texts])
+        return loop.finish(state, stopped) if (stopped & ~np.asarray(state.done)).any() else state
+
+    def read(self, state: loop.DecodeState) -> tuple[np.ndarray, np.ndarray]:
+        """Takes in what the rows have said since the last look. Their tokens i32 `[B, T]`, and which were drafted."""
+        tokens, drafted, counts = map(np.asarray, jax.device_get((state.tokens, state.from_draft, state.counts)))
+        for row, text in enumerate(self.texts):
+            text.add(tokens[row, text.count : counts[row]])
+        return tokens, drafted
 
     def finished(self, state: loop.DecodeState) -> bool:
-        done = np.asarray(state.done)
-        if done.all() or not any(params.stop for params in self.sampling):
-            return bool(done.all())
-        tokens, counts = np.asarray(state.tokens), np.asarray(state.counts)
-        return all(
-            done[row] or self.stop_at(tokens[row, : counts[row]], params.stop)[0] is not None
-            for row, params in enumerate(self.sampling)
-        )
+        return bool(np.asarray(state.done).all())
 
     def results(self, state: loop.DecodeState) -> list[Result]:
-        """What the rows hold now."""
-        tokens, drafted, counts, emitted = map(
-            np.asarray, jax.device_get((state.tokens, state.from_draft, state.counts, state.emitted))
-        )
-        results = []
-        for row, params in enumerate(self.sampling):
-            ids = tokens[row, : counts[row]]
-            stop, text = self.stop_at(ids, params.stop)
-            if stop is not None:
-                ids = ids[:stop]
+        """The answers, once all rows are done. Each counts the rounds up to the one that gave its last token."""
+        tokens, drafted = self.read(state)
+        failed, width, results = np.asarray(state.failed), self.generator.tree.max_depth + 1, []
+        for row, (text, params) in enumerate(zip(self.texts, self.sampling, strict=True)):
+            text.finish()
+            ids, accepted = tokens[row, : text.count], drafted[row, : text.count]
             stop_ids = {*self.generator.target.stop_token_ids, *params.stop_token_ids}
-            stopped = stop is not None or (len(ids) > 0 and int(ids[-1]) in stop_ids)
+            reason, error = "length", None
+            if text.stopped or (len(ids) and int(ids[-1]) in stop_ids):
+                reason = "stop"
+            elif failed[row]:
+                reason, error = "error", self.failure(row, len(ids))
             stats = GenerationStats.of(
-                emitted[row],
+                emitted_per_round(accepted[1:], width),
                 prompt_tokens=len(self.prompts[row].input_ids),
                 generated_tokens=len(ids),
                 prefill_seconds=self.prefill_seconds,
                 decode_seconds=self.decode_seconds,
             )
-            results.append(Result(ids, drafted[row, : len(ids)], text, "stop" if stopped else "length", stats))
+            results.append(Result(ids, accepted, text.text, reason, stats, np.array(text.ends, np.int32), error))
+        if self.generator._watch:
+            greedy = [params.temperature == 0 for params in self.sampling]
+            self.generator._watch.add([each.stats for each, use in zip(results, greedy, strict=True) if use])
         return results
 
-    def stop_at(self, ids: np.ndarray, stops: tuple[str, ...]) -> tuple[int | None, str]:
-        """How many tokens stay when the text is cut at the stop string that is complete first (None where there is
-        none), and the text. The answer is the same however many tokens follow that one."""
-
-        def decode(count):
-            return self.generator.target.tokenizer.decode(ids[:count], skip_special_tokens=True).lstrip(" ")
-
-        text = decode(len(ids))
-        if not any(stop in text for stop in stops):
-            return None, text
-        count = next(n for n in range(1, len(ids) + 1) if any(stop in decode(n) for stop in stops))
-        text = decode(count)
-        return count, text[: min(text.find(stop) for stop in stops if stop in text)]
-
-
-def stable_text(text: str, stops: tuple[str, ...]) -> str:
-    """The part of a growing text that later tokens cannot change."""
-    text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-    held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-    return text[: len(text) - held]
+    def failure(self, row: int, generated: int) -> str:
+        position = len(self.prompts[row].input_ids) + generated
+        return (
+            f"prompt {row}: the logits of the token at position {position} are not finite (NaN or infinity), after "
+            f"{generated} generated tokens; weights or activations of the target leave the range of its dtype"
+        )

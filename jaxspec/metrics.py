@@ -1,9 +1,18 @@
 """The numbers of speculative decoding, defined once for training, benchmark and server."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
+
+JUDGED_ROUNDS = 64
+"""Rounds after which what a drafter earns while it serves says something of it."""
+LEAST_LENGTH, LEAST_SHARE = 1.1, 0.6
+
+
+class AcceptanceWarning(UserWarning):
+    """A drafter accepts too little to be of use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +89,59 @@ class GenerationStats(Acceptance):
         return self.prefill_seconds
 
 
+def emitted_per_round(from_draft: np.ndarray, width: int) -> np.ndarray:
+    """How many rounds emitted 1, 2, .. `width` tokens: i64 `[width]`.
+
+    `from_draft` bool `[n]` are the tokens of an answer after its first, which comes with the prompt. A round ends with
+    a token of the target's own; where the answer ends among a round's draft tokens, that round counts with these.
+    """
+    ends = np.flatnonzero(~from_draft) + 1
+    if len(from_draft) and from_draft[-1]:
+        ends = np.append(ends, len(from_draft))
+    return np.bincount(np.diff(ends, prepend=0) - 1, minlength=width)
+
+
 def pooled(stats: Sequence[Acceptance]) -> Acceptance:
     """The acceptance of all rounds of several requests together; all with the same tree."""
     return Acceptance.from_histogram(np.sum([each.emitted for each in stats], axis=0))
+
+
+def acceptance_warning(live: Acceptance, recorded: float | None = None) -> str | None:
+    """A sentence where greedy decoding says that a drafter is of no use: next to nothing is accepted, or far less than
+    its folder `recorded` after training, with the same tree."""
+    length = live.mean_acceptance_length
+    if isinstance(recorded, int | float) and length < LEAST_SHARE * recorded:
+        found = f"but this drafter recorded {recorded:.2f} after its training"
+    elif length < LEAST_LENGTH:
+        found = "so this drafter makes nothing faster (1.00 is what no drafter has)"
+    else:
+        return None
+    return (
+        f"mean_acceptance_length is {length:.2f} over {live.rounds} rounds, {found}; does it belong to this target, "
+        "and is the picture of the kind it was trained on?"
+    )
+
+
+class AcceptanceWatch:
+    """Judges a drafter by what it earns while it serves: warns once, with an `AcceptanceWarning`, where that is too
+    little (`acceptance_warning`) after `JUDGED_ROUNDS` rounds.
+
+    Args:
+      recorded: the mean acceptance length that the drafter's folder tells, if the tree is the one it was measured with.
+    """
+
+    def __init__(self, recorded: float | None = None):
+        self.recorded = recorded
+        self.warning: str | None = None
+        self._emitted: np.ndarray | int = 0
+
+    def add(self, answers: Sequence[Acceptance]) -> None:
+        """Take in what was accepted in these greedy answers, all of the same tree."""
+        if self.warning is not None or not answers:
+            return
+        self._emitted = self._emitted + np.sum([each.emitted for each in answers], axis=0)
+        live = Acceptance.from_histogram(self._emitted)
+        if live.rounds >= JUDGED_ROUNDS:
+            self.warning = acceptance_warning(live, self.recorded)
+        if self.warning is not None:
+            warnings.warn(self.warning, AcceptanceWarning, stacklevel=2)

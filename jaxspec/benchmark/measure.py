@@ -172,13 +172,3 @@ def speedup_of_run(baseline: Sequence[Timing], timings: Sequence[Timing], run: i
         return Timing(timing.tokens, (timing.decode_seconds[run],), (timing.prefill_seconds[run],))
 
     return speedup([*map(only, baseline)], [*map(only, timings)])
-
-
-def acceptance_warning(recorded: float | None, live: float, share: float = 0.6) -> str | None:
-    """A sentence where a drafter accepts far less at temperature 0 than its folder recorded after training."""
-    if not isinstance(recorded, int | float) or not live < share * recorded:
-        return None
-    return (
-        f"mean_acceptance_length is {live:.2f}, but this drafter recorded {recorded:.2f} after its training; "
-        "does it belong to this target, and is the picture of the kind it was trained on?"
-    )

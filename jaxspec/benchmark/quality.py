@@ -31,7 +31,7 @@ def score_answers(
                 full = [*batch, *batch[-1:] * (BATCH - len(batch))]
                 prompts, images = [each.question for each in full], [(each.image,) for each in full]
                 answers = generator.generate_batch(prompts, images, max_new_tokens=max_new_tokens)
-                results += answers[: len(batch)]
+                results += [answer.checked() for answer in answers[: len(batch)]]
                 bar.advance()
             tokens = [result.tokens.tolist() for result in results]
             reference = reference or tokens

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jaxspec import demo
+from jaxspec.arguments import length_limit
 from jaxspec.benchmark.identity import choice_margin, first_difference
 from jaxspec.benchmark.measure import (
     WARM_UPS,
     Arm,
     Question,
     Timing,
-    acceptance_warning,
     distinct_shapes,
     interleaved,
     speedup,
@@ -27,7 +27,7 @@ from jaxspec.benchmark.measure import (
 )
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.generator import Generator
-from jaxspec.metrics import Acceptance, pooled
+from jaxspec.metrics import Acceptance, acceptance_warning, pooled
 from jaxspec.speculation.sampling import SamplingParams
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.target import Target
@@ -48,7 +48,7 @@ class SpeedBenchmark:
     temperatures: Sequence[float]
     runs: int
     max_new_tokens: int
-    max_length: int
+    max_length: int | None
     seed: int
     patience: int = 1
     noise_off: bool = True
@@ -163,9 +163,9 @@ class SpeedBenchmark:
         ]
         drafter, tree = self.drafters.get(arm.name, (None, None))
         warning = None
-        if drafter and temperature == 0 and tree == drafter.tree:
-            recorded = drafter.about.get("mean_acceptance_length")
-            warning = acceptance_warning(recorded, acceptance.mean_acceptance_length)
+        if arm.generator and arm.generator.judges_drafter and temperature == 0:
+            recorded = drafter.about.get("mean_acceptance_length") if tree == drafter.tree else None
+            warning = acceptance_warning(acceptance, recorded)
         return {
             "temperature": temperature,
             "arm": arm.name,
@@ -234,7 +234,7 @@ def settings_of(benchmark: SpeedBenchmark) -> dict:
         "warm_ups": WARM_UPS,
         "patience": benchmark.patience,
         "max_new_tokens": benchmark.max_new_tokens,
-        "max_length": benchmark.max_length,
+        "max_length": length_limit(benchmark.max_length, benchmark.target.config.text.max_position_embeddings),
         "seed": benchmark.seed,
         "drafters": {
             name: {

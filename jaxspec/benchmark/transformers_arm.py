@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxspec.benchmark.measure import WARM_UPS, Arm
+from jaxspec.detokenizer import detokenize
 from jaxspec.media import open_image
 from jaxspec.metrics import GenerationStats
 from jaxspec.prompting import normalise_messages
@@ -79,7 +80,7 @@ def transformers_arm(target: Target, dtype: str, max_new_tokens: int) -> tuple[A
             prefill_seconds=first - started,
             decode_seconds=ended - first,
         )
-        return TransformersAnswer(tokens, target.tokenizer.decode(tokens, skip_special_tokens=True).lstrip(" "), stats)
+        return TransformersAnswer(tokens, detokenize(target.tokenizer, tokens), stats)
 
     arm = Arm(
         NAME,

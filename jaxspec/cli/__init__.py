@@ -1,11 +1,13 @@
 """The command line: one file per command, each a frozen dataclass of its options with a `run(console)`.
 
-The library raises ValueError and OSError (a missing file) with one clear sentence for whatever a user can get wrong;
-here those sentences become the last line on stderr and exit status 2.
+The library raises ValueError and OSError (a missing file) with one clear sentence for whatever a user can get wrong,
+and FloatingPointError where numbers are not finite; here those sentences become the last line on stderr and exit status
+2, or 1 for numbers.
 """
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +17,8 @@ from jaxspec.stopping import Stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 2 for input that cannot be used, 1 for training that diverged, 130
-    after Ctrl-C or SIGTERM."""
+    """Run a command and return its exit status: 0, 2 for input that cannot be used, 1 for a target or a training whose
+    numbers are not finite, 130 after Ctrl-C or SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "load_target" not in getattr(jaxspec, "__all__", ()):  # that package is not ours, this one still is
         print(f"jaxspec: {namesake() or f'its __init__.py is not that of {NAME}: install it again'}", file=sys.stderr)
@@ -47,9 +49,12 @@ def run(arguments: list[str]) -> None:
     from jaxspec.cli.commands import read_command  # slow to load, and --version needs none of it
     from jaxspec.cli.output import make_console
     from jaxspec.cli.train import before_overrides
+    from jaxspec.metrics import AcceptanceWarning
 
     command = read_command(before_overrides(arguments), program())
-    command.run(make_console(), arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AcceptanceWarning)  # commands print it themselves
+        command.run(make_console(), arguments)
 
 
 def program() -> str:

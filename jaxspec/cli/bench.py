@@ -21,7 +21,7 @@ from jaxspec.benchmark.report import (
 )
 from jaxspec.benchmark.run import BASELINE, SpeedBenchmark, example_prompts, settings_of
 from jaxspec.cli.options import ModelOptions, TreeOptions, load_named_drafter
-from jaxspec.cli.output import ProgressLines, table, waiting
+from jaxspec.cli.output import ProgressLines, show_warning, table, waiting
 from jaxspec.generator import Generator
 
 SHOWN = {
@@ -129,7 +129,7 @@ class Bench:
             console.print(table(console, QUALITY_COLUMNS, quality_rows(results)))
         for entry in results["speed"]:
             if entry["warning"]:
-                console.print(f"warning: {entry['arm']}: {entry['warning']}", style="yellow", markup=False)
+                show_warning(console, f"{entry['arm']}: {entry['warning']}")
         console.print(TEMPLATED)
         drawn = write_plot(results, self.output / "results.png")
         wrote = ", ".join(["results.json", "results.md", *(["results.png"] if drawn else [])])

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import jaxspec
 from jaxspec.cli.options import ModelOptions, TreeOptions, load_named_drafter
-from jaxspec.cli.output import ProgressLines, visible, waiting
+from jaxspec.cli.output import ProgressLines, show_warning, visible, waiting
 from jaxspec.data.answers import AnswerParts
 from jaxspec.data.prompts import open_prompts
 from jaxspec.distillation import Distiller, DistillSettings, finish_output, open_output
@@ -82,6 +82,7 @@ class Distill:
             open_output(self.output, settings, about)
         parts = AnswerParts(self.output, distiller.records, self.settings.shard_size)
         self.answer(console, distiller, parts)
+        show_warning(console, generator.acceptance_warning)
         missing = [part for part in range(len(parts)) if not parts.finished(part)]
         if missing:
             console.print(

@@ -16,15 +16,13 @@ from jaxspec.benchmark.measure import (
     Arm,
     Question,
     Timing,
-    acceptance_warning,
     interleaved,
     speedup,
     warm_up,
 )
 from jaxspec.benchmark.report import number
 from jaxspec.cli.options import ModelOptions, TreeOptions, load_named_drafter
-from jaxspec.cli.output import ACCEPTED_STYLE, TokenColours, coloured, table, waiting
-from jaxspec.drafters.drafter import Drafter
+from jaxspec.cli.output import ACCEPTED_STYLE, TokenColours, coloured, show_warning, table, waiting
 from jaxspec.generator import Generator, Result
 from jaxspec.media import open_image
 from jaxspec.speculation.sampling import SamplingParams
@@ -111,7 +109,7 @@ class Generate:
         if drafter is None:
             console.print("No drafter was given (--drafter): autoregressive decoding only.")
         else:
-            self.warn(console, drafter, arms[-1].generator, answers[SPECULATIVE][0])
+            show_warning(console, arms[-1].generator.acceptance_warning)
         if self.save_svg:
             console.save_svg(self.save_svg, title="python -m jaxspec generate")
 
@@ -125,17 +123,16 @@ class Generate:
         self, console: Console, generator: Generator, question: Question, sampling: SamplingParams
     ) -> Result:
         """The answer, with the draft's share in colour."""
-        target = generator.target
-        colours = TokenColours(lambda ids: target.tokenizer.decode(ids, skip_special_tokens=True).lstrip(" "))
+        colours = TokenColours()
         request = question.prompt, question.images, sampling, self.max_new_tokens
         if self.stream and not self.save_svg:  # a drawing needs whole lines
             for piece in generator.stream(*request):
-                colours.add(piece.tokens, piece.accepted)
+                colours.add(piece.text_ends, piece.accepted)
                 console.print(coloured(colours.split(piece.text)), end="", soft_wrap=True)
             result = piece.result
         else:
             result = generator.generate(*request)
-            colours.add(result.tokens, result.accepted)
+            colours.add(result.text_ends, result.accepted)
             console.print(coloured(colours.split(result.text)), end="", soft_wrap=not self.save_svg)
         console.print("\n")
         if generator.drafter:
@@ -168,14 +165,6 @@ class Generate:
             number(stats.mean_accepted_draft_tokens),
             identical,
         ]
-
-    def warn(self, console: Console, drafter: Drafter, generator: Generator, answer: Result) -> None:
-        """Where the drafter accepts far less than it recorded under the same conditions: greedy, its own tree."""
-        if self.temperature > 0 or generator.tree != drafter.tree:
-            return
-        warning = acceptance_warning(drafter.about.get("mean_acceptance_length"), answer.stats.mean_acceptance_length)
-        if warning:
-            console.print(f"warning: {warning}", style="yellow", markup=False)
 
 
 def show_question(console: Console, paths: Sequence[str | Path], question: Question) -> None:

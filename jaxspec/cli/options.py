@@ -49,8 +49,8 @@ class ModelOptions:
     """Hugging Face folder or repo id of the target; demo is the embedded model."""
     dtype: str = "float32"
     """Of parameters and computation: float32, bfloat16 or float16."""
-    max_length: int = 4096
-    """Most tokens of prompt and answer together."""
+    max_length: int | None = None
+    """Most tokens of prompt and answer together; by default all of the target's positions up to 4096."""
     compilation_cache: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Where compiled programs are kept for the next run; the user's cache folder by default, "" for nowhere."""
 

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -84,43 +84,37 @@ class ProgressLines:
 
 
 class TokenColours:
-    """Says which characters of a growing text came from accepted draft tokens.
+    """Says which characters of a growing text came from accepted draft tokens: a character belongs to the token that
+    completes it. Pieces are cut from the text itself, so they join to it exactly."""
 
-    A character belongs to the token that completes it, found by decoding the tokens one by one. Pieces are cut from the
-    text itself, so they join to it exactly, whatever a tokenizer does at the seams.
-
-    Args:
-      decode: from token ids to the text they stand for.
-    """
-
-    def __init__(self, decode: Callable[[Sequence[int]], str]):
-        self.decode = decode
-        self.ids: list[int] = []
+    def __init__(self):
         self.ends: list[int] = []  # characters that are complete after each token
         self.accepted: list[bool] = []
-        self.shown = 0
+        self.shown = self.owner = 0  # characters given out, and the token that the latest of them belongs to
 
-    def add(self, tokens: Sequence[int], accepted: Sequence[bool]) -> None:
-        for token, drafted in zip(tokens, accepted, strict=True):
-            self.ids.append(int(token))
-            complete = self.decode(self.ids).rstrip("\N{REPLACEMENT CHARACTER}")
-            self.ends.append(max(len(complete), self.ends[-1] if self.ends else 0))
-            self.accepted.append(bool(drafted))
+    def add(self, text_ends: Sequence[int], accepted: Sequence[bool]) -> None:
+        """The next tokens, as a `Piece` or `Result` tells of them."""
+        self.ends += map(int, text_ends)
+        self.accepted += map(bool, accepted)
 
     def split(self, text: str) -> list[tuple[str, bool]]:
         """The next piece of the text as runs of (characters, from the draft)."""
         runs: list[tuple[str, bool]] = []
-        owner = 0
         for position, character in enumerate(text, self.shown):
-            while owner < len(self.ends) - 1 and self.ends[owner] <= position:
-                owner += 1
-            drafted = bool(self.accepted) and self.accepted[owner]
+            while self.owner < len(self.ends) - 1 and self.ends[self.owner] <= position:
+                self.owner += 1
+            drafted = bool(self.accepted) and self.accepted[self.owner]
             if runs and runs[-1][1] == drafted:
                 runs[-1] = (runs[-1][0] + character, drafted)
             else:
                 runs.append((character, drafted))
         self.shown += len(text)
         return runs
+
+
+def show_warning(console: Console, sentence: str | None) -> None:
+    if sentence is not None:
+        console.print(f"warning: {sentence}", style="yellow", markup=False)
 
 
 def coloured(runs: Sequence[tuple[str, bool]]) -> Text:

@@ -21,6 +21,9 @@ from jaxspec.speculation.sampling import BatchSampling, choose, gumbel_noise, wa
 from jaxspec.speculation.tree import Tree, TreeConfig, root_only
 from jaxspec.targets.prompts import PromptBatch, static
 
+NO_TOKEN = -1
+"""Stands in a tree for a draft token that shall not be accepted; the root is read in its place."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +61,7 @@ class DecodeState:
 
     cache: tuple[LayerKV, ...]
     lengths: jax.Array  # i32 [B], committed rows
-    offset: (
-        jax.Array
-    )  # i32 [B], position of the root minus `lengths`: not 0 where images take fewer positions than rows
+    offset: jax.Array  # i32 [B], position of the root minus `lengths`: not 0 where images take fewer positions
     root: jax.Array  # i32 [B], last chosen token, not yet in the cache
     drafter: Any
     request: Request
@@ -68,8 +69,9 @@ class DecodeState:
     from_draft: jax.Array  # bool [B, T], True where the drafter had proposed the token
     counts: jax.Array  # i32 [B], generated tokens so far
     done: jax.Array  # bool [B]
+    alone: jax.Array  # bool [B], rows whose next round verifies the root without a draft (see `decode_round`)
+    failed: jax.Array  # bool [B], rows that are done because the logits of their next token were not finite
     rounds: jax.Array  # i32 [B], verification steps
-    emitted: jax.Array  # i32 [B, P], how many rounds emitted 1, 2, .. P tokens
 
 
 def taps_of(drafter) -> tuple[int, ...]:
@@ -91,12 +93,14 @@ def prefill(target, drafter, tree: TreeConfig, prompt: PromptBatch, request: Req
 
     `capacity` rows hold the longest prompt plus its new tokens; `max_new` bounds `request.max_new_tokens`.
     """
-    batch, room = prompt.input_ids.shape[0], tree.max_depth + 1
+    batch = prompt.input_ids.shape[0]
     with jax.named_scope("prefill"):
         features, new_kv, embeds, vision = read_prompts(target, prompt, taps_of(drafter))
     last = jnp.take_along_axis(features, (prompt.lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
     sampling = request.sampling
-    warped = warp(target.unembed(last), sampling)
+    logits = target.unembed(last)  # [B, 1, V]
+    failed = ~finite(logits)[:, 0]
+    warped = warp(logits, sampling)
     root = choose(warped, noise_at(sampling, prompt.lengths, 1, warped.shape[-1]), sampling)[:, 0]
     cache = tuple(caches.extend(kv, capacity) for kv in new_kv)
     drafter_state = None
@@ -113,10 +117,11 @@ def prefill(target, drafter, tree: TreeConfig, prompt: PromptBatch, request: Req
         request=request,
         tokens=jnp.zeros((batch, max_new), jnp.int32).at[:, 0].set(root),
         from_draft=jnp.zeros((batch, max_new), bool),
-        counts=jnp.ones((batch,), jnp.int32),
-        done=is_stop(root[:, None], request)[:, 0] | (request.max_new_tokens <= 1),
+        counts=1 - failed.astype(jnp.int32),
+        done=failed | is_stop(root[:, None], request)[:, 0] | (request.max_new_tokens <= 1),
+        alone=jnp.zeros((batch,), bool),
+        failed=failed,
         rounds=jnp.zeros((batch,), jnp.int32),
-        emitted=jnp.zeros((batch, room), jnp.int32),
     )
 
 
@@ -153,8 +158,14 @@ def decode(target, drafter, tree: TreeConfig, state: DecodeState, max_rounds: ja
 
 
 def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> DecodeState:
-    """One verification of one tree; rows that are done stay as they are."""
+    """One verification of one tree; rows that are done stay as they are.
+
+    A row whose logits are not finite on its accepted path emits nothing. A draft token may be to blame, accepted or not
+    (its values reach its siblings through attention, where nothing times NaN is NaN), so the next round of that row
+    verifies the root alone: what is still not finite is the target's own answer, and the row has failed.
+    """
     sampling, room = state.request.sampling, config.max_depth + 1
+    levels = jnp.arange(room)
     noise = noise_at(sampling, state.lengths + 1, room, target.config.text.vocab_size)  # [B, P, V]
     drafter_state = state.drafter
     with jax.named_scope("propose"):
@@ -162,13 +173,18 @@ def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> Dec
             tree = root_only(state.root)
         else:
             tree, drafter_state = drafter.propose(target, config, drafter_state, state.root, noise, sampling)
+            tree = tree._replace(tokens=jnp.where(state.alone[:, None] & (tree.depths > 0), NO_TOKEN, tree.tokens))
     with jax.named_scope("verify"):
         features, new_kv = verify(target, tree, state, taps_of(drafter))
-        warped = warp(target.unembed(features), sampling)  # [B, N, V]
+        logits = target.unembed(features)
+        warped = warp(logits, sampling)  # [B, N, V]
         node_noise = jnp.take_along_axis(noise, tree.depths[..., None], axis=1)
         accepted = accept(tree, choose(warped, node_noise, sampling), config.max_depth)
     with jax.named_scope("commit"):
         emit = emission(accepted.tokens, accepted.length, state)  # [B], 0 for rows that are done
+        whole = jnp.take_along_axis(finite(logits), accepted.path, axis=1)  # [B, P]
+        broken = jnp.any(~whole & (levels < emit[:, None]), axis=1)  # [B]
+        emit = jnp.where(broken, 0, emit)
         cache = tuple(
             caches.write(old, caches.take(new, accepted.path), state.lengths, emit)
             for old, new in zip(state.cache, new_kv, strict=True)
@@ -178,31 +194,37 @@ def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> Dec
             drafter_state = drafter.advance(target, drafter_state, accepted.tokens, path_features, emit)
     last = jnp.take_along_axis(accepted.tokens, jnp.maximum(emit - 1, 0)[:, None], axis=1)[:, 0]
     counts = state.counts + emit
-    stopped = is_stop(last[:, None], state.request)[:, 0] | (counts >= state.request.max_new_tokens)
-    levels = jnp.arange(room)
+    stopped = (emit > 0) & (is_stop(last[:, None], state.request)[:, 0] | (counts >= state.request.max_new_tokens))
+    failed = broken & (state.alone | (config.total_tokens == 1))
     # Of an accepted path of `length` nodes, the first `length - 1` new tokens are the draft's, the last is the bonus.
     drafted = levels < (accepted.length - 1)[:, None]
     return DecodeState(
         cache=cache,
         lengths=state.lengths + emit,
         offset=state.offset,
-        root=jnp.where(state.done, state.root, accepted.root),
+        root=jnp.where(emit > 0, accepted.root, state.root),
         drafter=drafter_state,
         request=state.request,
         tokens=write_rows(state.tokens, accepted.tokens, state.counts),
         from_draft=write_rows(state.from_draft, drafted, state.counts),
         counts=counts,
-        done=state.done | stopped,
+        done=state.done | stopped | failed,
+        alone=broken & ~failed,
+        failed=state.failed | failed,
         rounds=state.rounds + ~state.done,
-        emitted=state.emitted + (levels == (emit - 1)[:, None]),
     )
+
+
+def finish(state: DecodeState, rows: jax.Array) -> DecodeState:
+    """The same with `rows` bool `[B]` done: a stop string that the host found has ended them."""
+    return dataclasses.replace(state, done=state.done | rows)
 
 
 def verify(target, tree: Tree, state: DecodeState, tap_layers: tuple[int, ...] = ()):
     """The target on all nodes of the tree at once: features `[B, N, (T + 1) * D]`, keys and values per layer."""
     positions = (state.lengths + state.offset)[:, None] + tree.depths
     cache_mask = caches.filled(state.lengths, state.cache[0].keys.shape[2])
-    embeds = target.embed(tree.tokens)
+    embeds = target.embed(jnp.where(tree.tokens == NO_TOKEN, tree.tokens[:, :1], tree.tokens))
     return target.forward(embeds, positions, tree.ancestors, state.cache, cache_mask, tap_layers)
 
 
@@ -212,6 +234,11 @@ def position_offset(prompt: PromptBatch) -> jax.Array:
         return jnp.zeros_like(prompt.lengths)
     used = jnp.arange(prompt.input_ids.shape[1]) < prompt.lengths[:, None]  # [B, S]
     return jnp.max(jnp.where(used, prompt.position_ids, -1), axis=(0, 2)) + 1 - prompt.lengths
+
+
+def finite(logits: jax.Array) -> jax.Array:
+    """Bool `[B, N]`: logits `[B, N, V]` without NaN and infinity, of which some token is possible (-inf is legal)."""
+    return jnp.isfinite(jnp.max(logits, axis=-1))
 
 
 def emission(tokens: jax.Array, length: jax.Array, state: DecodeState) -> jax.Array:

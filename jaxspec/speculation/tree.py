@@ -115,7 +115,9 @@ def draft_scores(config: TreeConfig, logits: jax.Array, noise: jax.Array, sampli
     if config.noise_weight:
         sampled = sampling.temperature[:, None, None] > 0
         warped = jnp.where(sampled, warped + config.noise_weight * noise, warped)
-    return jax.nn.log_softmax(warped, axis=-1)
+    scores = jax.nn.log_softmax(warped, axis=-1)
+    # NaN sorts before everything: a child would stand in a tree without its parent, and what is accepted be no path.
+    return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
 
 
 def grow_tree(

@@ -58,5 +58,5 @@ def measured_acceptance(
     rows, stats = rows or len(prompts), []
     for start in range(0, len(prompts), rows):
         here = slice(start, start + rows)
-        stats += [result.stats for result in generator.generate_encoded(prompts[here], sampling[here], limit)]
+        stats += [result.checked().stats for result in generator.generate_encoded(prompts[here], sampling[here], limit)]
     return pooled(stats)

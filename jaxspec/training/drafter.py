@@ -142,11 +142,12 @@ def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None) ->
         """As it is loaded beside the target."""
         return Drafter(model(*in_dtype((params, rest), target.model.dtype)), recipe.tree, recipe.method, {})
 
-    room = min(recipe.sequence_length, target.config.text.max_position_embeddings) - 1
+    positions = target.config.text.max_position_embeddings
+    room = min(recipe.sequence_length, positions) - 1
     questions = first_questions(Span(records, 0, held_out), encoder, recipe.acceptance_prompts, room)
     prompts = [prompt for prompt, _ in questions]
     limit = min(max((tokens for _, tokens in questions), default=1), recipe.sequence_length)
-    generator = jaxspec.Generator(target, served(params), max_length=recipe.sequence_length + limit)
+    generator = jaxspec.Generator(target, served(params), max_length=min(recipe.sequence_length + limit, positions))
     temperatures = (0.0, 1.0) if recipe.acceptance_at_temperature_1 else (0.0,)
 
     def measure(params) -> dict[float, Acceptance]:

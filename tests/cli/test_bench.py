@@ -9,7 +9,7 @@ import pytest
 
 from jaxspec.benchmark import host, measure
 from jaxspec.benchmark.identity import first_difference
-from jaxspec.benchmark.measure import Arm, Question, Timing, acceptance_warning, interleaved, speedup, speedup_of_run
+from jaxspec.benchmark.measure import Arm, Question, Timing, interleaved, speedup, speedup_of_run
 from jaxspec.cli import main
 from jaxspec.metrics import Acceptance, pooled
 
@@ -149,7 +149,3 @@ def test_first_difference():
     assert first_difference([1, 2, 3], [1, 2, 3]) is None
     assert first_difference([1, 2, 3], [1, 5, 3]) == 1
     assert first_difference([1, 2], [1, 2, 3]) == 2
-
-
-def test_acceptance_warning():
-    assert acceptance_warning(3.0, 1.7) and not acceptance_warning(3.0, 1.9) and not acceptance_warning(None, 1.0)

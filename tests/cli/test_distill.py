@@ -14,11 +14,11 @@ import jaxspec
 from jaxspec.cli import main
 from jaxspec.cli.distill import shown
 from jaxspec.data.answers import AnswerSource
-from jaxspec.data.prompts import SUFFIXES
+from jaxspec.data.prompts import SUFFIXES, open_prompts
 from jaxspec.data.scenes import load_scenes
 from jaxspec.demo.generation import numbered_scene
 from jaxspec.demo.scenes import render
-from jaxspec.distillation import Distiller
+from jaxspec.distillation import Distiller, DistillSettings
 from jaxspec.prompting import encode_prompt
 
 LIMIT = 6
@@ -301,3 +301,21 @@ def test_a_short_batch_needs_no_program_of_its_own(models, jsonl, whole, generat
     assert generator.compilations == before
     for ours, theirs in zip(AnswerSource(tmp_path), AnswerSource(whole), strict=False):
         np.testing.assert_array_equal(ours["answer_ids"], theirs["answer_ids"])
+
+
+def test_an_answer_that_is_not_finite_is_refused_by_its_record(models, tmp_path):
+    """A token of one question breaks the target: that record is named with the reason, the others are answered."""
+    target = jaxspec.load_target(models[0])
+    prompts = [{"id": f"q{i}", "prompt": f"What is {mark}?"} for i, mark in enumerate("a§b")]
+    bad = target.tokenizer("§", add_special_tokens=False).input_ids[-1]
+    embedding = target.model.language_model.embed_tokens.embedding
+    embedding[...] = embedding[...].at[bad].set(np.nan)
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, prompts)))
+    generator = jaxspec.Generator(target, max_length=256)
+    distiller = Distiller(generator, open_prompts(str(path), "train", None), DistillSettings(max_new_tokens=LIMIT), 3)
+    part = distiller.part(range(3))
+    assert [answer.id for answer in part.answers] == ["q0", "q2"]
+    assert [each.id for each in part.refused] == ["q1"]
+    assert part.refused[0].reason.startswith("the logits of the token at position ")
+    assert "after 0 generated tokens" in part.refused[0].reason

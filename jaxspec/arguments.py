@@ -1,0 +1,119 @@
+"""What a request may be made of: every argument that cannot be meant is one sentence, before anything is compiled."""
+
+import operator
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jaxspec.media import ImageLike
+from jaxspec.speculation.sampling import SamplingParams
+from jaxspec.targets.prompts import EncodedPrompt
+from jaxspec.video import Video
+
+DEFAULT_MAX_LENGTH = 4096
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """An integer (NumPy's and JAX's, too) of at least `least`; ValueError for anything else."""
+    try:
+        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def length_limit(max_length: Any, positions: int) -> int:
+    """Most tokens of prompt and answer together, for a target of so many positions."""
+    if max_length is None:
+        return min(positions, DEFAULT_MAX_LENGTH)
+    length = whole_number("max_length", max_length, 2)
+    if length > positions:
+        raise ValueError(f"max_length must be at most {positions}, the positions of the target; got {length}")
+    return length
+
+
+def is_list(value: Any) -> bool:
+    """Whether a value holds one entry per request, rather than being one itself."""
+    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes | bytearray)
+
+
+def one_each(name: str, values: Sequence, count: int) -> list:
+    """As many `values` as there are prompts."""
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} entries for {count} prompts")
+    return list(values)
+
+
+def prompt_list(prompts: Any) -> list:
+    """The prompts of a batch."""
+    if isinstance(prompts, str):
+        raise ValueError("generate_batch needs a list of prompts, got one string; generate takes a single prompt")
+    if not is_list(prompts):
+        raise ValueError(f"generate_batch needs a list of prompts, got {type(prompts).__name__}")
+    return list(prompts)
+
+
+def check_prompt(prompt: Any, name: str) -> None:
+    """Raises ValueError for what is neither a string nor a list of messages; what is in these is not looked at."""
+    if not isinstance(prompt, str | list | tuple):
+        raise ValueError(f"{name} must be a string or a list of chat messages, got {type(prompt).__name__}")
+
+
+def check_encoded(prompt: Any, name: str) -> None:
+    """Raises ValueError for what `jaxspec.prompting.encode_prompt` has not made."""
+    if not isinstance(prompt, EncodedPrompt):
+        raise ValueError(f"{name} must be an EncodedPrompt, from encode_prompt; got {type(prompt).__name__}")
+
+
+def image_lists(images: Any, count: int) -> list[list[ImageLike]]:
+    """The images of every prompt of a batch; None, for all or for one, is no image."""
+    if images is None:
+        return [[] for _ in range(count)]
+    if not is_list(images):
+        raise ValueError(f"images must be a list with a list of images per prompt, got {what(images)}")
+    entries = one_each("images", images, count)
+    return [image_list(each, f"images of prompt {index}") for index, each in enumerate(entries)]
+
+
+def image_list(images: Any, name: str = "images") -> list[ImageLike]:
+    """The images of one prompt. An array is several images only where it has a dimension more than one image."""
+    if images is None:
+        return []
+    single = isinstance(images, str | bytes | bytearray | os.PathLike | Image.Image | Video | Mapping)
+    if single or getattr(images, "ndim", 4) < 4 or not hasattr(images, "__iter__"):
+        raise ValueError(f"{name} must be a list of images, got {what(images)}; a single image is given as [image]")
+    return list(images)
+
+
+def what(images: Any) -> str:
+    """How a sentence names what was given in place of a list of images."""
+    if isinstance(images, str | os.PathLike):
+        return f"one path, {str(images)[:60]!r}"
+    if isinstance(images, Image.Image):
+        return "one picture"
+    if hasattr(images, "ndim"):
+        return f"one array of shape {tuple(images.shape)}"
+    return type(images).__name__
+
+
+def sampling_list(sampling: Any, count: int) -> list[SamplingParams]:
+    """How every prompt is sampled; one for all may be given."""
+    entries = one_each("sampling", sampling, count) if is_list(sampling) else [sampling] * count
+    for each in entries:
+        if not isinstance(each, SamplingParams):
+            raise ValueError(f"sampling must be SamplingParams, got {type(each).__name__}: {str(each)[:60]}")
+    return entries
+
+
+def limit_list(max_new_tokens: Any, count: int) -> list[int]:
+    """The token limit of every prompt; one for all may be given."""
+    several = is_list(max_new_tokens) and getattr(max_new_tokens, "ndim", 1) > 0
+    entries = one_each("max_new_tokens", max_new_tokens, count) if several else [max_new_tokens] * count
+    return [whole_number("max_new_tokens", each, 1) for each in entries]
