@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxspec import cache as caches
 from jaxspec.kernels.attention import LayerKV
 from jaxspec.speculation.accept import accept
-from jaxspec.speculation.sampling import BatchSampling, choose, gumbel_noise, warp
+from jaxspec.speculation.sampling import BatchSampling, Noise, choose
 from jaxspec.speculation.tree import Tree, TreeConfig, root_only
 from jaxspec.targets.prompts import PromptBatch, static
 
@@ -96,8 +96,9 @@ def prefill(target, drafter, tree: TreeConfig, prompt: PromptBatch, request: Req
         features, new_kv, embeds, vision = read_prompts(target, prompt, taps_of(drafter))
     last = jnp.take_along_axis(features, (prompt.lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
     sampling = request.sampling
-    warped = warp(target.unembed(last), sampling)
-    root = choose(warped, noise_at(sampling, prompt.lengths, 1, warped.shape[-1]), sampling)[:, 0]
+    logits = target.unembed(last)  # [B, 1, V]
+    noise = Noise(sampling.seed, prompt.lengths, logits.shape[-1])
+    root = choose(logits, lambda: noise.levels(0, 1), sampling)[:, 0]
     cache = tuple(caches.extend(kv, capacity) for kv in new_kv)
     drafter_state = None
     if drafter is not None:
@@ -155,7 +156,7 @@ def decode(target, drafter, tree: TreeConfig, state: DecodeState, max_rounds: ja
 def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> DecodeState:
     """One verification of one tree; rows that are done stay as they are."""
     sampling, room = state.request.sampling, config.max_depth + 1
-    noise = noise_at(sampling, state.lengths + 1, room, target.config.text.vocab_size)  # [B, P, V]
+    noise = Noise(sampling.seed, state.lengths + 1, target.config.text.vocab_size)
     drafter_state = state.drafter
     with jax.named_scope("propose"):
         if drafter is None:
@@ -164,9 +165,8 @@ def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> Dec
             tree, drafter_state = drafter.propose(target, config, drafter_state, state.root, noise, sampling)
     with jax.named_scope("verify"):
         features, new_kv = verify(target, tree, state, taps_of(drafter))
-        warped = warp(target.unembed(features), sampling)  # [B, N, V]
-        node_noise = jnp.take_along_axis(noise, tree.depths[..., None], axis=1)
-        accepted = accept(tree, choose(warped, node_noise, sampling), config.max_depth)
+        chosen = choose(target.unembed(features), lambda: of_nodes(tree, noise.levels(0, room)), sampling)  # [B, N]
+        accepted = accept(tree, chosen, config.max_depth)
     with jax.named_scope("commit"):
         emit = emission(accepted.tokens, accepted.length, state)  # [B], 0 for rows that are done
         cache = tuple(
@@ -227,12 +227,9 @@ def is_stop(tokens: jax.Array, request: Request) -> jax.Array:
     return jnp.any(tokens[..., None] == request.stop_token_ids[:, None, :], axis=-1)
 
 
-def noise_at(sampling: BatchSampling, first: jax.Array, count: int, vocab_size: int) -> jax.Array:
-    """Noise f32 `[B, count, V]` of the tokens at positions `first`, `first + 1`, ..; zeros if all rows are greedy."""
-    positions = first[:, None] + jnp.arange(count)
-    zeros = jnp.zeros((*positions.shape, vocab_size), jnp.float32)
-    draw = lambda: gumbel_noise(sampling.seed, positions, vocab_size)  # noqa: E731
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: zeros)
+def of_nodes(tree: Tree, levels: jax.Array) -> jax.Array:
+    """What `levels` `[B, P, V]` hold for the depth of each node, `[B, N, V]`."""
+    return jnp.take_along_axis(levels, tree.depths[..., None], axis=1)
 
 
 def write_rows(buffer: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
