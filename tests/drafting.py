@@ -29,7 +29,7 @@ from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.drafters.vocabulary import take_from_target
 from jaxspec.kernels.attention import LayerKV
 from jaxspec.prompting import encode_prompt
-from jaxspec.speculation.sampling import BatchSampling, choose, gumbel_noise, warp
+from jaxspec.speculation.sampling import BatchSampling, Noise, choose
 from jaxspec.speculation.tree import grow_tree
 from jaxspec.targets.llava import Llava, LlavaConfig
 from jaxspec.targets.registry import save_model
@@ -155,8 +155,8 @@ def own_answers(target: Target, question: str, temperatures, seed: int, count: i
         lengths = jnp.full((len(temperatures),), length)
         features, _ = model.prefill(model.embed(ids), lengths)
         logits = model.unembed(features)
-        noise = gumbel_noise(sampling.seed, lengths[:, None], logits.shape[-1])
-        return features, logits, choose(warp(logits[:, length - 1][:, None], sampling), noise, sampling)
+        noise = Noise(sampling.seed, lengths, logits.shape[-1])
+        return features, logits, choose(logits[:, length - 1][:, None], lambda: noise.levels(0, 1), sampling)
 
     for length in range(len(prompt), ids.shape[1]):
         ids[:, length] = run(target.model, ids, length)[2][:, 0]

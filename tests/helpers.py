@@ -1,5 +1,6 @@
 """Small random models that several tests share."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -13,6 +14,17 @@ from jaxspec.demo.processor import IMAGE_SIZE, PATCH_SIZE
 from jaxspec.layers import TextConfig
 from jaxspec.targets.clip import ClipVisionConfig
 from jaxspec.targets.llava import Llava, LlavaConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GivenNoise:
+    """`jaxspec.speculation.sampling.Noise` with the values that a test wants: f32 `[B, P, V]`."""
+
+    values: jax.Array
+
+    def levels(self, start: int, count: int) -> jax.Array:
+        return jnp.asarray(self.values)[:, start : start + count]
 
 
 def config_for(processor, **text) -> transformers.LlavaConfig:

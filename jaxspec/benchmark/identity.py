@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxspec.buckets import bucket
 from jaxspec.prompting import encode_prompt
-from jaxspec.speculation.sampling import BatchSampling, SamplingParams, gumbel_noise, warp
+from jaxspec.speculation.filters import warp
+from jaxspec.speculation.sampling import BatchSampling, SamplingParams, gumbel_noise
 from jaxspec.targets.images import stack_positions
 from jaxspec.targets.target import full_logits
 

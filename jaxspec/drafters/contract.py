@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxspec.checkpoints.names import NameTable
 from jaxspec.speculation.loop import DrafterContext
-from jaxspec.speculation.sampling import BatchSampling
+from jaxspec.speculation.sampling import BatchSampling, Noise
 from jaxspec.speculation.tree import Tree, TreeConfig
 
 
@@ -29,9 +29,9 @@ class DraftModel(Protocol):
         """The state after the prompt and the first chosen token; caches hold `capacity` positions."""
 
     def propose(
-        self, target, config: TreeConfig, state: Any, root: jax.Array, noise: jax.Array, sampling: BatchSampling
+        self, target, config: TreeConfig, state: Any, root: jax.Array, noise: Noise, sampling: BatchSampling
     ) -> tuple[Tree, Any]:
-        """A tree whose root is `root` i32 `[B]`; `noise` f32 `[B, max_depth + 1, V]` of the depths below it."""
+        """A tree whose root is `root` i32 `[B]`; `noise` is that of the tokens below it."""
 
     def advance(self, target, state: Any, tokens: jax.Array, features: jax.Array, count: jax.Array) -> Any:
         """Take in what was accepted: `features` `[B, P, (T + 1) * D]` of the accepted nodes (root first) and the token

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxspec import cache as caches
 from jaxspec.kernels.attention import LayerKV
 from jaxspec.speculation.accept import accept
-from jaxspec.speculation.sampling import BatchSampling, choose, gumbel_noise, warp
+from jaxspec.speculation.sampling import BatchSampling, Noise, choose
 from jaxspec.speculation.tree import Tree, TreeConfig, root_only
 from jaxspec.targets.prompts import PromptBatch, static
 
@@ -100,8 +100,8 @@ def prefill(target, drafter, tree: TreeConfig, prompt: PromptBatch, request: Req
     sampling = request.sampling
     logits = target.unembed(last)  # [B, 1, V]
     failed = ~finite(logits)[:, 0]
-    warped = warp(logits, sampling)
-    root = choose(warped, noise_at(sampling, prompt.lengths, 1, warped.shape[-1]), sampling)[:, 0]
+    noise = Noise(sampling.seed, prompt.lengths, logits.shape[-1])
+    root = choose(logits, lambda: noise.levels(0, 1), sampling)[:, 0]
     cache = tuple(caches.extend(kv, capacity) for kv in new_kv)
     drafter_state = None
     if drafter is not None:
@@ -166,7 +166,7 @@ def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> Dec
     """
     sampling, room = state.request.sampling, config.max_depth + 1
     levels = jnp.arange(room)
-    noise = noise_at(sampling, state.lengths + 1, room, target.config.text.vocab_size)  # [B, P, V]
+    noise = Noise(sampling.seed, state.lengths + 1, target.config.text.vocab_size)
     drafter_state = state.drafter
     with jax.named_scope("propose"):
         if drafter is None:
@@ -177,9 +177,8 @@ def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> Dec
     with jax.named_scope("verify"):
         features, new_kv = verify(target, tree, state, taps_of(drafter))
         logits = target.unembed(features)
-        warped = warp(logits, sampling)  # [B, N, V]
-        node_noise = jnp.take_along_axis(noise, tree.depths[..., None], axis=1)
-        accepted = accept(tree, choose(warped, node_noise, sampling), config.max_depth)
+        chosen = choose(logits, lambda: of_nodes(tree, noise.levels(0, room)), sampling)  # [B, N]
+        accepted = accept(tree, chosen, config.max_depth)
     with jax.named_scope("commit"):
         emit = emission(accepted.tokens, accepted.length, state)  # [B], 0 for rows that are done
         whole = jnp.take_along_axis(finite(logits), accepted.path, axis=1)  # [B, P]
@@ -254,12 +253,9 @@ def is_stop(tokens: jax.Array, request: Request) -> jax.Array:
     return jnp.any(tokens[..., None] == request.stop_token_ids[:, None, :], axis=-1)
 
 
-def noise_at(sampling: BatchSampling, first: jax.Array, count: int, vocab_size: int) -> jax.Array:
-    """Noise f32 `[B, count, V]` of the tokens at positions `first`, `first + 1`, ..; zeros if all rows are greedy."""
-    positions = first[:, None] + jnp.arange(count)
-    zeros = jnp.zeros((*positions.shape, vocab_size), jnp.float32)
-    draw = lambda: gumbel_noise(sampling.seed, positions, vocab_size)  # noqa: E731
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: zeros)
+def of_nodes(tree: Tree, levels: jax.Array) -> jax.Array:
+    """What `levels` `[B, P, V]` hold for the depth of each node, `[B, N, V]`."""
+    return jnp.take_along_axis(levels, tree.depths[..., None], axis=1)
 
 
 def write_rows(buffer: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:

@@ -13,9 +13,9 @@ the same noise, for the tokens that are emitted are the target's own.
 Source: Daliri, Musco, Suresh, "Coupling without communication and drafter-invariant speculative decoding"
 (arXiv 2408.07978).
 
-Filters run in the order and with the meaning of transformers' logits warpers: temperature, top-k, top-p, min-p, each on
-what the one before it left. Each filter keeps the tokens at or above some threshold, so a row needs three thresholds
-and no sort. They are found by bisection over the bits of float32: 32 masked reductions, exact, O(1) extra memory.
+No filter (filters.py) sorts the vocabulary or searches it for a threshold: `choose` asks of a token whether the filters
+keep it, which is one sum over the more probable ones. The best token of all is mostly kept, and where it is not, only
+what is more probable than it can be chosen.
 """
 
 import dataclasses
@@ -28,12 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.speculation.filters import min_p_floor, scale, top_k_floor, top_p_mass, uses_min_p, uses_top_k, uses_top_p
+
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this one decode greedily: logits divided by less would overflow float32. vLLM's limit."""
 
-_SIGN_BIT = np.uint32(0x80000000)
-_KEY_OF_MINUS_INFINITY = np.uint32(0x007FFFFF)
-_KEY_OF_INFINITY = np.uint32(0xFF800000)
+BLOCK = 128
+"""Logits whose largest is found at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,115 +146,105 @@ def gumbel_noise(seed: jax.Array, positions: jax.Array, vocab_size: int) -> jax.
     return jax.vmap(one_row)(seed, positions)
 
 
-def warp(logits: jax.Array, sampling: BatchSampling) -> jax.Array:
-    """Temperature and filters: softmax of the result is the distribution that the row samples from.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """The sampling noise of the tokens to come, drawn where it is asked for: a greedy batch never holds any."""
 
-    Equal to transformers' TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper in this order,
-    but for ties: where several tokens share the value at which top-p cuts, transformers keeps as many of them as the
-    mass needs, in an order its sort leaves open; here a token stays iff the tokens strictly more probable than it hold
-    less than top_p, so equal tokens stay or go together. Top-k keeps all ties of the k-th value, there as here.
+    seed: jax.Array  # u32 [B]
+    first: jax.Array  # i32 [B], absolute position of the next token
+    vocab_size: int = dataclasses.field(metadata={"static": True})
 
-    The search for a threshold runs only if a sampled row of the batch uses that filter. (Under `jax.vmap` it always
-    would: batch with the leading axis instead.)
-
-    Args:
-      logits: [B, N, V], any float dtype, no NaN, at least one finite value for each of the B x N.
-      sampling: of B rows.
-
-    Returns:
-      f32 [B, N, V]. Removed tokens are -inf. Rows with temperature 0 come back as they were, for their argmax survives
-      every filter.
-    """
-    logits = logits.astype(jnp.float32)
-    any_sampled = jnp.any(sampling.temperature > 0)
-    return jax.lax.cond(any_sampled, _warp_sampled, lambda logits, _: logits, logits, sampling)
+    def levels(self, start: int, count: int) -> jax.Array:
+        """f32 `[B, count, V]` of the tokens `start`, `start + 1`, .. behind the next one."""
+        positions = self.first[:, None] + start + jnp.arange(count)
+        return gumbel_noise(self.seed, positions, self.vocab_size)
 
 
-def choose(warped_logits: jax.Array, noise: jax.Array, sampling: BatchSampling) -> jax.Array:
-    """The tokens: argmax of the logits where the temperature is 0, argmax of logits plus noise elsewhere.
+def choose(logits: jax.Array, noise: Callable[[], jax.Array], sampling: BatchSampling) -> jax.Array:
+    """The tokens: argmax of the logits where the temperature is 0, argmax of scaled logits plus noise, among what the
+    filters keep, elsewhere. The same tokens as the argmax of `warp(logits, sampling) + noise()`.
 
     Args:
-      warped_logits: f32 [B, N, V], from `warp`.
-      noise: f32 [B, N, V] (or broadcastable to it), from `gumbel_noise`, of the positions of the tokens to choose.
+      logits: [B, N, V], any float dtype, at least one finite value for each of the B x N.
+      noise: gives f32 [B, N, V] (or broadcastable to it), from `gumbel_noise`, of the positions of the tokens to
+        choose; called in a branch that a greedy batch does not take.
       sampling: of B rows.
 
     Returns:
       i32 [B, N]; the lowest token id where several are maximal.
     """
-    sampled = (sampling.temperature > 0)[:, None, None]  # [B, 1, 1]
-    scores = jnp.where(sampled, warped_logits + noise, warped_logits)  # [B, N, V]
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    logits = logits.astype(jnp.float32)
+
+    def sampled(logits: jax.Array) -> jax.Array:
+        return _choose_sampled(logits, noise(), sampling)
+
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, first_argmax, logits)
 
 
-def _warp_sampled(logits: jax.Array, sampling: BatchSampling) -> jax.Array:
-    sampled = sampling.temperature > 0  # [B]
-    scaled = logits / jnp.where(sampled, sampling.temperature, 1.0)[:, None, None]  # [B, N, V]
-    threshold = jnp.full(logits.shape[:2], -jnp.inf)  # [B, N]
-    threshold = _tighten(_top_k_threshold, sampled & (sampling.top_k > 0), scaled, threshold, sampling.top_k)
-    threshold = _tighten(_top_p_threshold, sampled & (sampling.top_p < 1), scaled, threshold, sampling.top_p)
-    threshold = _tighten(_min_p_threshold, sampled & (sampling.min_p > 0), scaled, threshold, sampling.min_p)
-    return jnp.where(scaled >= threshold[..., None], scaled, -jnp.inf)
+def first_argmax(x: jax.Array) -> jax.Array:
+    """i32 `[..]`: the lowest index of the largest value of `x` f32 `[.., V]`; any index where there is a NaN.
 
-
-def _tighten(find: Callable, rows: jax.Array, scaled: jax.Array, threshold: jax.Array, parameter: jax.Array):
-    """Raises `threshold` to that of one filter in the rows that use it; costs nothing where none does."""
-
-    def search(scaled, threshold, rows, parameter):
-        found = find(scaled, threshold, parameter[:, None])  # [B, N]
-        return jnp.where(rows[:, None], jnp.maximum(threshold, found), threshold)
-
-    def keep(scaled, threshold, rows, parameter):
-        return threshold
-
-    return jax.lax.cond(jnp.any(rows), search, keep, scaled, threshold, rows, parameter)
-
-
-def _top_k_threshold(scaled, threshold, top_k):
-    """The k-th largest value; -inf where V < k. Top-k is the first filter, so `threshold` has nothing to say."""
-
-    def at_least_k(value):  # [B, N] -> bool [B, N]
-        return jnp.sum(scaled >= value[..., None], axis=-1, dtype=jnp.int32) >= top_k
-
-    return _largest_value(at_least_k, scaled.shape[:-1])
-
-
-def _top_p_threshold(scaled, threshold, top_p):
-    """The largest value v such that the tokens >= v hold top_p of the mass of those >= `threshold`."""
-    largest = jnp.max(scaled, axis=-1, keepdims=True)  # [B, N, 1]
-    weights = jnp.where(scaled >= threshold[..., None], jnp.exp(scaled - largest), 0.0)  # [B, N, V]
-    # A product that underflows must still ask for more than nothing, or no token would stay.
-    target = jnp.maximum(top_p * jnp.sum(weights, axis=-1), jnp.finfo(jnp.float32).tiny)  # [B, N]
-
-    def mass_reached(value):  # [B, N] -> bool [B, N]
-        return jnp.sum(jnp.where(scaled >= value[..., None], weights, 0.0), axis=-1) >= target
-
-    return _largest_value(mass_reached, scaled.shape[:-1])
-
-
-def _min_p_threshold(scaled, threshold, min_p):
-    """probability >= min_p * (largest probability), as a bound on the logits; `threshold` cancels in the ratio."""
-    return jnp.max(scaled, axis=-1) + jnp.log(min_p)
-
-
-def _largest_value(holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> jax.Array:
-    """The largest float32 for which a monotone predicate holds, for each element of `shape`; -inf if for none.
-
-    `holds` maps f32 `shape` to bool `shape` and, once false, stays false for larger values. The search fixes one bit
-    of the value's key after the other, from the highest; keys are uint32 in the order of the floats they stand for.
+    The largest value of each block of 128 is a plain reduction, which XLA vectorises on CPU; its own argmax of a whole
+    vocabulary takes ten times as long.
     """
+    missing = -x.shape[-1] % BLOCK
+    if missing:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], constant_values=-jnp.inf)
+    blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1).astype(jnp.int32)  # [..]
+    within = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    return block * BLOCK + jnp.argmax(within, axis=-1).astype(jnp.int32)
 
-    def fix_bit(i, key):
-        candidate = key | (_SIGN_BIT >> i.astype(jnp.uint32))
-        return jnp.where(holds(_value_of_key(candidate)), candidate, key)
 
-    return _value_of_key(jax.lax.fori_loop(0, 32, fix_bit, jnp.zeros(shape, jnp.uint32)))
+def _choose_sampled(logits: jax.Array, noise: jax.Array, sampling: BatchSampling) -> jax.Array:
+    """Each branch costs the passes over the logits that its filters need."""
+    bounded, nucleus = jnp.any(uses_top_k(sampling) | uses_min_p(sampling)), jnp.any(uses_top_p(sampling))
+    branch = jnp.where(nucleus, 2, bounded.astype(jnp.int32))
+    return jax.lax.switch(branch, (_choose_unfiltered, _choose_bounded, _choose_nucleus), logits, noise, sampling)
 
 
-def _value_of_key(key: jax.Array) -> jax.Array:
-    """Inverse of the order-preserving map float32 -> uint32; keys beyond the infinities (NaNs) become infinities."""
-    key = jnp.clip(key, _KEY_OF_MINUS_INFINITY, _KEY_OF_INFINITY)
-    bits = jnp.where(key >= _SIGN_BIT, key ^ _SIGN_BIT, ~key)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+def _scores(logits: jax.Array, noise: jax.Array, sampling: BatchSampling) -> jax.Array:
+    """What the argmax is taken of, f32 `[B, N, V]`, before any filter."""
+    scaled = scale(logits, sampling)
+    return jnp.where((sampling.temperature > 0)[:, None, None], scaled + noise, scaled)
+
+
+def _choose_unfiltered(logits: jax.Array, noise: jax.Array, sampling: BatchSampling) -> jax.Array:
+    return first_argmax(_scores(logits, noise, sampling))
+
+
+def _choose_bounded(logits: jax.Array, noise: jax.Array, sampling: BatchSampling) -> jax.Array:
+    """Top-k and min-p: what lies above a bound."""
+    scaled = scale(logits, sampling)
+    floor = jnp.maximum(top_k_floor(scaled, sampling), min_p_floor(scaled, sampling))[..., None]
+    return first_argmax(jnp.where(scaled >= floor, _scores(logits, noise, sampling), -jnp.inf))
+
+
+def _choose_nucleus(logits: jax.Array, noise: jax.Array, sampling: BatchSampling) -> jax.Array:
+    """Top-p as well, which is asked about one token after the other: about the best one, and as long as it is removed,
+    about the best of those more probable than it (2 rounds at top_p 0.9, seldom more)."""
+    scaled = scale(logits, sampling)
+    top_k = top_k_floor(scaled, sampling)
+    floor = jnp.maximum(top_k, min_p_floor(scaled, sampling))[..., None]
+    weights = jnp.where(scaled >= top_k[..., None], jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True)), 0.0)
+    mass = top_p_mass(weights, sampling)
+
+    def best(below: jax.Array) -> jax.Array:  # the best token that is more probable than `below` f32 [B, N]
+        kept = (scaled >= floor) & (scaled > below[..., None])
+        return first_argmax(jnp.where(kept, _scores(logits, noise, sampling), -jnp.inf))
+
+    def removed(token: jax.Array) -> tuple[jax.Array, jax.Array]:  # and its own scaled logit
+        value = jnp.take_along_axis(scaled, token[..., None], axis=-1)
+        return jnp.sum(jnp.where(scaled > value, weights, 0.0), axis=-1) >= mass, value[..., 0]
+
+    def again(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        token, outside, value = carry
+        token = jnp.where(outside, best(value), token)
+        return token, *removed(token)
+
+    token = best(jnp.full(scaled.shape[:-1], -jnp.inf))
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), again, (token, *removed(token)))[0]
 
 
 def _number(name: str, value) -> float:

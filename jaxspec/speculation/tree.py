@@ -11,7 +11,8 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxspec.speculation.sampling import BatchSampling, warp
+from jaxspec.speculation.filters import draft_floor, largest, scale
+from jaxspec.speculation.sampling import BatchSampling, Noise
 
 Carry = TypeVar("Carry")
 
@@ -102,29 +103,51 @@ def root_only(root: jax.Array) -> Tree:
     return Tree(root[:, None], zeros, zeros, jnp.ones((root.shape[0], 1, 1), bool))
 
 
-def draft_scores(config: TreeConfig, logits: jax.Array, noise: jax.Array, sampling: BatchSampling) -> jax.Array:
-    """Log-score f32 `[B, k, V]` of every next token: how much the drafter believes the target will choose it.
+def draft_children(
+    config: TreeConfig,
+    logits: jax.Array,
+    level: int,
+    noise: Noise,
+    sampling: BatchSampling,
+    vocabulary: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The `top_k` best next tokens of every node: scores f32 and tokens i32 `[B, k, top_k]`, from logits `[B, k, V]`.
 
-    At temperature 0 the draft log-probabilities, as published. At other temperatures the target will choose
-    `argmax(warped + noise)`; the drafter ranks by its own logits plus the same noise, as log-probabilities so that
-    scores add up along a path. The noise has the weight w = `config.noise_weight`: where the target's logits are the
-    draft's divided by w (a drafter that is too flat), `draft + w * noise` orders the tokens as the target does. `noise`
-    f32 `[B, 1, V]` is that of the position the tokens would stand at.
+    A score is how much the drafter believes the target will choose the token. At temperature 0 it is the draft
+    log-probability, as published. At other temperatures the target will choose `argmax(scaled + noise)` among what the
+    filters keep; the drafter ranks by its own logits plus the same noise, as log-probabilities so that scores add up
+    along a path, and takes for removed what the filters would remove from its own most probable tokens
+    (`draft_floor`). The noise has the weight w = `config.noise_weight`: where the target's logits are the draft's
+    divided by w (a drafter that is too flat), `draft + w * noise` orders the tokens as the target does. `level` counts
+    from 0 for the children of the root; `vocabulary` says which tokens the logits are of.
     """
-    warped = warp(logits, sampling)
-    if config.noise_weight:
-        sampled = sampling.temperature[:, None, None] > 0
-        warped = jnp.where(sampled, warped + config.noise_weight * noise, warped)
-    scores = jax.nn.log_softmax(warped, axis=-1)
-    # NaN sorts before everything: a child would stand in a tree without its parent, and what is accepted be no path.
-    return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+
+    def greedy(logits: jax.Array) -> jax.Array:
+        return logits
+
+    def sampled(logits: jax.Array) -> jax.Array:
+        scaled = scores = scale(logits, sampling)
+        if config.noise_weight:
+            drawn = noise.levels(level, 1)  # [B, 1, V]
+            drawn = drawn if vocabulary is None else jnp.take(drawn, vocabulary, axis=-1)
+            scores = scaled + config.noise_weight * drawn
+        scores = jnp.where(scaled >= draft_floor(scaled, sampling)[..., None], scores, -jnp.inf)
+        return jnp.where((sampling.temperature > 0)[:, None, None], scores, scaled)
+
+    logits = logits.astype(jnp.float32)
+    scores = jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, greedy, logits)
+    best, places = largest(scores, config.top_k)
+    best = best - jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    # A child must never score higher than its parent, whatever rounding and odd logits do.
+    best = jnp.minimum(jnp.nan_to_num(best, nan=-jnp.inf, posinf=0.0, neginf=-jnp.inf), 0.0)
+    return best, (places if vocabulary is None else vocabulary[places]).astype(jnp.int32)
 
 
 def grow_tree(
     config: TreeConfig,
     root: jax.Array,
     first_logits: jax.Array,
-    noise: jax.Array,
+    noise: Noise,
     sampling: BatchSampling,
     expand: Callable[[Carry, jax.Array, jax.Array, int], tuple[Carry, jax.Array]],
     carry: Carry,
@@ -135,7 +158,7 @@ def grow_tree(
     Args:
       root: i32 `[B]`.
       first_logits: `[B, V]`, the drafter's logits after the root.
-      noise: f32 `[B, max_depth + 1, V]`, entry d for the tokens at depth d + 1.
+      noise: of the tokens after the root.
       expand: `(carry, tokens [B, k], parent [B, k], level) -> (carry, logits [B, k, V])` runs the drafter on the
         frontier of depth `level + 1`; `parent` is each node's place in the frontier before (zeros at level 0). Logits
         `[B, 1, V]` hold for all nodes of the frontier.
@@ -146,31 +169,28 @@ def grow_tree(
         return root_only(root)
     batch, k = root.shape[0], config.top_k
     levels = config.max_depth
-    if vocabulary is not None:
-        noise = jnp.take(noise, vocabulary, axis=-1)
-    scores = draft_scores(config, first_logits[:, None], noise[:, :1], sampling)[:, 0]  # [B, V]
-    frontier_scores, places = jax.lax.top_k(scores, k)  # [B, k]
-    frontier = places if vocabulary is None else vocabulary[places]
+    first = draft_children(config, first_logits[:, None], 0, noise, sampling, vocabulary)
+    frontier_scores, frontier = (part[:, 0] for part in first)  # [B, k]
     parent = jnp.zeros((batch, k), jnp.int32)  # place in the frontier before
     ids = jnp.broadcast_to(jnp.arange(1, k + 1), (batch, k))  # number among all candidates; the root is 0
     all_tokens, all_scores, all_parents = [frontier], [frontier_scores], [parent]
     for level in range(levels - 1):
         carry, logits = expand(carry, frontier, parent, level)
-        scores = draft_scores(config, logits, noise[:, level + 1 : level + 2], sampling)  # [B, k or 1, V]
-        child_scores, places = jax.lax.top_k(scores, k)  # [B, k or 1, k]
-        child_tokens = places if vocabulary is None else vocabulary[places]
-        child_scores = (child_scores + frontier_scores[..., None]).reshape(batch, k * k)
-        child_tokens = jnp.broadcast_to(child_tokens, (batch, k, k)).reshape(batch, k * k).astype(jnp.int32)
+        scores, tokens = draft_children(config, logits, level + 1, noise, sampling, vocabulary)  # [B, k or 1, k]
+        child_scores = (scores + frontier_scores[..., None]).reshape(batch, k * k)
+        child_tokens = jnp.broadcast_to(tokens, (batch, k, k)).reshape(batch, k * k)
         all_tokens.append(child_tokens)
         all_scores.append(child_scores)
         all_parents.append(jnp.repeat(ids, k, axis=1))
-        frontier_scores, chosen = jax.lax.top_k(child_scores, k)
+        frontier_scores, chosen = largest(child_scores, k)
         frontier = jnp.take_along_axis(child_tokens, chosen, axis=1)
         parent = chosen // k
         ids = 1 + k + level * k * k + chosen
     tokens, scores, parents = (jnp.concatenate(parts, axis=1) for parts in (all_tokens, all_scores, all_parents))
-    # A child never scores higher than its parent and comes later, so the best nodes form a tree.
-    kept = jnp.sort(jax.lax.top_k(scores, config.total_tokens - 1)[1], axis=1)  # [B, N - 1]
+    # A child never scores higher than its parent and comes later, so the best nodes form a tree if of equal ones the
+    # first are taken: a stable sort, since the order of ties in `top_k` is each backend's own.
+    kept = jnp.argsort(-scores, axis=1, stable=True)[:, : config.total_tokens - 1]
+    kept = jnp.sort(kept, axis=1)  # [B, N - 1]
     kept_parents = jnp.take_along_axis(parents, kept, axis=1)
     node_of_parent = 1 + jnp.argmax((kept + 1)[:, None, :] == kept_parents[..., None], axis=-1)
     depths = jnp.where(kept < k, 1, 2 + (kept - k) // (k * k))

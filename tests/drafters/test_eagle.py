@@ -22,6 +22,7 @@ from jaxspec.speculation.sampling import BatchSampling
 from jaxspec.speculation.tree import grow_tree
 from jaxspec.targets.prompts import stack_prompts
 from tests.drafting import NARROW, TREE, linked_head
+from tests.helpers import GivenNoise
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -83,7 +84,9 @@ def test_a_tree_over_some_tokens_is_that_over_all_with_the_others_ruled_out(temp
         def expand(carry, tokens, parent, level):
             return carry, jnp.asarray(logits[level][None])
 
-        return grow_tree(tree, jnp.zeros(1, jnp.int32), jnp.asarray(logits[2][:1]), noise, sampling, expand, (), ids)
+        return grow_tree(
+            tree, jnp.zeros(1, jnp.int32), jnp.asarray(logits[2][:1]), GivenNoise(noise), sampling, expand, (), ids
+        )
 
     some, all_tokens = grown(logits[..., ids], jnp.asarray(ids)), grown(ruled_out, None)
     for ours, theirs in zip(some, all_tokens, strict=True):

@@ -33,6 +33,7 @@ from jaxspec.training.drafter import Teacher
 from jaxspec.training.massv import new_massv
 from tests.families import FAMILIES, TEXT, family_target, small_tokenizer
 from tests.folders import write_random
+from tests.helpers import GivenNoise
 from tests.targets.published import CONFIGS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -116,7 +117,7 @@ def test_drafts_are_those_of_the_plain_text_model(family, config):
     propose = jax.jit(lambda state, root: drafter.propose(target, config, state, root, noise, GREEDY)[0])
     advance = jax.jit(lambda state, tokens, count: drafter.advance(target, state, tokens, None, count))
     vocab_size, room = target.config.text.vocab_size, config.max_depth + 1
-    noise = jnp.zeros((3, room, vocab_size))
+    noise = GivenNoise(jnp.zeros((3, room, vocab_size)))
     embed = np.asarray(drafter.language_model.embed(jnp.arange(vocab_size - 3)))
     embed = np.concatenate([embed, embed[[-1] * 3]])  # the target's last tokens are none of the drafter's
 

@@ -15,7 +15,7 @@ from jaxspec.drafters.checkpoint import load_drafter_folder, save_drafter_folder
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.drafters.medusa import MedusaConfig, MedusaHeads
 from jaxspec.speculation.sampling import BatchSampling
-from tests.helpers import randomized, tiny_llava
+from tests.helpers import GivenNoise, randomized, tiny_llava
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 VOCABULARY, WIDTH, HEADS, BATCH = 11, 16, 3, 2
@@ -112,7 +112,7 @@ def test_tree_holds_the_best_of_the_cartesian_product(model, config, temperature
         rng = np.random.default_rng(seed)
         root = rng.integers(0, VOCABULARY, BATCH).astype(np.int32)
         noise = rng.gumbel(size=(BATCH, config.max_depth + 1, VOCABULARY)).astype(np.float32)
-        tree, state = propose(heads, jnp.asarray(features), root, noise)
+        tree, state = propose(heads, jnp.asarray(features), root, GivenNoise(noise))
         np.testing.assert_array_equal(state, features)
         np.testing.assert_array_equal(tree.tokens[:, 0], root)
         for row in range(BATCH):

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from jaxspec.drafters.checkpoint import load_drafter_folder
 from jaxspec.speculation.loop import DrafterContext
 from jaxspec.speculation.sampling import BatchSampling, SamplingParams
-from tests.helpers import tiny_llava
+from tests.helpers import GivenNoise, tiny_llava
 
 REFERENCE = Path(__file__).parent.parent / "reference"
 GREEDY = BatchSampling.from_params([SamplingParams()])
@@ -76,7 +76,7 @@ def test_teacher_forced_output(case):
 def test_first_and_second_tree(case):
     _, target, drafter, config, expected = case
     context = context_of(expected)
-    noise = jnp.zeros((1, config.max_depth + 1, 199))
+    noise = GivenNoise(jnp.zeros((1, config.max_depth + 1, 199)))
 
     @jax.jit
     def first_round(drafter, target):

@@ -12,10 +12,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as oracle
 
-from jaxspec.speculation.sampling import BatchSampling, SamplingParams, choose, gumbel_noise, warp
+from jaxspec.speculation.filters import draft_floor, scale, warp
+from jaxspec.speculation.sampling import BatchSampling, Noise, SamplingParams, choose, first_argmax, gumbel_noise
 
 warp_jit = jax.jit(warp)
-choose_jit = jax.jit(choose)
+choose_jit = jax.jit(lambda logits, noise, sampling: choose(logits, lambda: noise, sampling))
+draft_floor_jit = jax.jit(
+    lambda logits, sampling: (draft_floor(scale(logits, sampling), sampling), scale(logits, sampling))
+)
 noise_jit = jax.jit(gumbel_noise, static_argnums=2)
 
 
@@ -155,6 +159,69 @@ def test_warp_returns_float32_for_bfloat16_and_runs_inside_while_loop():
     np.testing.assert_array_equal(in_loop(logits, sampling), expected)
 
 
+# --- choice -----------------------------------------------------------------------------------------------------------
+
+
+def params_of():
+    """Any sampled request, filters on or off."""
+    return st.builds(
+        SamplingParams,
+        temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+        top_k=st.sampled_from([0, 0, 1, 2, 5, 40, 64, 65, 90, 200]),
+        top_p=st.one_of(st.just(1.0), st.floats(0.01, 0.999)),
+        min_p=st.one_of(st.just(0.0), st.floats(0.001, 1.0)),
+    )
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.integers(0, 2**31), st.lists(params_of(), min_size=3, max_size=3), st.sampled_from([0.0, 0.25, 1.0]))
+def test_the_choice_is_the_best_token_of_the_filtered_distribution(seed, rows, step):
+    """Rows with any filters beside each other; with a `step` logits have few values, so that ties are everywhere."""
+    logits = random_logits(seed, 3, 6, 90)
+    logits = np.round(logits / step) * np.float32(step) if step else logits
+    noise = np.random.default_rng(seed + 1).gumbel(size=logits.shape).astype(np.float32)
+    sampling = BatchSampling.from_params(rows)
+    warped = np.asarray(warp_jit(jnp.asarray(logits), sampling))
+    sampled = np.asarray(sampling.temperature > 0)[:, None, None]
+    expected = np.where(sampled, warped + noise, warped).argmax(-1)
+    np.testing.assert_array_equal(choose_jit(jnp.asarray(logits), jnp.asarray(noise), sampling), expected)
+
+
+@pytest.mark.parametrize("size", [1, 3, 127, 128, 129, 640, 1000])
+def test_the_first_of_the_largest_is_found(size):
+    rng = np.random.default_rng(size)
+    for x in (rng.normal(size=(2, 5, size)), rng.integers(0, 3, (2, 5, size)), np.full((2, 5, size), -np.inf)):
+        np.testing.assert_array_equal(first_argmax(jnp.asarray(x, jnp.float32)), np.argmax(x, -1))
+
+
+def test_a_greedy_batch_draws_no_noise_and_holds_none():
+    """The branch that a greedy batch takes has no array of the vocabulary's size but the logits."""
+    sampling = BatchSampling.from_params([SamplingParams()] * 2)
+    noise = Noise(sampling.seed, jnp.zeros(2, jnp.int32), 50)
+    jaxpr = jax.make_jaxpr(lambda logits: choose(logits, lambda: noise.levels(0, 7), sampling))(jnp.zeros((2, 7, 50)))
+    (branches,) = (each for each in jaxpr.eqns if each.primitive.name == "cond")
+    greedy = branches.params["branches"][0]
+    names = {each.primitive.name for each in greedy.eqns}
+    assert not names & {"random_bits", "threefry2x32", "log", "log1p"}
+    outside = [var.aval for each in jaxpr.eqns if each is not branches for var in each.outvars]
+    assert all(50 not in aval.shape for aval in outside)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(0, 2**31), params_of())
+def test_drafts_are_filtered_as_the_target_would_be_where_few_tokens_are_kept(seed, params):
+    logits = random_logits(seed, 1, 4, 90)
+    sampling = BatchSampling.from_params([params])
+    floor, scaled = draft_floor_jit(jnp.asarray(logits), sampling)
+    if not params.temperature:
+        assert np.isneginf(floor).all()
+        return
+    kept, edge = np.isfinite(warp_rows(logits, params)), on_an_edge(logits[0], params)[None]
+    ours = np.asarray(scaled >= floor[..., None])
+    assert ((ours == kept) | edge)[kept.sum(-1) < 60].all()
+    assert (ours | ~kept | edge).all()  # nothing that the target would keep is ruled out
+
+
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
@@ -217,8 +284,8 @@ def test_samples_follow_the_warped_softmax(fields):
     params = SamplingParams(**fields)
     sampling = BatchSampling.from_params([params] * count)
     sampling = dataclasses.replace(sampling, seed=jnp.arange(count, dtype=jnp.uint32))
-    warped = jnp.broadcast_to(warp_rows(LOGITS[None, None], params), (count, 1, LOGITS.size))
-    tokens = choose_jit(warped, noise_jit(sampling.seed, jnp.full((count, 1), 17), LOGITS.size), sampling)
+    logits = jnp.broadcast_to(LOGITS, (count, 1, LOGITS.size))
+    tokens = choose_jit(logits, noise_jit(sampling.seed, jnp.full((count, 1), 17), LOGITS.size), sampling)
     assert tokens.shape == (count, 1) and tokens.dtype == jnp.int32
     assert_follows(np.asarray(tokens), softmax(transformers_warp(LOGITS[None], params))[0])
 
@@ -226,8 +293,8 @@ def test_samples_follow_the_warped_softmax(fields):
 def test_positions_of_one_seed_follow_the_warped_softmax():
     count = 20_000
     sampling = BatchSampling.from_params([SamplingParams(temperature=1.0, seed=5)])
-    warped = jnp.broadcast_to(LOGITS, (1, count, LOGITS.size))
-    tokens = choose_jit(warped, noise_jit(sampling.seed, jnp.arange(count)[None], LOGITS.size), sampling)
+    logits = jnp.broadcast_to(LOGITS, (1, count, LOGITS.size))
+    tokens = choose_jit(logits, noise_jit(sampling.seed, jnp.arange(count)[None], LOGITS.size), sampling)
     assert_follows(np.asarray(tokens), softmax(LOGITS))
 
 
@@ -242,12 +309,13 @@ def assert_follows(tokens, probabilities):
 def test_exact_distribution_by_enumerating_the_noise(fields):
     """Every combination of 60 equally likely noise values per token: the share of each token is its probability."""
     params = SamplingParams(**fields)
-    warped = warp_rows(LOGITS[None, None, :3], params)  # [1, 1, 3]
     quantiles = scipy.stats.gumbel_r.ppf((np.arange(60) + 0.5) / 60).astype(np.float32)
     noise = np.stack(np.meshgrid(quantiles, quantiles, quantiles, indexing="ij"), -1).reshape(1, -1, 3)
-    tokens = choose_jit(jnp.asarray(warped), jnp.asarray(noise), BatchSampling.from_params([params]))
+    logits = jnp.broadcast_to(LOGITS[:3], noise.shape)
+    tokens = choose_jit(logits, jnp.asarray(noise), BatchSampling.from_params([params]))
     shares = np.bincount(np.asarray(tokens).ravel(), minlength=3) / noise.shape[1]
-    np.testing.assert_allclose(shares, softmax(warped[0, 0]), atol=0.01)  # the midpoint rule's error at 60 values
+    expected = softmax(warp_rows(LOGITS[None, None, :3], params)[0, 0])
+    np.testing.assert_allclose(shares, expected, atol=0.01)  # the midpoint rule's error at 60 values
 
 
 def test_greedy_rows_of_a_mixed_batch_ignore_the_noise():
@@ -255,7 +323,7 @@ def test_greedy_rows_of_a_mixed_batch_ignore_the_noise():
     sampling = BatchSampling.from_params(rows)
     logits = jnp.asarray(random_logits(8, 3, 50, 20, scale=0.5))
     noise = noise_jit(sampling.seed, jnp.tile(jnp.arange(50), (3, 1)), 20)
-    tokens = np.asarray(choose_jit(warp_jit(logits, sampling), noise, sampling))
+    tokens = np.asarray(choose_jit(logits, noise, sampling))
     greedy = np.asarray(logits).argmax(-1)
     np.testing.assert_array_equal(tokens[[0, 2]], greedy[[0, 2]])
     np.testing.assert_array_equal(tokens[1], np.argmax(np.asarray(logits + noise)[1], -1))

@@ -14,6 +14,7 @@ from jaxspec.speculation.accept import accept
 from jaxspec.speculation.sampling import BatchSampling
 from jaxspec.speculation.tree import build_tree, grow_tree
 from tests.drafting import DRAFTERS
+from tests.helpers import GivenNoise
 
 VOCABULARY, STATES, BATCH = 13, 1009, 4
 
@@ -79,7 +80,7 @@ def grow_toy(config, table, root, noise, sampling):
         return states, jnp.asarray(table)[states]
 
     states = next_state(jnp.zeros_like(root), root)[:, None]
-    return grow_tree(config, root, jnp.asarray(table)[states[:, 0]], noise, sampling, expand, states)
+    return grow_tree(config, root, jnp.asarray(table)[states[:, 0]], GivenNoise(noise), sampling, expand, states)
 
 
 def slow_tree(config, table, root, noise, temperature):
@@ -188,6 +189,40 @@ def test_candidates_that_a_filter_removed_still_form_a_tree():
     root = jnp.arange(BATCH, dtype=jnp.int32)
     noise = jnp.asarray(np.random.default_rng(0).gumbel(size=(BATCH, 5, VOCABULARY)), jnp.float32)
     check_structure(grow_toy(config, toy_logits(0), root, noise, sampling), config.max_depth)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_tree_is_valid_whatever_order_ties_come_in(temperature, monkeypatch):
+    """XLA may return equal values of `top_k` in any order; here in the reverse of CPU's, where logits have few values
+    and certain tokens score as high as their parents."""
+    plain = jax.lax.top_k
+
+    def reversed_ties(x, k):
+        values, places = plain(x[..., ::-1], k)
+        return values, x.shape[-1] - 1 - places
+
+    config = TreeConfig(3, 3, 12)
+    rng = np.random.default_rng(0)
+    root = jnp.arange(BATCH, dtype=jnp.int32)
+    noise = rng.gumbel(size=(BATCH, 4, VOCABULARY)).astype(np.float32)
+    sampling = BatchSampling.from_params([SamplingParams(temperature, top_p=0.3)] * BATCH)
+    tables = [np.round(toy_logits(1)), np.where(toy_logits(2) == toy_logits(2).max(-1, keepdims=True), 200.0, 0.0)]
+    for table in tables:
+        for top_k in (plain, reversed_ties):
+            monkeypatch.setattr(jax.lax, "top_k", top_k)
+            grow_toy.clear_cache()
+            check_structure(grow_toy(config, table, root, noise, sampling), config.max_depth)
+    grow_toy.clear_cache()
+
+
+def test_draft_logits_that_are_no_numbers_still_give_a_tree():
+    config = TreeConfig(2, 3, 12)
+    sampling = BatchSampling.from_params([SamplingParams()] * BATCH)
+    root = jnp.arange(BATCH, dtype=jnp.int32)
+    for value in (np.nan, np.inf, -np.inf):
+        table = np.where(np.arange(STATES)[:, None] % 3 == 0, np.float32(value), toy_logits(0))
+        tree = grow_toy(config, table, root, jnp.zeros((BATCH, 3, VOCABULARY)), sampling)
+        check_structure(tree, config.max_depth)
 
 
 def test_chain_is_a_path():
