@@ -247,8 +247,9 @@ class Generator:
 def check_drafter(drafter: Drafter, target: Target) -> None:
     """Raises ValueError for a drafter that was loaded for another target, or whose sizes are not this one's."""
     recorded = getattr(drafter, "target_fingerprint", None)
-    if recorded is not None and target.path is not None:
-        if recorded != (ours := target.fingerprint()):
+    ours = None if recorded is None or target.path is None else target.fingerprint()
+    if ours is not None:
+        if recorded != ours:
             raise ValueError(f"the {drafter.method} drafter was loaded for the target {recorded}, not for {ours}")
         return
     method = METHODS.get(drafter.method)

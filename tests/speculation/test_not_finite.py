@@ -33,7 +33,7 @@ def arms(tokenizer, scripts) -> dict[str, Generator]:
     target.stop_token_ids = ()
     chain = {now: then for script in scripts for now, then in zip(script, script[1:], strict=False)}
     # The token that breaks the target is drafted beside every token of the sound answer, and never accepted there.
-    drafter = scripted_drafter(len(tokenizer), chain, dict.fromkeys(sound[2:5], bad))
+    drafter = scripted_drafter(len(tokenizer), chain, dict.fromkeys(sound, bad))
     return {name: Generator(target, drafter if name == "drafted" else None, max_length=64) for name in ARMS}
 
 
