@@ -37,8 +37,8 @@ TARGET = f"{TRAINING} --dataset-size 8 --hidden-size 16 --intermediate-size 16 -
 WITH_TOWER = "--vision-hidden-size 16 --vision-intermediate-size 16 --vision-heads 2 --vision-layers 2"
 DRAFTER = f"{TRAINING} --acceptance-prompts 0 --acceptance-every 0 --validation-records 2"
 FEWER = {
-    "generate": "--max-new-tokens 8",
-    "bench": "--num-prompts 1 --runs 1 --score-prompts 0 --max-new-tokens 8 --temperatures 0",
+    "generate": "--max-new-tokens 8 --no-stream",
+    "bench": "--drafters lookup --num-prompts 1 --runs 1 --score-prompts 0 --max-new-tokens 8 --temperatures 0",
     "distill": "--count 6 --max-new-tokens 4 --max-length 256 --batch-size 6",
     "configs/demo_vision.py": f"{TARGET} --num-layers 2",
     "configs/demo_target_align.py": f"{TARGET} {WITH_TOWER} --num-layers 1",
@@ -48,24 +48,23 @@ FEWER = {
     "configs/demo_vispec1.py": DRAFTER,
     "configs/demo_vispec.py": DRAFTER,
 }
-"""What is added to a command (by its name, or by the first recipe that it trains), so that it takes seconds."""
+"""What is added to a command (by its name, or by the first recipe that it trains), so that it takes seconds: fewer
+steps and records, smaller models, fewer programs to compile."""
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Iterator[Path]:
+def clone(tmp_path_factory, quick_compilation) -> Iterator[Path]:
     """A checkout without what training leaves behind, in it the files that README's user has."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("train.py", "configs", "jaxspec"):
         (folder / name).symlink_to(ROOT / name)
     write_files(folder)
-    cache, plain = jax.config.jax_compilation_cache_dir, jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time here
+    cache = jax.config.jax_compilation_cache_dir
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         yield folder
     jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_disable_most_optimizations", plain)
 
 
 def write_files(folder: Path) -> None:
