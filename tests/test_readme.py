@@ -32,7 +32,7 @@ IN_PLACE_OF = {
     '"llava-hf/llava-1.5-7b-hf"': ('"demo"', "13 GB of download"),
     '"JLKang/ViSpec-llava-1.5-7b-hf"': ('"demo:vispec"', "the drafter of that target"),
 }
-TRAINING = "--steps 1 --warmup-steps 0 --batch-size 2 --eval-batches 1 --checkpoint-every 9999 --eval-every 9999"
+TRAINING = "--steps 1 --warmup-steps 0 --batch-size 2 --eval-batches 0 --checkpoint-every 9999 --eval-every 9999"
 TARGET = f"{TRAINING} --dataset-size 8 --hidden-size 16 --intermediate-size 16 --num-heads 2"
 WITH_TOWER = "--vision-hidden-size 16 --vision-intermediate-size 16 --vision-heads 2 --vision-layers 2"
 DRAFTER = f"{TRAINING} --acceptance-prompts 0 --acceptance-every 0 --validation-records 2"
@@ -53,18 +53,20 @@ steps and records, smaller models, fewer programs to compile."""
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory, quick_compilation) -> Iterator[Path]:
+def clone(tmp_path_factory) -> Iterator[Path]:
     """A checkout without what training leaves behind, in it the files that README's user has."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("train.py", "configs", "jaxspec"):
         (folder / name).symlink_to(ROOT / name)
     write_files(folder)
-    cache = jax.config.jax_compilation_cache_dir
+    cache, plain = jax.config.jax_compilation_cache_dir, jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time here
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         yield folder
     jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_disable_most_optimizations", plain)
 
 
 def write_files(folder: Path) -> None:
