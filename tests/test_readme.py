@@ -32,13 +32,13 @@ IN_PLACE_OF = {
     '"llava-hf/llava-1.5-7b-hf"': ('"demo"', "13 GB of download"),
     '"JLKang/ViSpec-llava-1.5-7b-hf"': ('"demo:vispec"', "the drafter of that target"),
 }
-TRAINING = "--steps 1 --warmup-steps 0 --batch-size 2 --eval-batches 1 --checkpoint-every 9999 --eval-every 9999"
+TRAINING = "--steps 1 --warmup-steps 0 --batch-size 2 --eval-batches 0 --checkpoint-every 9999 --eval-every 9999"
 TARGET = f"{TRAINING} --dataset-size 8 --hidden-size 16 --intermediate-size 16 --num-heads 2"
 WITH_TOWER = "--vision-hidden-size 16 --vision-intermediate-size 16 --vision-heads 2 --vision-layers 2"
 DRAFTER = f"{TRAINING} --acceptance-prompts 0 --acceptance-every 0 --validation-records 2"
 FEWER = {
-    "generate": "--max-new-tokens 8",
-    "bench": "--num-prompts 1 --runs 1 --score-prompts 0 --max-new-tokens 8 --temperatures 0",
+    "generate": "--max-new-tokens 8 --no-stream",
+    "bench": "--drafters lookup --num-prompts 1 --runs 1 --score-prompts 0 --max-new-tokens 8 --temperatures 0",
     "distill": "--count 6 --max-new-tokens 4 --max-length 256 --batch-size 6",
     "configs/demo_vision.py": f"{TARGET} --num-layers 2",
     "configs/demo_target_align.py": f"{TARGET} {WITH_TOWER} --num-layers 1",
@@ -48,7 +48,8 @@ FEWER = {
     "configs/demo_vispec1.py": DRAFTER,
     "configs/demo_vispec.py": DRAFTER,
 }
-"""What is added to a command (by its name, or by the first recipe that it trains), so that it takes seconds."""
+"""What is added to a command (by its name, or by the first recipe that it trains), so that it takes seconds: fewer
+steps and records, smaller models, fewer programs to compile."""
 
 
 @pytest.fixture(scope="module")
