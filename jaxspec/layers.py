@@ -6,6 +6,7 @@ models and, with `input_norm=False`, the EAGLE / ViSpec draft heads.
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,6 +36,10 @@ class RopeConfig:
     def __post_init__(self):
         if self.type not in ROPE_TYPES:
             raise ValueError(f"rope type {self.type!r} is not implemented; known types: {', '.join(ROPE_TYPES)}")
+        for name in ("theta", "factor"):
+            value = getattr(self, name)
+            if not (isinstance(value, numbers.Real) and value > 0):
+                raise ValueError(f"rope {name} must be a number above 0, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
