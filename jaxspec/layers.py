@@ -6,6 +6,7 @@ models and, with `input_norm=False`, the EAGLE / ViSpec draft heads.
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,6 +36,10 @@ class RopeConfig:
     def __post_init__(self):
         if self.type not in ROPE_TYPES:
             raise ValueError(f"rope type {self.type!r} is not implemented; known types: {', '.join(ROPE_TYPES)}")
+        for name in ("theta", "factor"):
+            value = getattr(self, name)
+            if not (isinstance(value, numbers.Real) and value > 0):
+                raise ValueError(f"rope {name} must be a number above 0, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +90,7 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> jax.Array:
     return inverse
 
 
+@jax.named_scope("rope")
 def rope_tables(config: RopeConfig, head_dim: int, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine f32 `[B, N, Dh / 2]` of positions `[B, N]`, or `[3, B, N]` (time, height, width)."""
     angles = position_ids[..., None].astype(jnp.float32) * rope_frequencies(config, head_dim)
@@ -95,11 +101,14 @@ def rope_tables(config: RopeConfig, head_dim: int, position_ids: jax.Array) -> t
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate `x` `[B, N, H, Dh]`, halves convention (Llama in transformers)."""
-    cos, sin = (table[:, :, None, :].astype(x.dtype) for table in tables)  # [B, N, 1, Dh / 2]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+@jax.named_scope("rope")
+def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array], dtype=None) -> jax.Array:
+    """Rotate `x` `[B, N, H, Dh]`, halves convention (Llama in transformers). Computed in `dtype`, by default that of
+    `x`, in which the result is."""
+    dtype = dtype or x.dtype
+    cos, sin = (table[:, :, None, :].astype(dtype) for table in tables)  # [B, N, 1, Dh / 2]
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -108,10 +117,30 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((features,)))
         self.epsilon = epsilon
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
         return x32.astype(x.dtype) * self.scale[...]
+
+
+class Embed(nnx.Module):
+    """A table of vectors, in whatever dtype it is filled with. (`nnx.Embed` keeps the one that it was built in: built
+    abstractly in float32, it makes float32 of a bfloat16 table at every call.)"""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        embedding_init: nnx.Initializer = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0),
+        rngs: nnx.Rngs,
+    ):
+        self.embedding = nnx.Param(embedding_init(rngs.params(), (num_embeddings, features)))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Vectors `[.., D]` of integer ids `[..]`."""
+        return jnp.take(self.embedding[...], ids, axis=0)
 
 
 def linear(features_in: int, features_out: int, *, bias: bool, rngs: nnx.Rngs, zero: bool = False) -> nnx.Linear:
@@ -209,7 +238,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         self.config = config
         init = nnx.initializers.normal(0.3)
-        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs)
+        self.embed_tokens = Embed(config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs)
         self.layers = nnx.List([self.layer(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = self.norm_type(config.hidden_size, config.rms_norm_eps, rngs=rngs)
         tied = config.tie_word_embeddings
@@ -244,7 +273,8 @@ class LanguageModel(nnx.Module):
         """Logits f32 `[..., V]` of features `[..., D]`, or of the last D of more."""
         hidden = hidden[..., -self.config.hidden_size :]
         kernel = self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
-        return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+        with jax.named_scope("logits"):
+            return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
 
 
 def causal_mask(valid: jax.Array) -> jax.Array:

@@ -41,7 +41,7 @@ def transformers_arm(target: Target, dtype: str, max_new_tokens: int) -> tuple[A
     """The arm, and what a report must say about it. Raises ValueError where torch is not installed."""
     try:
         import torch
-        from transformers import AutoModelForImageTextToText
+        from transformers import AutoModelForImageTextToText, GenerationConfig
     except ImportError as error:
         raise ValueError(
             "--transformers compares with transformers' models, which need torch; install it with: "
@@ -49,6 +49,10 @@ def transformers_arm(target: Target, dtype: str, max_new_tokens: int) -> tuple[A
         ) from error
     device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
     model = AutoModelForImageTextToText.from_pretrained(target.path, dtype=getattr(torch, dtype)).to(device).eval()
+    # In place of the folder's own, whose penalties and sampling no other arm has.
+    model.generation_config = GenerationConfig(
+        do_sample=False, num_beams=1, eos_token_id=list(target.stop_token_ids) or None, pad_token_id=0
+    )
 
     def run(question, limit: int) -> TransformersAnswer:
         messages, images = normalise_messages(question.prompt, list(question.images))
@@ -61,14 +65,7 @@ def transformers_arm(target: Target, dtype: str, max_new_tokens: int) -> tuple[A
             torch.cuda.synchronize()
         started = time.perf_counter()
         with torch.inference_mode():
-            output = model.generate(
-                **inputs,
-                do_sample=False,
-                max_new_tokens=limit,
-                eos_token_id=list(target.stop_token_ids) or None,
-                pad_token_id=0,
-                streamer=clock,
-            )
+            output = model.generate(**inputs, max_new_tokens=limit, streamer=clock)
         ended = time.perf_counter()
         prompt_tokens = inputs["input_ids"].shape[1]
         tokens = output[0, prompt_tokens:].cpu().numpy().astype(np.int32)

@@ -1,7 +1,13 @@
 """Hugging Face config objects -> ours and back, for the parts that families share."""
 
+import contextlib
 import dataclasses
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.errors import StrictDataclassError
 
 from jaxspec.layers import RopeConfig, TextConfig
 
@@ -10,6 +16,53 @@ if TYPE_CHECKING:
 
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
 """Text models that one decoder layer computes; the Qwen2 ones have biases at query, key and value."""
+
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "head_dim", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "image_size", "patch_size", "temporal_patch_size", "depth"),
+    *("num_heads", "out_hidden_size", "spatial_merge_size", "window_size", "mm_tokens_per_image", "num_q"),
+    *("medusa_num_heads", "medusa_num_layers", "draft_vocab_size", "vision_width", "total_token"),
+)
+"""Keys of config.json that count something, in whichever part they stand."""
+LARGEST = 2**31 - 1
+MAY_BE_ZERO = ("num_q", "vision_width", "depth")  # `depth` is also a tree's
+
+
+def check_sizes(raw: Mapping[str, Any], source: Path) -> None:
+    """Raises ValueError where a size in a config.json, or in one of its parts, is no positive integer."""
+    for key, part in raw.items():
+        if key.endswith("_config") and isinstance(part, Mapping):
+            parts = {f"{key}.{name}": value for name, value in part.items()}
+        else:
+            parts = {key: part}
+        for name, value in parts.items():
+            own = name.rpartition(".")[2]
+            if own not in SIZES or value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{source}: {name} must be an integer, got {value!r}")
+            if value < (least := 0 if own in MAY_BE_ZERO else 1):
+                raise ValueError(f"{source}: {name} must be at least {least}, got {value}")
+            if value > LARGEST:
+                raise ValueError(f"{source}: {name} must be at most {LARGEST}, got {value}")
+    for key in ("text_config", "vision_config"):
+        if not isinstance(raw.get(key) or {}, Mapping):
+            raise ValueError(f"{source}: {key} must be a JSON object, got {raw[key]!r}")
+
+
+@contextlib.contextmanager
+def one_sentence(source: Path) -> Iterator[None]:
+    """Whatever is raised while the config.json `source` is understood becomes one ValueError that names it: configs
+    with wrong types and missing keys fail in many ways, inside transformers, too."""
+    try:
+        yield
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        text = textwrap.shorten(str(error), 300, placeholder=" ..")
+        if isinstance(error, KeyError):
+            text = f"{text} is missing"
+        elif isinstance(error, TypeError | AttributeError | ArithmeticError):
+            text = f"a value has the wrong type or size ({text})"
+        raise ValueError(text if str(source) in text else f"{source}: {text}") from error
 
 
 def llama_text_config(config: "PretrainedConfig") -> TextConfig:

@@ -15,11 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxspec.checkpoints.finite import cast, is_finite, why_not_finite
+from jaxspec.checkpoints.foreign import counted, foreign_tensors
 from jaxspec.sharding import parameter_sharding
 
 Module = TypeVar("Module", bound=nnx.Module)
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+LISTED, SHOWN = 20, 3
+"""More problems than `LISTED` are counted, and the first `SHOWN` of a kind are named."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +103,8 @@ def match(
 ) -> list[tuple[tuple, nnx.Variable, np.ndarray]]:
     """(path, leaf, published array in our layout) of every parameter of an abstract module; no values are read.
 
-    Raises ValueError that lists every missing, extra, doubled and mis-shaped tensor at once.
+    Raises ValueError for quantised weights and EAGLE-3 heads, by name, and for every missing, extra, doubled and
+    mis-shaped tensor at once.
     """
     problems, by_name = [], {}
     for name, array in tensors.items():
@@ -126,21 +131,43 @@ def match(
             found.append((path, leaf, to_ours(dotted, array)))
     problems += [f"extra: {name} {tuple(array.shape)}" for name, array in by_name.items()]
     if problems:
-        raise ValueError(f"{source} does not fit its config.json:\n  " + "\n  ".join(problems))
+        raise ValueError(
+            foreign_tensors(tensors, source) or f"{source} does not fit its config.json:\n  {listed(problems)}"
+        )
     return found
+
+
+def listed(problems: list[str]) -> str:
+    """Problems, each "kind: what", one a line; many of them shortened kind by kind."""
+    if len(problems) > LISTED:
+        kinds = {}
+        for problem in problems:
+            kinds.setdefault(problem.partition(": ")[0], []).append(problem)
+        problems = [
+            line
+            for kind, own in kinds.items()
+            for line in own[:SHOWN] + ([f"{kind}: {len(own) - SHOWN} more"] if len(own) > SHOWN else [])
+        ]
+    return "\n  ".join(problems)
 
 
 def fill(module: Module, tensors: Mapping[str, np.ndarray], table: NameTable, source: str, dtype, mesh=None) -> Module:
     """A module with the same structure (built abstractly) whose parameters are the published tensors in `dtype`
     (integers keep theirs).
 
-    With a mesh every shard is read on its own: the host holds one at a time. Raises ValueError as `match` does.
+    With a mesh every shard is read on its own: the host holds one at a time. Raises ValueError as `match` does, and for
+    values that are not finite in `dtype`, naming their tensors.
     """
-    found = match(module, tensors, table, source)
-    values = [
-        (path, leaf.replace(place(array, dotted_path(path), settled(leaf.dtype, dtype), mesh)))
-        for path, leaf, array in found
-    ]
+    values, spoiled = [], []
+    for path, leaf, array in match(module, tensors, table, source):
+        wanted = settled(leaf.dtype, dtype)
+        value, finite = place(array, dotted_path(path), wanted, mesh)
+        if not finite:
+            spoiled.append(f"{table.published(dotted_path(path))} ({why_not_finite(array, wanted)})")
+        values.append((path, leaf.replace(value)))
+    if spoiled:
+        name = jnp.dtype(dtype).name
+        raise ValueError(f"{source} holds weights that are not finite in {name}: {counted(spoiled, 5)}")
     return nnx.merge(nnx.graphdef(module), nnx.from_flat_state(values))
 
 
@@ -149,24 +176,27 @@ def settled(own, wanted):
     return wanted if wanted is not None and jnp.issubdtype(own, jnp.floating) else own
 
 
-def place(array: np.ndarray, path: str, dtype, mesh) -> jax.Array:
-    """A memory-mapped array in `dtype` on the device, or shard by shard on a mesh.
+def place(array: np.ndarray, path: str, dtype, mesh) -> tuple[jax.Array, bool]:
+    """A memory-mapped array in `dtype` on the device, or shard by shard on a mesh; and whether it is finite, in the
+    shards of this host.
 
     Not `make_array_from_callback`: it holds the shards of all local devices, replicas too, before it moves the first.
-    `astype` copies even without a change of type: on CPU JAX may keep the array it is given, and a file rewritten later
+    `cast` copies even without a change of type: on CPU JAX may keep the array it is given, and a file rewritten later
     must not change the model. It also keeps the order in the file; transposing is faster on the way to the device.
     """
     if mesh is None:
-        return jnp.asarray(array.astype(dtype))
+        whole = cast(array, dtype)
+        return jnp.asarray(whole), is_finite(whole)
     sharding = parameter_sharding(mesh, path, array.shape)
     holders = {}
     for device, index in sharding.addressable_devices_indices_map(array.shape).items():
         holders.setdefault(str(index), (index, []))[1].append(device)
-    shards = []
+    shards, finite = [], True
     for index, devices in holders.values():
-        shard = array[index].astype(dtype)
+        shard = cast(array[index], dtype)
+        finite &= is_finite(shard)
         shards += jax.block_until_ready([jax.device_put(shard, device) for device in devices])
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards), finite
 
 
 def published_shape(path: str, shape: Iterable[int]) -> tuple[int, ...]:

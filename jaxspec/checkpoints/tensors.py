@@ -6,6 +6,7 @@ front ends load whole tensors onto a device.
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
+
+from jaxspec.checkpoints.foreign import PLAIN, adapter, counted, foreign_files
 
 DTYPES = {
     "F64": np.float64,
@@ -46,6 +49,8 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
+        if head == b"version ":
+            raise ValueError(f"{path} is not a safetensors file but a Git LFS pointer to one; fetch it: git lfs pull")
         header_size = int.from_bytes(head, "little")
         if len(head) < 8 or header_size > size - 8:
             raise ValueError(f"{path} is not a complete safetensors file ({size} bytes, header wants {header_size})")
@@ -63,7 +68,8 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
     tensors = {}
     for name, (dtype, shape, first, last) in entries.items():
         if dtype not in DTYPES:
-            raise ValueError(f"{path}: tensor {name} has dtype {dtype}; readable: {', '.join(DTYPES)}")
+            quantised = f"; {PLAIN}" if re.match(r"F[468]_", str(dtype)) else ""
+            raise ValueError(f"{path}: tensor {name} has dtype {dtype}; readable: {', '.join(DTYPES)}{quantised}")
         expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
         if last - first != expected:
             raise ValueError(f"{path}: tensor {name} has {last - first} bytes, {dtype} {shape} takes {expected}")
@@ -83,26 +89,30 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def read_folder(folder: Path) -> dict[str, np.ndarray]:
-    """Memory-mapped tensors of a folder by published name.
+    """Memory-mapped tensors of a folder by published name. Like transformers it takes `model.safetensors` where there
+    is one, and an index with its shards only where there is none.
 
-    Raises FileNotFoundError where there is neither `model.safetensors` nor its index, or a shard is missing.
+    Raises FileNotFoundError where there is neither, or a shard is missing; ValueError where something else than a
+    model's weights is there, naming it.
     """
-    index = folder / INDEX
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} has no weight_map")
-        shards = sorted(set(weight_map.values()))
-        missing = [shard for shard in shards if not (folder / shard).exists()]
-        if missing:
-            raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(missing)}")
-        tensors = {}
-        for shard in shards:
-            tensors.update(read_file(folder / shard))
-        absent = sorted(set(weight_map) - set(tensors))
-        if absent:
-            raise ValueError(f"{index} names tensors that no shard holds: {', '.join(absent)}")
-        return tensors
-    if not (folder / SINGLE).exists():
+    index, single = folder / INDEX, folder / SINGLE
+    if not (single.exists() or index.exists()):
+        if there := foreign_files(folder):
+            raise ValueError(there)
         raise FileNotFoundError(f"no {SINGLE} and no {INDEX} in {folder}")
-    return read_file(folder / SINGLE)
+    if any(folder.glob("adapter_model.*")):
+        raise ValueError(adapter(folder))
+    if single.exists():
+        return read_file(single)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map of names of tensors to names of files")
+    shards = sorted(set(weight_map.values()))
+    if missing := [shard for shard in shards if not (folder / shard).exists()]:
+        raise FileNotFoundError(f"{index} names shards that are not there: {counted(missing, 4)}")
+    tensors = {}
+    for shard in shards:
+        tensors.update(read_file(folder / shard))
+    if absent := sorted(set(weight_map) - set(tensors)):
+        raise ValueError(f"{index} names tensors that no shard holds: {counted(absent, 4)}")
+    return tensors

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxspec.checkpoints.configs import check_sizes, one_sentence
+from jaxspec.checkpoints.finite import is_finite
+from jaxspec.checkpoints.foreign import foreign_files, refuse_quantised
 from jaxspec.checkpoints.names import abstract, fill, match, to_tensors
 from jaxspec.checkpoints.tensors import SINGLE, read_folder, read_json, write_file
 from jaxspec.drafters.contract import Method
@@ -36,10 +39,9 @@ def load_drafter_folder(folder: Path, target, dtype=jnp.float32) -> tuple[nnx.Mo
     method = METHODS[name]
     text = None if target is None else target.config.text
     sizes = {} if text is None else {"hidden_size": text.hidden_size, "vocab_size": text.vocab_size}
-    try:
+    with one_sentence(folder):
         config = method.read_config(sizes | raw)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        tree = tree_of(raw, method)
     config = method.complete_config(config, tensors)
     if target is not None and (problems := method.misfits(config, target.config)):
         raise ValueError(f"drafter {folder} was made for another target: {', '.join(problems)}")
@@ -48,7 +50,7 @@ def load_drafter_folder(folder: Path, target, dtype=jnp.float32) -> tuple[nnx.Mo
         check_embedding(embedding, target, folder)
     config, tensors = settle_tying(config, tensors, method.names)
     drafter = abstract(lambda rngs: method.module(config, rngs=rngs))
-    return fill(drafter, tensors, method.names, str(folder), dtype), tree_of(raw, method)
+    return fill(drafter, tensors, method.names, str(folder), dtype), tree
 
 
 def save_drafter_folder(
@@ -106,12 +108,21 @@ def is_drafter_folder(folder: Path) -> bool:
 
 
 def read_drafter_folder(folder: Path) -> tuple[dict, dict[str, np.ndarray], str]:
-    """config.json, the tensors (no values are read yet) and the name of the method."""
+    """config.json, the tensors (no values are read yet) and the name of the method. Raises FileNotFoundError, or
+    ValueError that names what the folder holds instead of a known drafter."""
     path = folder / "config.json"
     if not path.exists():
+        if there := foreign_files(folder):
+            raise ValueError(there)
         raise FileNotFoundError(f"no config.json in {folder}: not a drafter folder")
-    raw, tensors = read_json(path), read_folder(folder)
-    return raw, tensors, method_of(raw, tensors)
+    raw = read_json(path)
+    refuse_quantised(raw, path)
+    check_sizes(raw, path)
+    if not isinstance(raw.get("jaxspec", {}), dict):
+        raise ValueError(f"{path}: jaxspec must be a JSON object, got {raw['jaxspec']!r}")
+    tensors = read_folder(folder)
+    with one_sentence(folder):
+        return raw, tensors, method_of(raw, tensors)
 
 
 def tree_of(raw: dict, method: Method) -> TreeConfig:
@@ -124,6 +135,8 @@ def tree_of(raw: dict, method: Method) -> TreeConfig:
 
 def check_embedding(embedding: np.ndarray, target, folder: Path) -> None:
     """Raises ValueError where the drafter's copy of the embedding is not this target's, up to a change of dtype."""
+    if not is_finite(embedding):
+        raise ValueError(f"drafter {folder} holds weights that are not finite: {EMBEDDING}")
     theirs = np.asarray(target.language_model.embed_tokens.embedding[...], np.float32)
     if embedding.shape != theirs.shape:
         raise ValueError(f"drafter {folder}: {EMBEDDING} is {embedding.shape}, the target's embedding {theirs.shape}")

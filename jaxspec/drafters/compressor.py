@@ -148,14 +148,10 @@ class VisualCompressor(nnx.Module):
             case "resampler":
                 queries = self.config.num_queries
                 vectors = self.resampler(embeds, spans.masks)  # [B, n, q, D]
-                size = jnp.maximum(spans.masks.sum(axis=-1, keepdims=True), 1)
-                total = jnp.einsum(
-                    "bns,bsd->bnd", spans.masks.astype(features.dtype), features, preferred_element_type=jnp.float32
-                )
                 last = jnp.repeat(spans.last, queries, axis=1)  # [B, n * q]
                 return Groups(
                     vectors.reshape(vectors.shape[0], -1, vectors.shape[-1]),
-                    jnp.repeat((total / size).astype(features.dtype), queries, axis=1),
+                    jnp.repeat(image_means(spans, features), queries, axis=1),
                     last,
                     last >= 0,
                 )
@@ -240,6 +236,15 @@ def gather(runs: Runs, x: jax.Array) -> jax.Array:
     return jnp.where(runs.present[..., None], taken, 0)
 
 
+@jax.named_scope("mean")
+def image_means(spans: ImageSpans, x: jax.Array) -> jax.Array:
+    """`[B, n, D]`: the mean of the rows of each image, of rows `[B, S, D]`; 0 for absent images."""
+    size = jnp.maximum(spans.masks.sum(axis=-1, keepdims=True), 1)
+    total = jnp.einsum("bns,bsd->bnd", spans.masks.astype(x.dtype), x, preferred_element_type=jnp.float32)
+    return (total / size).astype(x.dtype)
+
+
+@jax.named_scope("mean")
 def mean(runs: Runs, x: jax.Array) -> jax.Array:
     """`[B, G, D]` of rows `[B, S, D]`."""
     count = jnp.maximum(runs.present.sum(axis=-1, keepdims=True), 1)

@@ -21,13 +21,16 @@ class Drafter:
     method: str
     about: dict
     """The `jaxspec` entry of config.json: how the drafter was trained, what it accepted; {} if published elsewhere."""
+    target_fingerprint: str | None = None
+    """`Target.fingerprint()` of the target that it was loaded for; None where any target will do, or nobody knows."""
 
 
 def load_drafter(path_or_repo_id: str | Path, target) -> Drafter:
     """A drafter for a loaded target, from a folder or from the hub; parameters in the target's dtype. A method without
     parameters ("lookup") is loaded by its name, unless a folder has that name.
 
-    Raises FileNotFoundError, or ValueError where it was made for another target or its tensors do not fit.
+    Raises FileNotFoundError, or ValueError where it was made for another target, its tensors do not fit or are not
+    finite, or the folder holds something else (EAGLE-3, an adapter, other formats), by name.
     """
     method = METHODS.get(str(path_or_repo_id))
     if method and method.without_folder is not None and not Path(path_or_repo_id).is_dir():
@@ -35,11 +38,11 @@ def load_drafter(path_or_repo_id: str | Path, target) -> Drafter:
         return Drafter(model, method.tree, str(path_or_repo_id), {})
     folder = resolve_folder(path_or_repo_id)
     raw, _, name = read_drafter_folder(folder)
-    about = raw.get("jaxspec", {})
+    about, own = raw.get("jaxspec", {}), target.fingerprint()
     recorded = about.get("target_fingerprint")
-    if recorded is not None and recorded != target.fingerprint():
-        raise ValueError(f"drafter {folder} was trained for the target {recorded}, not for {target.fingerprint()}")
+    if recorded is not None and own is not None and recorded != own:
+        raise ValueError(f"drafter {folder} was trained for the target {recorded}, not for {own}")
     METHODS[name].check_folder(folder, target.tokenizer)
     dtype = target.model.language_model.embed_tokens.embedding.dtype
     model, tree = load_drafter_folder(folder, target.model, jnp.dtype(dtype))
-    return Drafter(model, tree, name, about)
+    return Drafter(model, tree, name, about, own)

@@ -58,10 +58,11 @@ class VisionAdaptor(nnx.Module):
         split = (*embeds.shape[:2], heads, head_dim)
         keys, values = self.k_proj(embeds).reshape(split), self.v_proj(embeds).reshape(split)
         queries = self.q[...].astype(keys.dtype) * head_dim**-0.5
-        scores = jnp.einsum("qhd,bshd->bhqs", queries, keys, preferred_element_type=jnp.float32)
-        scores = jnp.where(masks[:, :, None, None], scores[:, None], -jnp.inf)  # [B, n, H, q, S]
-        absent = ~masks.any(axis=-1)[:, :, None, None, None]
-        weights = jax.nn.softmax(jnp.where(absent, 0.0, scores), axis=-1).astype(values.dtype)
+        with jax.named_scope("attention"):
+            scores = jnp.einsum("qhd,bshd->bhqs", queries, keys, preferred_element_type=jnp.float32)
+            scores = jnp.where(masks[:, :, None, None], scores[:, None], -jnp.inf)  # [B, n, H, q, S]
+            absent = ~masks.any(axis=-1)[:, :, None, None, None]
+            weights = jax.nn.softmax(jnp.where(absent, 0.0, scores), axis=-1).astype(values.dtype)
         mixed = jnp.einsum("bnhqs,bshd->bnqhd", weights, values)
         return self.o_proj(mixed.reshape(*mixed.shape[:3], heads * head_dim))
 

@@ -31,6 +31,7 @@ class Segment(NamedTuple):
     mask: jax.Array
 
 
+@jax.named_scope("attention")
 def attend(query: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     """Softmax attention over the union of the segments, with grouped query heads, softmax in float32.
 

@@ -85,6 +85,7 @@ class Tree(NamedTuple):
     ancestors: jax.Array  # bool [B, N, N], row i marks the ancestors of node i and itself
 
 
+@jax.named_scope("tree")
 def build_tree(tokens: jax.Array, parents: jax.Array, depths: jax.Array, max_depth: int) -> Tree:
     """A tree from its parent links, i32 `[B, N]` each; `max_depth` bounds `depths`."""
     nodes = tokens.shape[1]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxspec.kernels.attention import LayerKV, Segment, attend
-from jaxspec.layers import ACTIVATIONS, linear
+from jaxspec.layers import ACTIVATIONS, Embed, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,14 @@ class ClipVisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
-def layer_norm(config: ClipVisionConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
+class LayerNorm(nnx.LayerNorm):
+    @jax.named_scope("norm")
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x)
+
+
+def layer_norm(config: ClipVisionConfig, rngs: nnx.Rngs) -> LayerNorm:
+    return LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
 
 
 class ClipAttention(nnx.Module):
@@ -101,7 +107,7 @@ class ClipEmbeddings(nnx.Module):
         self.patch_size, self.image_size = config.patch_size, config.image_size
         self.class_embedding = nnx.Param(init(rngs.params(), (width,)))
         self.patch_embedding = linear(3 * config.patch_size**2, width, bias=False, rngs=rngs)
-        self.position_embedding = nnx.Embed(config.num_patches + 1, width, embedding_init=init, rngs=rngs)
+        self.position_embedding = Embed(config.num_patches + 1, width, embedding_init=init, rngs=rngs)
 
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
         x = self.patch_embedding(patchify(pixel_values, self.patch_size, self.image_size))

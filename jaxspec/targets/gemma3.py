@@ -15,6 +15,7 @@ from flax import nnx
 from jaxspec.checkpoints.configs import common_text_fields, rope_config
 from jaxspec.kernels.attention import Segment
 from jaxspec.layers import (
+    Embed,
     GatedMLP,
     LanguageModel,
     RopeConfig,
@@ -100,6 +101,7 @@ class GemmaNorm(nnx.Module):
         self.scale = nnx.Param(jnp.zeros((features,)))
         self.epsilon = epsilon
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
@@ -180,7 +182,7 @@ class SiglipEmbeddings(nnx.Module):
         width = config.hidden_size
         self.patch_size, self.image_size = config.patch_size, config.image_size
         self.patch_embedding = linear(3 * config.patch_size**2, width, bias=True, rngs=rngs)
-        self.position_embedding = nnx.Embed(config.num_patches, width, rngs=rngs)
+        self.position_embedding = Embed(config.num_patches, width, rngs=rngs)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         x = self.patch_embedding(patchify(pixels, self.patch_size, self.image_size))
@@ -215,7 +217,9 @@ class GemmaProjector(nnx.Module):
     def pool(self, x: jax.Array) -> jax.Array:
         """`[T, patches, Dv]` -> `[T * M, Dv]`, M averages of square blocks of patches."""
         block = self.side // self.pooled
-        x = x.reshape(x.shape[0], self.pooled, block, self.pooled, block, x.shape[-1]).mean(axis=(2, 4))
+        x = x.reshape(x.shape[0], self.pooled, block, self.pooled, block, x.shape[-1])
+        with jax.named_scope("mean"):
+            x = x.mean(axis=(2, 4))
         return x.reshape(-1, x.shape[-1])
 
     def __call__(self, x: jax.Array) -> jax.Array:

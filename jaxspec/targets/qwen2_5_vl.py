@@ -216,8 +216,9 @@ class QwenVisionAttention(nnx.Module):
     def __call__(self, x: jax.Array, rope, mask: jax.Array) -> jax.Array:
         """Of `x` `[G, L, D]`, attending within each of the G groups to what `mask` bool `[G, L]` marks."""
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
-        query, key = (apply_rope(qkv[:, :, part].astype(jnp.float32), rope).astype(x.dtype) for part in (0, 1))
-        out = jax.nn.dot_product_attention(query, key, qkv[:, :, 2], mask=mask[:, None, None, :])
+        query, key = (apply_rope(qkv[:, :, part], rope, jnp.float32) for part in (0, 1))
+        with jax.named_scope("attention"):
+            out = jax.nn.dot_product_attention(query, key, qkv[:, :, 2], mask=mask[:, None, None, :])
         return self.proj(out.reshape(x.shape))
 
 
@@ -269,7 +270,8 @@ class QwenVisionTower(nnx.Module):
         x = self.patch_embed(pixels["patches"].astype(dtype))  # [W, L, D]
         rope = self.rope(pixels["places"])
         members, shape = pixels["members"], x.shape
-        frame_rope = tuple(table.reshape(-1, table.shape[-1])[members] for table in rope)
+        with jax.named_scope("rope"):
+            frame_rope = tuple(table.reshape(-1, table.shape[-1])[members] for table in rope)
         for index, block in enumerate(self.blocks):
             with jax.named_scope(f"vision_layer_{index}"):
                 if index in self.config.full_attention_layers:
@@ -279,6 +281,7 @@ class QwenVisionTower(nnx.Module):
                     x = block(x, rope, pixels["valid"])
         return x.reshape(-1, self.config.unit * shape[-1])
 
+    @jax.named_scope("rope")
     def rope(self, places: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Cosine and sine f32 `[W, L, Dh / 2]`: half of the frequencies turn with the row, half with the column."""
         half = self.config.hidden_size // self.config.num_heads // 2

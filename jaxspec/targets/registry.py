@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 
+from jaxspec.checkpoints.configs import check_sizes, one_sentence
+from jaxspec.checkpoints.foreign import draft_head, foreign_files, refuse_quantised
 from jaxspec.checkpoints.names import NameTable, abstract, fill, to_tensors
 from jaxspec.checkpoints.tensors import SINGLE, read_folder, read_json, write_file
 from jaxspec.targets.contract import VisionLanguageModel
@@ -85,21 +87,41 @@ def family_of(hf_config) -> Family:
 
 
 def read_config(folder: Path):
-    """The folder's transformers config. Raises FileNotFoundError or ValueError, naming the model_type."""
+    """The folder's transformers config. Raises FileNotFoundError or ValueError, naming what the folder holds instead of
+    a supported model, or the value that cannot be."""
     path = folder / "config.json"
     if not path.exists():
+        if there := foreign_files(folder):
+            raise ValueError(there)
         raise FileNotFoundError(f"no config.json in {folder}")
-    model_type = read_json(path).get("model_type")
-    if model_type not in FAMILIES:
+    raw = read_json(path)
+    if "model_type" not in raw and (pipeline := raw.get("_class_name")):
+        raise ValueError(f"{path} describes a part of a diffusers pipeline ({pipeline}), not a language model")
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
-    return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    refuse_quantised(raw, path)
+    check_sizes(raw, path)
+    with one_sentence(path):
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def config_from(folder: Path) -> tuple[Family, Any]:
+    """The family of a Hugging Face folder and our config of its model. Raises as `read_config`, and ValueError for what
+    the family does not compute."""
+    hf_config = read_config(folder)
+    family = family_of(hf_config)
+    with one_sentence(folder / "config.json"):
+        return family, family.config_from_hf(hf_config)
 
 
 def load_model(folder: Path, dtype=jnp.float32, mesh=None) -> VisionLanguageModel:
     """The model of a Hugging Face folder with parameters in `dtype`, sharded where there is a mesh."""
-    hf_config = read_config(folder)
-    family = family_of(hf_config)
-    config, tensors = settle_tying(family.config_from_hf(hf_config), read_folder(folder), family.names)
+    family, config = config_from(folder)
+    tensors = read_folder(folder)
+    if head := draft_head(tensors):
+        raise ValueError(f"{folder} holds {head}, a drafter and no target")
+    config, tensors = settle_tying(config, tensors, family.names)
     model = abstract(lambda rngs: family.model(config, rngs=rngs))
     return fill(model, tensors, family.names, str(folder), dtype, mesh)
 

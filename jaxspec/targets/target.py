@@ -1,18 +1,19 @@
 """A loaded target: the model of a Hugging Face folder together with its processor."""
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import transformers
 
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.checkpoints.tensors import read_folder
 from jaxspec.quiet import quiet
 from jaxspec.targets.contract import VisionLanguageModel
+from jaxspec.targets.generation import GenerationDefaults, stop_tokens
 from jaxspec.targets.images import split_by_tokens, stack_positions
 from jaxspec.targets.registry import family_of, load_model, read_config
 
@@ -22,11 +23,20 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Target:
     """Made by `load_target`. `model` holds the parameters; everything else is about the folder it came from."""
 
-    def __init__(self, model: VisionLanguageModel, processor: Any, path: Path, stop_token_ids: tuple[int, ...]):
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        processor: Any,
+        path: Path | None,
+        stop_token_ids: tuple[int, ...],
+        generation_defaults: GenerationDefaults = GenerationDefaults(),
+    ):
         self.model = model
         self.processor = processor
         self.path = path
         self.stop_token_ids = stop_token_ids
+        self.generation_defaults = generation_defaults
+        self._fingerprint: str | None = None
 
     @property
     def config(self):
@@ -50,13 +60,17 @@ class Target:
         mark = self.config.video_token_id
         return None if mark is None else self.tokenizer.convert_ids_to_tokens(mark)
 
-    def fingerprint(self) -> str:
-        """Names the weights: a hash over every tensor's name, shape, dtype and first values in the files."""
+    def fingerprint(self) -> str | None:
+        """Names the weights: a hash over every tensor's name, shape, dtype and first values in the files, read once.
+        None for a target that came from no folder."""
+        if self.path is None or self._fingerprint is not None:
+            return self._fingerprint
         digest = hashlib.sha256()
         for name, array in sorted(read_folder(self.path).items()):
             digest.update(f"{name} {array.shape} {array.dtype}".encode())
             digest.update(np.ascontiguousarray(array.reshape(-1)[:256]).tobytes())
-        return digest.hexdigest()[:16]
+        self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
 
     def logits(self, inputs) -> jax.Array:
         """Logits f32 `[B, S, V]` of a forward pass without cache.
@@ -96,25 +110,19 @@ def load_target(path_or_repo_id: str | Path, dtype: str = "float32", mesh: jax.s
     `dtype` is that of parameters and computation (logits are always float32). With a `mesh` the parameters are sharded
     over its `fsdp` and `tensor` axes (jaxspec.sharding).
 
-    Raises FileNotFoundError where there is no such folder, ValueError for an unsupported model_type or tensors that do
-    not fit the config (all listed at once).
+    Raises FileNotFoundError where there is no such folder, ValueError for an unsupported model_type, quantised weights,
+    adapters and other formats (by name), tensors that do not fit the config (listed at once) or are not finite in
+    `dtype`. Warns once of sampling defaults in the folder, which are kept in `generation_defaults` and not applied.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     path = resolve_folder(path_or_repo_id)
     hf_config = read_config(path)
+    defaults = GenerationDefaults.read(path)
     model = load_model(path, jnp.dtype(dtype), mesh)
     with quiet("transformers"):  # it warns that torchvision is missing; its PIL image processors are the ones we want
         processor = family_of(hf_config).load_processor(path)
-    return Target(model, processor, path, stop_tokens(path, hf_config, processor.tokenizer))
-
-
-def stop_tokens(path: Path, hf_config, tokenizer) -> tuple[int, ...]:
-    """End-of-sequence ids: those of generation_config.json, else the text config's, else the tokenizer's."""
-    candidates = [hf_config.get_text_config().eos_token_id, tokenizer.eos_token_id]
-    if (path / "generation_config.json").exists():
-        candidates.insert(0, transformers.GenerationConfig.from_pretrained(path).eos_token_id)
-    for ids in candidates:
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
-    return ()
+    stop_token_ids = stop_tokens(path, hf_config, processor.tokenizer)
+    if warning := defaults.warning():
+        warnings.warn(warning, stacklevel=2)
+    return Target(model, processor, path, stop_token_ids, defaults)

@@ -1,5 +1,6 @@
 """A folder that does not fit is refused in one sentence that names the file, the value and what would be right."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -7,11 +8,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from jaxspec.drafters.checkpoint import load_drafter_folder
-from jaxspec.targets.registry import load_model
-from tests.folders import write_llava
+from jaxspec.targets.registry import config_from, load_model
+from tests.families import FAMILIES
+from tests.folders import llava_config, write_llava
 from tests.helpers import tiny_llava
 
 REFERENCE = Path(__file__).parent.parent / "reference"
@@ -172,12 +176,15 @@ def test_index_without_its_files(folder):
     index = folder / "model.safetensors.index.json"
     shards = {NORM: "model.safetensors", QUERY: "model-00002-of-00003.safetensors"}
     index.write_text(json.dumps({"weight_map": shards}))
+    load_model(folder)  # as in transformers, model.safetensors counts and the index beside it does not
+    (folder / "model.safetensors").rename(folder / "shard.safetensors")
     message = error_of(lambda: load_model(folder), FileNotFoundError)
     assert_names(message, index, "model-00002-of-00003.safetensors")
-    index.write_text(json.dumps({"weight_map": {NORM: "model.safetensors", "absent.weight": "model.safetensors"}}))
+    index.write_text(json.dumps({"weight_map": {NORM: "shard.safetensors", "absent.weight": "shard.safetensors"}}))
     assert_names(error_of(lambda: load_model(folder)), index, "absent.weight")
-    index.write_text(json.dumps({"metadata": {}}))
-    assert_names(error_of(lambda: load_model(folder)), index, "weight_map")
+    for broken in ({"metadata": {}}, {"weight_map": {NORM: ["shard.safetensors"]}}, {"weight_map": []}):
+        index.write_text(json.dumps(broken))
+        assert_names(error_of(lambda: load_model(folder)), index, "weight_map")
     index.write_text("{")
     assert_names(error_of(lambda: load_model(folder)), index, "not JSON")
 
@@ -214,6 +221,69 @@ def test_unsupported_configs(folder, section, values, parts):
 def test_config_that_is_no_object(folder, text):
     (folder / "config.json").write_text(text)
     assert_names(error_of(lambda: load_model(folder)), folder / "config.json", "JSON")
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "parts"),
+    [
+        ("text_config", {"hidden_size": "abc"}, ["text_config.hidden_size must be an integer, got 'abc'"]),
+        ("text_config", {"num_attention_heads": 0}, ["text_config.num_attention_heads must be at least 1, got 0"]),
+        ("text_config", {"num_hidden_layers": 2.5}, ["text_config.num_hidden_layers must be an integer, got 2.5"]),
+        ("text_config", {"rms_norm_eps": "small"}, ["rms_norm_eps", "'small'"]),
+        ("text_config", {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, ["rope theta", "'x'"]),
+        ("vision_config", {"patch_size": True}, ["vision_config.patch_size must be an integer, got True"]),
+        ("vision_config", {"image_size": 10**20}, ["vision_config.image_size must be at most"]),
+        (None, {"text_config": "llama"}, ["text_config must be a JSON object, got 'llama'"]),
+        (None, {"vision_feature_layer": "last"}, ["vision_feature_layer", "'last'"]),
+        (None, {"model_type": ["llava"]}, ["model_type ['llava'] is not supported"]),
+    ],
+)
+def test_configs_of_wrong_types(folder, section, values, parts):
+    edit_config(folder, section, **values)
+    message = error_of(lambda: load_model(folder))
+    assert_names(message, folder / "config.json", *parts)
+    assert "\n" not in message and len(message) < 500
+
+
+JUNK = st.sampled_from(["abc", "", -1, 0, 1.5, True, None, [], [1, "a"], {}, {"a": 1}, [[]], 10**30])
+
+
+@functools.cache
+def config_of(family: str) -> str:
+    return (llava_config() if family == "llava" else FAMILIES[family]()[0]).to_json_string()
+
+
+@settings(deadline=None, max_examples=60)
+@given(family=st.sampled_from(["llava", "qwen2_5_vl", "gemma3", "llama"]), junk=JUNK, data=st.data())
+def test_any_value_is_understood_or_refused_in_one_sentence(tmp_path_factory, family, junk, data):
+    raw = part = json.loads(config_of(family))
+    while True:  # into a part of the config, perhaps
+        key = data.draw(st.sampled_from(sorted(part)))
+        if not isinstance(part[key], dict) or not part[key] or data.draw(st.booleans()):
+            break
+        part = part[key]
+    part[key] = junk
+    folder = tmp_path_factory.mktemp("junk")
+    (folder / "config.json").write_text(json.dumps(raw))
+    try:
+        config_from(folder)
+    except ValueError as error:
+        assert "\n" not in str(error) and len(str(error)) < 600
+
+
+@settings(deadline=None, max_examples=60)
+@given(method=st.sampled_from(["eagle2", "vispec"]), junk=JUNK, data=st.data())
+def test_any_value_of_a_drafter(tmp_path_factory, method, junk, data):
+    folder = tmp_path_factory.mktemp("junk")
+    raw = json.loads((REFERENCE / method / "config.json").read_text())
+    keys = sorted({*raw, "jaxspec", "tap_layers", "total_token", "depth", "top_k", "num_q", "draft_vocab_size"})
+    raw[data.draw(st.sampled_from(keys))] = junk
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "model.safetensors").symlink_to(REFERENCE / method / "model.safetensors")
+    try:
+        load_drafter_folder(folder, None)
+    except ValueError as error:
+        assert "does not fit its config.json" in str(error) or "\n" not in str(error) and len(str(error)) < 600
 
 
 def test_rope_scaling_of_older_files(folder):
