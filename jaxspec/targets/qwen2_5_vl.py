@@ -16,9 +16,13 @@ from flax import nnx
 from jaxspec.buckets import round_up
 from jaxspec.checkpoints.configs import llama_text_config
 from jaxspec.checkpoints.names import NameTable
+from jaxspec.kernels.attention import BLOCK, LONG, LayerKV, Segment, attend
 from jaxspec.layers import GatedMLP, LanguageModel, RMSNorm, TextConfig, apply_rope, linear
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 from jaxspec.targets.images import ImageLayout, Images
+
+PAIRS = 2**22
+"""Pairs of patches that one head of the tower scores at once: a video's frames take turns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +154,8 @@ class Qwen2_5VLConfig(TargetConfig):
 
     def position_ids(self, input_ids: np.ndarray, layouts: Sequence[QwenLayout]) -> np.ndarray | None:
         """Text counts on in all three axes; an image counts its rows and columns from where it starts, a video also its
-        time in seconds times `tokens_per_second`; what follows starts after the longer side (M-RoPE, arXiv 2409.12191).
-        """
+        time in seconds times `tokens_per_second`; what follows starts after the largest position of any axis, as the
+        model was trained (M-RoPE, arXiv 2409.12191; transformers 4.49, of which 5.24 leaves time out of account)."""
         if not layouts:
             return None
         is_image, rest, parts, at, position = self.is_image(input_ids), list(layouts), [], 0, 0
@@ -159,13 +163,13 @@ class Qwen2_5VLConfig(TargetConfig):
             if is_image[at]:
                 layout = rest.pop(0)
                 frames, height, width = layout.grid
-                per_frame = 1.0
-                if layout.seconds_per_frame is not None:
-                    per_frame = self.vision.tokens_per_second * layout.seconds_per_frame
-                times = (np.arange(frames) * per_frame).astype(np.int64)
+                times = np.arange(frames)
+                if layout.seconds_per_frame is not None:  # in float32 as in training, then cut
+                    seconds = times.astype(np.float32) * np.float32(layout.seconds_per_frame)
+                    times = (seconds * np.float32(self.vision.tokens_per_second)).astype(np.int64)
                 axes = np.meshgrid(times, np.arange(height), np.arange(width), indexing="ij")
                 parts.append(position + np.stack(axes).reshape(3, -1))
-                at, position = at + layout.tokens, position + max(height, width)
+                at, position = at + layout.tokens, int(parts[-1].max()) + 1
             else:
                 stop = at + int(np.argmax(is_image[at:])) if is_image[at:].any() else len(input_ids)
                 parts.append(np.broadcast_to(position + np.arange(stop - at), (3, stop - at)))
@@ -207,6 +211,20 @@ def frame_windows(config: QwenVisionConfig, patches: np.ndarray, grid, seconds_p
     )
 
 
+def groups_at_once(groups: int, length: int) -> int:
+    """How many of the groups of `length` tokens attend at once: a divisor of their number."""
+    limit = max(1, PAIRS // (length * (length if length < LONG else BLOCK)))
+    return max(size for size in range(1, min(limit, groups) + 1) if groups % size == 0)
+
+
+def in_groups(function, arrays, size: int):
+    """`function` of the arrays `[G, ..]`, of `size` of their first axis at a time."""
+    if size == len(arrays[0]):
+        return function(arrays)
+    out = jax.lax.map(function, tuple(array.reshape(-1, size, *array.shape[1:]) for array in arrays))
+    return out.reshape(-1, *out.shape[2:])
+
+
 class QwenVisionAttention(nnx.Module):
     def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
         self.num_heads = config.num_heads
@@ -217,7 +235,13 @@ class QwenVisionAttention(nnx.Module):
         """Of `x` `[G, L, D]`, attending within each of the G groups to what `mask` bool `[G, L]` marks."""
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
         query, key = (apply_rope(qkv[:, :, part].astype(jnp.float32), rope).astype(x.dtype) for part in (0, 1))
-        out = jax.nn.dot_product_attention(query, key, qkv[:, :, 2], mask=mask[:, None, None, :])
+        parts = [part.swapaxes(1, 2) for part in (query, key, qkv[:, :, 2])]  # [G, H, L, Dh] each
+
+        def attended(group):
+            query, key, value, mask = group
+            return attend(query, [Segment(LayerKV(key, value), mask[:, None, :])])
+
+        out = in_groups(attended, (*parts, mask), groups_at_once(*x.shape[:2])).swapaxes(1, 2)
         return self.proj(out.reshape(x.shape))
 
 
