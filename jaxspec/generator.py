@@ -55,12 +55,20 @@ class Generator:
       drafter: from `load_drafter`, or None for autoregressive decoding.
       tree: the drafter's own tree by default.
       max_length: most tokens of prompt and answer together.
+      allow_local_files: whether paths within messages are opened; those in `images` always are.
 
     The answer does not depend on drafter, tree or batch (up to floating-point ties). Raises ValueError for a tree that
     the vocabulary cannot fill or the drafter cannot draft, and for a `max_length` beyond the target's positions.
     """
 
-    def __init__(self, target, drafter=None, tree: TreeConfig | None = None, max_length: int = 4096):
+    def __init__(
+        self,
+        target,
+        drafter=None,
+        tree: TreeConfig | None = None,
+        max_length: int = 4096,
+        allow_local_files: bool = False,
+    ):
         limit = target.config.text.max_position_embeddings
         if max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {max_length}")
@@ -75,6 +83,7 @@ class Generator:
         tree.check_vocabulary(target.config.text.vocab_size)
         self.target, self.drafter, self.tree = target, drafter, tree
         self.max_length = min(max_length, limit)
+        self.allow_local_files = allow_local_files
         graph, self._params = nnx.split((target.model, drafter.model if drafter else None))
         self._graph, self._traced = graph, []
 
@@ -171,7 +180,8 @@ class Generator:
         images = [()] * count if images is None else images
         if len(images) != count:
             raise ValueError(f"images has {len(images)} entries for {count} prompts")
-        encoded = [encode_prompt(self.target, *request, raw) for request in zip(prompts, images, strict=True)]
+        requests = zip(prompts, images, strict=True)
+        encoded = [encode_prompt(self.target, *request, raw, self.allow_local_files) for request in requests]
         return self._batch(encoded, sampling, max_new_tokens)
 
     def _batch(self, prompts: Sequence[EncodedPrompt], sampling, max_new_tokens) -> "Batch":

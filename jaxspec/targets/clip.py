@@ -47,6 +47,11 @@ class ClipVisionConfig:
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """Of one entry of the tower: channels, height, width."""
+        return 3, self.image_size, self.image_size
+
 
 def layer_norm(config: ClipVisionConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)

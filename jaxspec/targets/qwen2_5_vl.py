@@ -7,6 +7,7 @@ them. Number of windows, of frames and longest frame are rounded up, so that any
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jaxspec.checkpoints.names import NameTable
 from jaxspec.kernels.attention import BLOCK, LONG, LayerKV, Segment, attend
 from jaxspec.layers import GatedMLP, LanguageModel, RMSNorm, TextConfig, apply_rope, linear
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
-from jaxspec.targets.images import ImageLayout, Images
+from jaxspec.targets.images import ImageLayout, Images, check_pixels, image_runs
 
 PAIRS = 2**22
 """Pairs of patches that one head of the tower scores at once: a video's frames take turns."""
@@ -49,6 +50,11 @@ class QwenVisionConfig:
     def unit(self) -> int:
         """Patches that become one token."""
         return self.merge_size**2
+
+    @property
+    def patch_pixels(self) -> int:
+        """Numbers in a patch, of all colours and frames."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,21 +107,23 @@ class Qwen2_5VLConfig(TargetConfig):
             video_token_id=config.video_token_id,
         )
 
+    @property
+    def processor_settings(self) -> dict[str, Any]:
+        names = ("patch_size", "temporal_patch_size", "merge_size")
+        return {name: getattr(self.vision, name) for name in names}
+
     def lay_out(self, inputs) -> list[QwenLayout]:
         """Of `pixel_values` f32 [P, C] with `image_grid_thw` [n, 3], and of the videos, in the order of the ids."""
         waiting = {
             self.image_token_id: self.layouts_of(inputs, "pixel_values", "image_grid_thw"),
             self.video_token_id: self.layouts_of(inputs, "pixel_values_videos", "video_grid_thw"),
         }
-        ids, ordered, at = np.asarray(inputs["input_ids"]).reshape(-1), [], 0
-        while at < len(ids):
-            rest = waiting.get(int(ids[at]))
-            if rest:
-                ordered.append(rest.pop(0))
-                at += ordered[-1].tokens
-            else:
-                at += 1
-        return ordered
+        ids, ordered = np.asarray(inputs["input_ids"]).reshape(-1), []
+        for kind, length in image_runs(ids, self.is_image(ids)):
+            while length > 0 and waiting[kind]:
+                ordered.append(waiting[kind].pop(0))
+                length -= ordered[-1].tokens
+        return ordered + [layout for rest in waiting.values() for layout in rest]
 
     def layouts_of(self, inputs, pixels: str, grids: str) -> list[QwenLayout]:
         layouts, start = [], 0
@@ -125,7 +133,8 @@ class Qwen2_5VLConfig(TargetConfig):
             per_frame = None
             if pixels == "pixel_values_videos":
                 per_frame = 1.0 if seconds is None else float(np.asarray(seconds)[index])
-            layouts.append(frame_windows(self.vision, np.asarray(inputs[pixels])[start:stop], grid, per_frame))
+            patches = check_pixels(np.asarray(inputs[pixels])[start:stop], (self.vision.patch_pixels,), "patches")
+            layouts.append(frame_windows(self.vision, patches, grid, per_frame))
             start = stop
         return layouts
 
@@ -259,8 +268,7 @@ class QwenVisionBlock(nnx.Module):
 
 class QwenPatchEmbed(nnx.Module):
     def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
-        size = 3 * config.temporal_patch_size * config.patch_size**2
-        self.proj = linear(size, config.hidden_size, bias=False, rngs=rngs)
+        self.proj = linear(config.patch_pixels, config.hidden_size, bias=False, rngs=rngs)
 
     def __call__(self, patches: jax.Array) -> jax.Array:
         return self.proj(patches)
