@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
-
 from jaxspec.data.answers import ABOUT, Answer, AnswerParts, Part, Refused, write_json
 from jaxspec.data.formats import encodable, name_of, printable
 from jaxspec.data.pictures import Pictures
@@ -147,7 +145,7 @@ class Distiller:
                 try:
                     dialogue.encoded = self.encode(dialogue)
                     ready.append(dialogue)
-                except (ValueError, jinja2.TemplateError) as error:
+                except ValueError as error:
                     refused.append(Refused(dialogue.record, dialogue.id, str(error)))
             advance(len(waiting) - len(ready))
             waiting = []

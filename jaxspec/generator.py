@@ -79,6 +79,7 @@ class Generator:
       drafter: from `load_drafter` for this target, or None for autoregressive decoding.
       tree: the drafter's own tree by default.
       max_length: most tokens of prompt and answer together; by default all of the target's positions up to 4096.
+      allow_local_files: whether paths within messages are opened; those in `images` always are.
 
     The answer does not depend on drafter, tree or batch (up to floating-point ties). Raises ValueError for a drafter of
     another target, a tree that the vocabulary cannot fill or the drafter cannot draft, and a `max_length` beyond the
@@ -92,6 +93,7 @@ class Generator:
         drafter: Drafter | None = None,
         tree: TreeConfig | None = None,
         max_length: int | None = None,
+        allow_local_files: bool = False,
     ):
         if not isinstance(target, Target):
             raise ValueError(f"target must be a Target, from load_target; got {type(target).__name__}")
@@ -115,6 +117,7 @@ class Generator:
         if drafter is not None and jax.tree.leaves(nnx.state(drafter.model)):  # prompt lookup may find nothing
             own = tree == drafter.tree
             self._watch = AcceptanceWatch(drafter.about.get("mean_acceptance_length") if own else None)
+        self.allow_local_files = allow_local_files
         graph, self._params = nnx.split((target.model, drafter.model if drafter else None))
         self._graph, self._traced = graph, []
 
@@ -222,7 +225,8 @@ class Generator:
         sampling, max_new_tokens = sampling_list(sampling, len(prompts)), limit_list(max_new_tokens, len(prompts))
         for index, prompt in enumerate(prompts):
             check_prompt(prompt, f"prompt {index}")
-        encoded = [encode_prompt(self.target, *request, raw) for request in zip(prompts, images, strict=True)]
+        requests = zip(prompts, images, strict=True)
+        encoded = [encode_prompt(self.target, *request, raw, self.allow_local_files) for request in requests]
         return self._batch(encoded, sampling, max_new_tokens)
 
     def _batch(self, prompts: list[EncodedPrompt], sampling, max_new_tokens) -> "Batch":

@@ -39,11 +39,23 @@ def open_image(image: ImageLike, name: str = "image 1") -> Image.Image:
             raise ValueError(f"{name} does not exist")
     elif not isinstance(image, Image.Image | bytes):
         raise ValueError(f"{name} has type {type(image).__name__}; give a PIL image, a path, bytes or an array")
+    if not isinstance(image, str | Path | bytes):
+        with readable(name):
+            picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        return rgb(picture, name)
     with readable(name):
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
-        elif not isinstance(image, Image.Image):
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        # By its name Pillow would map a TIFF file into memory, with the sides of a turned one swapped.
+        file = io.BytesIO(image) if isinstance(image, bytes) else open(image, "rb")  # noqa: SIM115
+    with file:
+        with readable(name):
+            opened = Image.open(file)
+        if opened.format == "EPS":
+            raise ValueError(f"{name} is an EPS file, a program that Ghostscript would have to run")
+        return rgb(opened, name)
+
+
+def rgb(image: Image.Image, name: str) -> Image.Image:
+    """A picture as `open_image` gives it."""
     width, height = image.size
     if width < 1 or height < 1:
         raise ValueError(f"{name} is empty: {width} x {height} pixels")
@@ -52,9 +64,29 @@ def open_image(image: ImageLike, name: str = "image 1") -> Image.Image:
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"{name} has {width} x {height} pixels; one side may be {MAX_ASPECT} times the other at most")
     with readable(name):
-        if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 and leave a white picture
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image)
+        wide = np.asarray(image) if image.mode in ("I", "F") or image.mode.startswith("I;16") else None
+    if wide is not None:
+        image = Image.fromarray(greys(wide, image.mode, name))
+    with readable(name):
+        return image.convert("RGB")
+
+
+def greys(values: np.ndarray, mode: str, name: str) -> np.ndarray:
+    """Wide greys as uint8 `[H, W]`: Pillow would clip them and leave a white or a black picture.
+
+    Of 16 bits the high ones; mode I holds 8 bits or 16, mode F 0..1 or 0..255. Raises ValueError for other values.
+    """
+    least, most = values.min(), values.max()
+    if mode.startswith("I;16"):
+        return (values >> 8).astype(np.uint8)
+    if mode == "I":
+        if least < 0 or most > 65535:
+            raise ValueError(f"{name} has greys from {least} to {most} (mode I); they may lie in 0..255 or 0..65535")
+        return (values if most <= 255 else values >> 8).astype(np.uint8)
+    if not (least >= 0 and most <= 255):  # nor not a number
+        raise ValueError(f"{name} has greys from {least} to {most} (mode F); they may lie in 0..1 or 0..255")
+    return (np.rint(255 * values) if most <= 1 else values).astype(np.uint8)
 
 
 def open_images(images: Sequence[ImageLike]) -> list[Image.Image]:
@@ -68,6 +100,8 @@ def image_size(image: ImageLike, name: str = "image 1") -> tuple[int, int]:
     if not isinstance(image, str | Path | bytes):
         return open_image(image, name).size
     with readable(name), Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as header:
+        if header.format == "TIFF":  # of which Pillow tells the size as turned already, or not, by its version
+            return open_image(image, name).size
         turned = header.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return header.size[::-1] if turned else header.size
 

@@ -10,10 +10,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence
 
-from jaxspec.media import ImageLike, open_image, readable
+from jaxspec.media import ImageLike, data_url_bytes, open_image, readable
 
 FPS, MIN_FRAMES, MAX_FRAMES = 2.0, 4, 768
 """Frames taken per second and in all, as Qwen2.5-VL's published processor samples them."""
+ONLY_VIDEO = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,h264,hevc,av1,obu,m4v,flv,asf,"
+    "ogg,gif,dv,mxf,ivf,nut,yuv4mpegpipe"
+}
+"""Containers that hold their own frames. FFmpeg also reads playlists, which name other files to be opened."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +73,11 @@ class Video:
 
 
 def as_video(source: Any) -> Video:
-    """A `Video`, or what one can be made of: a list of frames, a path, the bytes of a file."""
+    """A `Video`, or what one can be made of: a list of frames, a path, the bytes of a file, a data: URL."""
     if isinstance(source, Video):
         return source
+    if isinstance(source, str) and source.startswith("data:"):
+        source = data_url_bytes(source, "video")
     if isinstance(source, str | Path | bytes):
         return Video.open(source)
     if isinstance(source, list | tuple):
@@ -124,7 +131,7 @@ def sampled_stream(source, fps: float, max_frames: int) -> tuple[list[Image.Imag
         import av
     except ImportError as error:
         raise ValueError("it is no picture, and video files need PyAV (pip install 'jaxspec-vlm[video]')") from error
-    with av.open(stream_of(source)) as container:
+    with av.open(stream_of(source), options=ONLY_VIDEO) as container:
         if not container.streams.video:
             raise ValueError("it has no pictures")
         rate = container.streams.video[0].average_rate
@@ -133,6 +140,6 @@ def sampled_stream(source, fps: float, max_frames: int) -> tuple[list[Image.Imag
         raise ValueError("it has no frames or no frame rate")
     seconds = total / float(rate)
     chosen = set((sample_times(total, seconds, fps, max_frames) * float(rate) + 1e-6).astype(int).tolist())
-    with av.open(stream_of(source)) as container:
+    with av.open(stream_of(source), options=ONLY_VIDEO) as container:
         frames = [frame.to_image() for index, frame in enumerate(container.decode(video=0)) if index in chosen]
     return frames, seconds

@@ -1,17 +1,24 @@
 """Bad input is one clear sentence, before anything is compiled; images of every mode open as RGB."""
 
 import base64
+import dataclasses
+import functools
 import io
 import re
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from jaxspec import Generator, SamplingParams
+from jaxspec import Generator, SamplingParams, Video
 from jaxspec.media import open_image
 from jaxspec.prompting import encode_prompt
+from jaxspec.targets.prompts import EncodedPrompt, check_prompt
+from tests.families import family_target
 
+targets = functools.cache(family_target)
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
 
 
@@ -179,7 +186,7 @@ def test_marks_and_images_that_do_not_match(refuses):
     refuses("the prompt has 2 <image> marks but 1 images were given", "<image><image> a", [PICTURE], raw=True)
     refuses("the prompt has 1 <image> marks but 2 images were given", "<image> a", [PICTURE] * 2, raw=True)
     refuses("the prompt has 0 <image> marks but 1 images were given", "a", [PICTURE], raw=True)
-    refuses("the prompt has 1 <image> marks but 0 images were given", "what does <image> mean?")
+    refuses("the prompt has 1 <image> marks but 0 images were given", "what does <image> mean?", raw=True)
     image = {"type": "image"}
     refuses("the messages have more image parts than the 1 images given", [user(image, image)], [PICTURE])
     refuses("3 images were given but the messages have 1 for them", [user(image, text("a"))], [PICTURE] * 3)
@@ -221,6 +228,128 @@ def test_turns_keep_their_order(target):
     assert words == "<s>USER: <image>\nFirst? ASSISTANT: Yes.</s>USER: <image>\nSecond? ASSISTANT:"
     for image, picture in zip(result.images, (other, PICTURE), strict=True):
         np.testing.assert_array_equal(image.pixels, encode_prompt(target, "a", [picture]).images[0].pixels)
+
+
+def test_empty_prompts(refuses):
+    empty = "the prompt is empty; give a text, or messages with some content"
+    for prompt in ("", " \n", [], [user()], [user(text(" "))], [{"role": "user", "content": ""}, user(text("\n"))]):
+        refuses(empty, prompt)
+    refuses(empty, "", [PICTURE])
+    refuses(empty, "", raw=True)
+
+
+def test_prompts_of_another_type(refuses):
+    for prompt in (7, None, b"Hello", {"role": "user", "content": "Hello"}):
+        refuses(f"a prompt must be a string or a list of messages, got {type(prompt).__name__}", prompt)
+    refuses("a raw prompt must be a string, got NoneType", None, raw=True)
+    refuses("a message's content must be a string or a list of parts, got NoneType", [{"role": "a", "content": None}])
+    refuses("a message's content must be a string or a list of parts, got bytes", [{"role": "a", "content": b"a"}])
+    refuses("a message's role must be a string, got NoneType", [{"role": None, "content": "a"}])
+    refuses("content part type ['text'] is not supported", [user({"type": ["text"]})])
+    refuses("a content part must be a dict with a type, got 'text'", [user("text")])
+
+
+def test_images_that_are_no_list(refuses):
+    for images in ("photo.jpg", PICTURE, np.zeros((8, 8, 3), np.uint8), encoded(), Video([PICTURE])):
+        refuses(f"images must be a list of images, got one {type(images).__name__}; put it in a list", images=images)
+    refuses("images must be a list of images, got int", images=3)
+
+
+def test_texts_that_utf8_cannot_hold(refuses):
+    refuses("the prompt cannot be written as UTF-8: character 4 is '\\ud800'", "bad \ud800 text")
+    refuses("the prompt cannot be written as UTF-8: character 0 is '\\udfff'", "\udfff<image>", raw=True)
+    refuses("a text by user cannot be written as UTF-8: character 1", [user(text("a\udcff"))])
+    refuses("a message's role cannot be written as UTF-8: character 0", [{"role": "\ud800", "content": "a"}])
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_message_opens_no_local_file_unless_allowed(refuses, target, tmp_path, kind):
+    """As a string or a `Path`, alone or as a frame: not even to find out whether it is there."""
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded())
+    sources = [str(path), path, "/etc/passwd", "file:///etc/passwd", "https://example.org/cat.png", ""]
+    sources += [[source] for source in sources] + [(PICTURE, path)]
+    for source in sources if kind == "video" else sources[:6]:
+        refuses(f"a message's {kind} names a file, ", [user({"type": kind, kind: source}, text("What?"))])
+    if kind == "image":
+        message = [user({"type": "image", "image": str(path)}, text("What?"))]
+        opened = Generator(target, max_length=256, allow_local_files=True).generate(message, max_new_tokens=1)
+        assert len(opened.tokens) == 1
+        expected = encode_prompt(target, "What?", [path])
+        for source in (path, str(path)):
+            message = [user({"type": "image", "image": source}, text("What?"))]
+            prompt = encode_prompt(target, message, allow_local_files=True)
+            np.testing.assert_array_equal(prompt.images[0].pixels, expected.images[0].pixels)
+
+
+# -- tokens and features -----------------------------------------------------------------------------------------------
+
+
+def test_tokens_outside_the_embedding(target, generator):
+    rows, prompt = target.config.text.vocab_size, encode_prompt(target, "Hello")
+    for token, shown in ((rows, f"token {rows}"), (-1, "token -1,"), (2**40, f"token {2**40},")):
+        ids = np.array([*prompt.input_ids.tolist(), token])
+        message = re.escape(f"the prompt has {shown}") + f".*the target's embedding has only {rows} rows"
+        with pytest.raises(ValueError, match=message):
+            target.logits({"input_ids": ids[None]})
+        with pytest.raises(ValueError, match="embedding has only"):
+            generator.generate_encoded([dataclasses.replace(prompt, input_ids=ids)])
+    with pytest.raises(ValueError, match="a prompt needs at least one token"):
+        generator.generate_encoded([dataclasses.replace(prompt, input_ids=prompt.input_ids[:0])])
+    with pytest.raises(ValueError, match="a prompt needs at least one token"):
+        target.logits({"input_ids": np.ones((1, 3), np.int64), "attention_mask": np.zeros((1, 3), np.int64)})
+    assert generator.compilations == 0
+
+
+def test_image_tokens_without_images(target, generator):
+    ids = np.array([1, *[target.config.image_token_id] * 36, 5])
+    for call in (
+        lambda: target.logits({"input_ids": ids[None]}),
+        lambda: generator.generate_encoded([EncodedPrompt(ids, [])]),
+    ):
+        with pytest.raises(ValueError, match="the prompt has 36 image tokens, its images have 0 features"):
+            call()
+    assert generator.compilations == 0
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), family=st.sampled_from(["llava_next", "qwen2_5_vl", "gemma3"]))
+def test_every_image_has_as_many_tokens_as_features(data, family):
+    """Whatever the sizes, the number of images and what stands between them; with one token more or less for any of
+    them, or an image more or less, one sentence says so."""
+    target = targets(family)
+    sizes = data.draw(st.lists(st.tuples(st.integers(8, 70), st.integers(8, 70)), min_size=1, max_size=3))
+    parts = []
+    for size in sizes:
+        parts.append({"type": "image", "image": Image.new("RGB", size, (200, 30, 90))})
+        parts += [text("and")] * data.draw(st.integers(0, 1))
+    prompt = encode_prompt(target, [user(*parts, text("What?"))])
+    config, ids, images = target.config, prompt.input_ids, prompt.images
+    check_prompt(config, ids, images)
+    assert [image.tokens for image in images] == [
+        encode_prompt(target, "What?", [part["image"]]).images[0].tokens for part in parts if part["type"] == "image"
+    ]
+    place = data.draw(st.sampled_from(np.flatnonzero(config.is_image(ids)).tolist()))
+    wrong = [
+        (np.delete(ids, place), images),
+        (np.insert(ids, place, ids[place]), images),
+        (ids, images[1:]),
+        (ids, [*images, images[0]]),
+    ]
+    for ids, images in wrong:
+        with pytest.raises(ValueError, match=r"the prompt has \d+ image tokens, its images have \d+ features"):
+            check_prompt(config, ids, images)
+
+
+def test_features_of_one_image_never_make_up_for_another(target):
+    """The totals agree; each image by itself does not."""
+    prompt = encode_prompt(target, [user({"type": "image"}, text("and"), {"type": "image"})], [PICTURE] * 2)
+    marks = np.flatnonzero(target.config.is_image(prompt.input_ids))
+    ids = np.insert(np.delete(prompt.input_ids, marks[-1]), marks[0], prompt.input_ids[marks[0]])
+    with pytest.raises(
+        ValueError, match=r"72 image tokens, its images have 72 features; image 1 has 37 tokens for 36 features"
+    ):
+        check_prompt(target.config, ids, prompt.images)
 
 
 # -- limits ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Videos become the frames, patches and times that Qwen2.5-VL reads; other targets refuse them."""
 
+import base64
+import io
 import math
 
 import av
@@ -10,7 +12,7 @@ from PIL import Image
 from jaxspec import Generator, Video
 from jaxspec.prompting import encode_prompt
 from jaxspec.targets.processors import VIDEO_SIZE, video_size_of
-from jaxspec.video import sample_times
+from jaxspec.video import as_video, sample_times
 from tests.families import family_target
 
 
@@ -94,6 +96,24 @@ def test_unreadable_videos(tmp_path):
             Video.open(path)
     with pytest.raises(ValueError, match="max_frames must be at least 1, got 0"):
         Video.open(path, max_frames=0)
+
+
+def test_playlists_open_no_other_files(tmp_path, monkeypatch):
+    """FFmpeg reads files that name others; a video is its own bytes."""
+    monkeypatch.chdir(tmp_path)
+    with av.open("secret.mp4", "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for picture in flat_frames(8):
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    playlist = b"ffconcat version 1.0\nfile secret.mp4\n"
+    with av.open(io.BytesIO(playlist)) as container:
+        assert len(list(container.decode(video=0))) == 8  # what FFmpeg itself does
+    with pytest.raises(ValueError, match="video cannot be read"):
+        Video.open(playlist)
+    url = "data:video/mp4;base64," + base64.b64encode((tmp_path / "secret.mp4").read_bytes()).decode()
+    assert numbers(as_video(url)) == numbers(Video.open("secret.mp4"))
 
 
 @pytest.mark.parametrize(("fps", "sentence"), [(0, "positive number, got 0"), (math.nan, "positive number, got nan")])

@@ -7,8 +7,9 @@ from PIL import Image
 
 from jaxspec import Generator
 from jaxspec.buckets import round_up
+from jaxspec.checkpoints.names import abstract
 from jaxspec.prompting import encode_prompt
-from jaxspec.targets.qwen2_5_vl import Qwen2_5VLConfig, QwenVisionConfig, frame_windows
+from jaxspec.targets.qwen2_5_vl import Qwen2_5VLConfig, QwenVisionConfig, QwenVisionTower, frame_windows
 from tests.families import family_target
 
 
@@ -58,3 +59,17 @@ def test_rounding_wastes_at_most_half():
     rounded = np.array([round_up(int(size)) for size in sizes])
     assert (rounded >= sizes).all() and (rounded <= 1.5 * sizes).all()
     assert len(set(rounded.tolist())) == 25
+
+
+@pytest.mark.parametrize("grid", [(1, 32, 64), (1, 2, 1026), (96, 16, 32)], ids=["image", "wide image", "video"])
+def test_memory_of_the_tower_grows_with_its_patches(grid):
+    """Neither a large image nor the frames of a long video hold the scores of all their pairs of patches."""
+    vision = QwenVisionConfig(32, 32, 1, 4, 8, 2, 2, 2, 8, (0,))
+    config = Qwen2_5VLConfig(None, vision, image_token_id=1, video_token_id=2)
+    patches = np.zeros((np.prod(grid), vision.patch_pixels), np.float32)
+    pixels = config.collate([frame_windows(vision, patches, grid, 1.0 if grid[0] > 1 else None)])
+    tower = abstract(lambda rngs: QwenVisionTower(vision, rngs=rngs))
+    compiled = jax.jit(lambda tower, pixels: tower(pixels, np.float32)).lower(tower, pixels).compile()
+    frames, longest = pixels["members"].shape
+    scores = 4 * vision.num_heads * frames * longest**2
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / 2

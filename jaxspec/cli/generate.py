@@ -85,7 +85,8 @@ class Generate:
         paths = self.image or self.default_images()
         pictures = [open_image(path, f"image {index}") for index, path in enumerate(paths, 1)]
         images = (*pictures, *map(Video.open, self.video))
-        question = Question(self.prompt or f"Describe the {'video' if self.video else 'picture'}.", images)
+        default = f"Describe the {'video' if self.video else 'picture'}."
+        question = Question(default if self.prompt is None else self.prompt, images)
         with waiting(console, "loading ..."):
             target = self.model.load()
             drafter = load_named_drafter(name, target) if name else None
@@ -114,7 +115,8 @@ class Generate:
             console.save_svg(self.save_svg, title="python -m jaxspec generate")
 
     def default_images(self) -> tuple[Path, ...]:
-        return () if self.video or (self.prompt and not self.model.embedded) else (demo.picture_path(),)
+        question_given = self.prompt is not None and not self.model.embedded
+        return () if self.video or question_given else (demo.picture_path(),)
 
     def arm(self, name: str, generator: Generator) -> Arm:
         return Arm.of(name, generator, self.max_new_tokens)

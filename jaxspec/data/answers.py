@@ -247,17 +247,13 @@ class AnswerEncoder:
         return self.encode(np.asarray(record["prompt_ids"]), record["images"]), len(record["answer_ids"])
 
     def encode(self, ids: np.ndarray, images: Sequence[ImageLike]) -> EncodedPrompt:
-        """Raises ValueError where the images have not as many tokens as the ids: they are others than those answered
-        about."""
+        """Raises ValueError where an image has not as many tokens in the ids as features: it is another than the one
+        answered about."""
         ids = ids.astype(np.int32)
         inputs = {"input_ids": ids[None]}
         if images:
             inputs |= self.processor.image_processor(open_images(images), return_tensors="np")
-        layouts = self.config.lay_out(inputs)
-        marks, tokens = int(self.config.is_image(ids).sum()), sum(layout.tokens for layout in layouts)
-        if marks != tokens:
-            raise ValueError(f"the record has {marks} image tokens, its images have {tokens}: they are not the same")
-        return EncodedPrompt(ids, layouts, self.config.position_ids(ids, layouts))
+        return EncodedPrompt.of(self.config, ids, self.config.lay_out(inputs), self.processor.tokenizer)
 
     def length(self, record: dict) -> int:
         """How many tokens `encode_record` will give."""

@@ -17,8 +17,9 @@ from jaxspec.data.formats import MARK, ROLES, check_turns
 from jaxspec.data.pipeline import Example
 from jaxspec.media import image_size, open_images
 from jaxspec.targets.contract import TargetConfig
-from jaxspec.targets.processors import adds_special, process
+from jaxspec.targets.processors import adds_special, process, reader, render
 from jaxspec.targets.prompts import EncodedPrompt
+from jaxspec.targets.words import guard_messages
 
 
 class ConversationEncoder:
@@ -64,16 +65,13 @@ class ConversationEncoder:
         ids = np.asarray(inputs["input_ids"][0], np.int32)
         expanded, answers = self._expand(text, answers, [picture.size for picture in pictures])
         encoded = self._tokenize(expanded, return_offsets_mapping=True)
-        layouts = self.config.lay_out(inputs)
         if encoded["input_ids"] != ids.tolist():
             raise ValueError("The processor must expand an image by its size alone; this one does something else.")
-        if self.config.is_image(ids).sum() != sum(layout.tokens for layout in layouts):
-            raise ValueError("The words of a conversation must not hold the target's own marks of images.")
         starts, stops = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
         mask = np.zeros(len(ids), bool)
         for start, stop in answers:  # special tokens that the tokenizer adds span 0 characters and are in no answer
             mask |= (starts < stop) & (stops > start)
-        return Example(EncodedPrompt(ids, layouts, self.config.position_ids(ids, layouts)), mask)
+        return Example(EncodedPrompt.of(self.config, ids, self.config.lay_out(inputs), self.tokenizer), mask)
 
     def encode_record(self, record: dict) -> Example:
         """A record of a data source with `images` and `conversations`."""
@@ -97,15 +95,15 @@ class ConversationEncoder:
 
     def _text_and_answers(self, images, conversations) -> tuple[str, list[tuple[int, int]]]:
         """The whole text with its image marks, and the (start, stop) characters of each answer."""
-        messages = to_messages(conversations, len(images))
+        messages = guard_messages(self.processor, to_messages(conversations, len(images)))
         if images and not self.config.image_token_ids:
             raise ValueError(f"This target reads no images; the conversation has {len(images)}.")
         text, answers, rendered = "", [], ""
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._render(messages[:turn], prompt=True)
-            full = self._render(messages[: turn + 1], prompt=False)
+            prompt = render(self.processor, messages[:turn], prompt=True)
+            full = render(self.processor, messages[: turn + 1], prompt=False)
             if not (prompt.startswith(rendered) and full.startswith(prompt)):
                 raise ValueError("The chat template must only append to earlier turns; this one rewrites them.")
             text += prompt[len(rendered) :]
@@ -118,9 +116,6 @@ class ConversationEncoder:
             text += answer + after
             rendered = full
         return text, answers
-
-    def _render(self, messages: list[dict], prompt: bool) -> str:
-        return self.processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
 
     def _expand(self, text: str, answers, sizes: Sequence[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
         """The text as the tokenizer sees it, for images of these (width, height), and where the answers are in it."""
@@ -150,7 +145,8 @@ class ConversationEncoder:
         return self._expansions[size]
 
     def _tokenize(self, text: str, **options) -> dict[str, list]:
-        return self.tokenizer(text, add_special_tokens=adds_special(self.tokenizer, text), **options)
+        reading = reader(self.processor, text).tokenizer
+        return reading(text, add_special_tokens=adds_special(self.tokenizer, text), **options)
 
 
 def to_messages(conversations: Sequence[dict[str, str]], n_images: int) -> list[dict]:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxspec.targets.words import encodable
+
 ROLES = {
     "human": "user",
     "user": "user",
@@ -60,17 +62,6 @@ def name_of(record: Any, otherwise: str) -> str:
     """The record's id, as it is."""
     given = record.get("id") if isinstance(record, Mapping) else None
     return str(given) if isinstance(given, str | int | float) else otherwise
-
-
-def encodable(text: str, what: str) -> str:
-    """The text itself. Raises ValueError where UTF-8 cannot hold it, as half of a surrogate pair, which JSON can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{what} cannot be written as UTF-8: character {error.start} is {text[error.start]!a}"
-        ) from None
-    return text
 
 
 def printable(text: str) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 MASKED = -1e30
 LONG, BLOCK = 1024, 256
-"""Queries from `LONG` on are taken `BLOCK` at a time (docs/LOG.md)."""
+"""Queries from `LONG` on are taken `BLOCK` at a time (docs/LOG.md), the last block padded."""
 
 
 class LayerKV(NamedTuple):
@@ -40,11 +40,13 @@ def attend(query: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     `[B, H, BLOCK, S]` scores are held at once.
     """
     length = query.shape[2]
-    if length < LONG or length % BLOCK:
+    if length < LONG:
         return attend_block(query, segments)
+    spare = -length % BLOCK  # padded, so that no length switches blocks off
 
-    def blocks(x, axis):  # [.., N, ..] -> [N / BLOCK, .., BLOCK, ..]
-        shape = x.shape[:axis] + (length // BLOCK, BLOCK) + x.shape[axis + 1 :]
+    def blocks(x, axis):  # [.., N, ..] -> [blocks, .., BLOCK, ..]
+        x = jnp.pad(x, [(0, spare if at == axis else 0) for at in range(x.ndim)])
+        shape = x.shape[:axis] + (-1, BLOCK) + x.shape[axis + 1 :]
         return jnp.moveaxis(x.reshape(shape), axis, 0)
 
     own = [each.mask.shape[1] == length for each in segments]  # a mask of one row serves every block
@@ -55,8 +57,9 @@ def attend(query: jax.Array, segments: Sequence[Segment]) -> jax.Array:
         parts = zip(segments, own, strict=True)
         return attend_block(rows, [Segment(each.kv, next(rest) if split else each.mask) for each, split in parts])
 
-    out = jax.lax.map(one, (blocks(query, 2), masks))  # [N / BLOCK, B, H, BLOCK, Dh]
-    return jnp.moveaxis(out, 0, 2).reshape(query.shape)
+    out = jax.lax.map(one, (blocks(query, 2), masks))  # [blocks, B, H, BLOCK, Dh]
+    out = jnp.moveaxis(out, 0, 2).reshape(*query.shape[:2], length + spare, -1)
+    return out[:, :, :length]
 
 
 def attend_block(query: jax.Array, segments: Sequence[Segment]) -> jax.Array:

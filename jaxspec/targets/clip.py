@@ -47,6 +47,11 @@ class ClipVisionConfig:
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """Of one entry of the tower: channels, height, width."""
+        return 3, self.image_size, self.image_size
+
 
 class LayerNorm(nnx.LayerNorm):
     @jax.named_scope("norm")

@@ -29,8 +29,15 @@ class TargetConfig:
     vision_width: int = 0
     """Width of what `encode_vision` gives; 0 in a family that reads only text."""
 
+    @property
+    def processor_settings(self) -> dict[str, Any]:
+        """What the folder's processor (or the image processor in it) must be set to, so that it writes as many image
+        tokens as there are features: attributes by the names that its files give them."""
+        return {}
+
     def lay_out(self, inputs: Mapping) -> list[ImageLayout]:
-        """The images of a processor's outputs, in reading order."""
+        """The images of a processor's outputs, in reading order. Raises ValueError for pixels of a shape that the tower
+        does not read."""
         raise NotImplementedError(f"{type(self).__name__} must implement lay_out")
 
     def collate(self, layouts: Sequence[ImageLayout]) -> Any:

@@ -6,6 +6,7 @@ any other family.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from jaxspec.layers import (
 )
 from jaxspec.targets.clip import ClipEncoder, ClipVisionConfig, layer_norm, patchify
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
-from jaxspec.targets.images import ImageLayout, Images
+from jaxspec.targets.images import ImageLayout, Images, check_pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +87,17 @@ class Gemma3Config(TargetConfig):
         )
         return cls(text, vision, config.image_token_id, config.mm_tokens_per_image)
 
+    @property
+    def processor_settings(self) -> dict[str, Any]:
+        return {"image_seq_length": self.tokens_per_image}
+
     def lay_out(self, inputs) -> list[ImageLayout]:
         """Every image (and every crop, which the processor makes an image of its own) is one entry of the tower."""
         tokens = self.tokens_per_image
-        images = np.asarray(inputs.get("pixel_values", ()), np.float32)
+        images = [
+            check_pixels(np.asarray(image, np.float32), self.vision.pixel_shape, "images")
+            for image in inputs.get("pixel_values", ())
+        ]
         return [ImageLayout(image[None], np.arange(tokens), tokens) for image in images]
 
 

@@ -38,24 +38,67 @@ class ImageLayout:
 
 
 def place(layouts: Sequence[ImageLayout], is_image: np.ndarray, collate, shared_rows: int = 0) -> Images:
-    """The images in reading order at the tokens that `is_image` bool `[B, S]` marks; images too many are not used.
+    """The images in reading order at the tokens that `is_image` bool `[B, S]` marks.
 
     `collate(layouts)` puts their pixels together; the first `shared_rows` rows of the table belong to no image.
 
-    Raises ValueError where there are more marks than the images have tokens.
+    Raises ValueError where there are not as many marks as the images have tokens; `check_images` tells them apart.
     """
     marks, tokens = int(is_image.sum()), sum(layout.tokens for layout in layouts)
-    if marks > tokens:
-        raise ValueError(f"the prompts have {marks} image tokens, the images only {tokens}")
+    if marks != tokens:
+        raise ValueError(f"the prompts have {marks} image tokens, the images {tokens}")
     starts = shared_rows + np.cumsum([0, *(layout.table_rows for layout in layouts)])
     table = [
         np.where(each.rows < 0, -1 - each.rows, start + each.rows) for each, start in zip(layouts, starts, strict=False)
     ]
     rows, ids = np.zeros(is_image.shape, np.int32), np.full(is_image.shape, len(layouts), np.int32)
-    rows[is_image] = np.concatenate(table)[:marks]
-    ids[is_image] = np.repeat(np.arange(len(layouts)), [layout.tokens for layout in layouts])[:marks]
+    rows[is_image] = np.concatenate(table)
+    ids[is_image] = np.repeat(np.arange(len(layouts)), [layout.tokens for layout in layouts])
     ids = np.where(is_image, ids - ids.min(axis=1, keepdims=True), -1)
     return Images(collate(layouts), rows, ids)
+
+
+def image_runs(input_ids: np.ndarray, is_image: np.ndarray) -> list[tuple[int, int]]:
+    """(id, length) of the runs of one image token in ids `[S]`; images that touch are in one run."""
+    places = np.flatnonzero(is_image)
+    if not len(places):
+        return []
+    kinds = input_ids[places]
+    borders = np.flatnonzero((np.diff(places) > 1) | (np.diff(kinds) != 0)) + 1
+    return [(int(run[0]), len(run)) for run in np.split(kinds, borders)]
+
+
+def check_images(input_ids: np.ndarray, is_image: np.ndarray, layouts: Sequence[ImageLayout]) -> None:
+    """Raises ValueError where one prompt `[S]` has not as many tokens for each image as the image has features."""
+    marks, features = int(is_image.sum()), sum(layout.tokens for layout in layouts)
+    sentence = f"the prompt has {marks} image tokens, its images have {features} features"
+    runs = [length for _, length in image_runs(input_ids, is_image)]
+    number = 0
+    for left in runs:
+        while left > 0 and number < len(layouts):
+            left -= layouts[number].tokens
+            number += 1
+        if left:
+            break
+    else:
+        if number == len(layouts):
+            return
+    if len(runs) == len(layouts):  # text stands between the images: it is plain which of them is meant
+        pairs = enumerate(zip(runs, layouts, strict=True), 1)
+        sentence += next(
+            f"; image {index} has {length} tokens for {layout.tokens} features"
+            for index, (length, layout) in pairs
+            if length != layout.tokens
+        )
+    raise ValueError(sentence)
+
+
+def check_pixels(pixels: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """The pixels `[.., *shape]`. Raises ValueError where the tower reads another shape than the processor makes."""
+    if pixels.shape[-len(shape) :] != shape:
+        made = pixels.shape[-len(shape) :]
+        raise ValueError(f"the processor makes {name} of shape {made}, the vision tower reads {shape}")
+    return pixels
 
 
 def stack_entries(layouts: Sequence[ImageLayout]) -> np.ndarray:
@@ -66,13 +109,16 @@ def stack_entries(layouts: Sequence[ImageLayout]) -> np.ndarray:
 
 
 def split_by_tokens(layouts: Sequence[ImageLayout], tokens: Sequence[int]) -> list[list[ImageLayout]]:
-    """The images of each prompt, by how many image tokens it has; images too many are left out."""
+    """The images of each prompt, by how many image tokens it has. Raises ValueError for images that no prompt shows."""
     rest, split = list(layouts), []
     for count in tokens:
         own = []
         while rest and sum(layout.tokens for layout in own) < count:
             own.append(rest.pop(0))
         split.append(own)
+    if rest:
+        shown = len(layouts) - len(rest)
+        raise ValueError(f"the prompts have image tokens for {shown} images, {len(layouts)} were given")
     return split
 
 

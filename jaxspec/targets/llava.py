@@ -1,6 +1,7 @@
 """LLaVA-1.5 (`LlavaForConditionalGeneration`): CLIP tower, two-layer GELU projector, Llama text model."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxspec.checkpoints.names import NameTable
 from jaxspec.layers import LanguageModel, TextConfig, linear
 from jaxspec.targets.clip import ClipVisionConfig, ClipVisionTower
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
-from jaxspec.targets.images import ImageLayout, Images
+from jaxspec.targets.images import ImageLayout, Images, check_pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +37,21 @@ class LlavaConfig(TargetConfig):
     def vision_width(self) -> int:
         return self.vision.hidden_size * len(self.vision_feature_layers)
 
+    @property
+    def processor_settings(self) -> dict[str, Any]:
+        return {
+            "patch_size": self.vision.patch_size,
+            "vision_feature_select_strategy": "default" if self.drop_class_token else "full",
+            "num_additional_image_tokens": 1,  # CLIP's class token
+        }
+
     def lay_out(self, inputs) -> list[ImageLayout]:
         """Every image is one entry of the tower and `tokens_per_image` tokens."""
         tokens = self.tokens_per_image
-        images = np.asarray(inputs.get("pixel_values", ()), np.float32)
+        images = [
+            check_pixels(np.asarray(image, np.float32), self.vision.pixel_shape, "images")
+            for image in inputs.get("pixel_values", ())
+        ]
         return [ImageLayout(image[None], np.arange(tokens), tokens) for image in images]
 
     @classmethod

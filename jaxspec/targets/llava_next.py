@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from transformers.image_processing_utils import select_best_resolution
 
-from jaxspec.targets.images import ImageLayout, Images
+from jaxspec.targets.images import ImageLayout, Images, check_pixels
 from jaxspec.targets.llava import Llava, LlavaConfig
 
 NEWLINE = -1
@@ -47,6 +47,7 @@ class LlavaNextConfig(LlavaConfig):
         for tiles, size in zip(inputs.get("pixel_values", ()), inputs.get("image_sizes", ()), strict=True):
             grid = tile_grid(size, self.grid_pinpoints, self.vision.image_size)
             entries = np.asarray(tiles[: 1 + grid[0] * grid[1]], np.float32)
+            check_pixels(entries, self.vision.pixel_shape, "tiles")
             layouts.append(ImageLayout(entries, image_rows(size, grid, side), len(entries) * self.tokens_per_image))
         return layouts
 

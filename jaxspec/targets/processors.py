@@ -5,8 +5,11 @@ Both answer to what jaxspec asks of a processor: `apply_chat_template(messages, 
 videos only where there are some.
 """
 
+import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import transformers
@@ -14,17 +17,56 @@ from PIL import Image
 from transformers import BatchFeature
 
 from jaxspec.checkpoints.tensors import read_json
+from jaxspec.targets.contract import TargetConfig
+from jaxspec.targets.prompts import check_prompt
+from jaxspec.targets.words import GUARD, GuardedTokenizer, control_tokens
 
 VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 """Pixels of a video's frame where a folder does not say, as in Qwen's own utilities."""
 MAX_VIDEO_TOKENS = 128_000
 
 
+def render(processor, messages: Sequence[dict], prompt: bool = True) -> str:
+    """Chat messages as the folder's template writes them, up to where an answer begins if it is a `prompt`.
+
+    `messages` have lists of parts as content, and guards in their words (`jaxspec.targets.words.guard_messages`).
+
+    Raises ValueError where there is no template, where it is broken, and where it refuses the messages.
+    """
+    if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
+        raise ValueError("the target has no chat template (chat_template.jinja); give a raw prompt instead")
+    with refusing("the chat template refuses the messages"):
+        return processor.apply_chat_template(list(messages), add_generation_prompt=prompt, tokenize=False)
+
+
 def process(processor, text: str, **things) -> BatchFeature:
-    """What a processor makes of one text and the images and videos it marks."""
-    return processor(
-        text=[text], return_tensors="np", add_special_tokens=adds_special(processor.tokenizer, text), **things
-    )
+    """What a processor makes of one text and the images and videos it marks; control tokens with a guard are text.
+
+    Raises ValueError where the processor fails.
+    """
+    with refusing("the processor refuses the prompt"):
+        return reader(processor, text)(
+            text=[text], return_tensors="np", add_special_tokens=adds_special(processor.tokenizer, text), **things
+        )
+
+
+def reader(processor, text: str):
+    """The processor, or for a text with guards one whose tokenizer reads these."""
+    if GUARD not in text:
+        return processor
+    reading = copy.copy(processor)
+    reading.tokenizer = GuardedTokenizer(processor.tokenizer, control_tokens(processor))
+    return reading
+
+
+@contextlib.contextmanager
+def refusing(sentence: str) -> Iterator[None]:
+    """Whatever a folder's own template or processor raises becomes a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).replace(GUARD, "").strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{sentence}: {lines[0]}") from error
 
 
 def adds_special(tokenizer, text: str) -> bool:
@@ -153,3 +195,39 @@ def chat_template_of(folder: Path) -> str | None:
 def load_processor(folder: Path):
     """The processor of a folder, by transformers."""
     return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def check_processor(processor: Any, config: TargetConfig) -> None:
+    """Raises ValueError, naming what to change, where a folder's processor writes other image tokens than its
+    config.json names, or not as many as an image has features; a blank picture shows it."""
+    if not config.image_token_ids:
+        return
+    tokenizer = processor.tokenizer
+
+    def contradiction(noun: str, token: int, written: int) -> ValueError:
+        known = tokenizer.convert_ids_to_tokens(token) if 0 <= token < len(tokenizer) else None
+        return ValueError(
+            f"config.json says that token {token} ({'not in the tokenizer' if known is None else repr(known)}) stands "
+            f"for {noun}, the processor writes {written} ({tokenizer.convert_ids_to_tokens(written)!r})"
+        )
+
+    if config.video_token_id is not None:
+        written = tokenizer.convert_tokens_to_ids(processor.video_token)
+        if written != config.video_token_id:
+            raise contradiction("videos", config.video_token_id, written)
+    try:
+        inputs = process(processor, processor.image_token, images=[Image.new("RGB", (64, 48))])
+        ids = np.asarray(inputs["input_ids"][0])
+        counts = np.bincount(ids)
+        if not config.is_image(ids).any() and counts.max(initial=0) > 1:
+            raise contradiction("images", config.image_token_ids[0], int(counts.argmax()))
+        check_prompt(config, ids, config.lay_out(inputs), tokenizer)
+    except ValueError as error:
+        image_processor, wrong = getattr(processor, "image_processor", None), []
+        for name, value in config.processor_settings.items():
+            found = getattr(processor, name, getattr(image_processor, name, None))
+            if found != value:
+                wrong.append(f"{name} must be {value!r}, it is {found!r}")
+        raise ValueError(
+            f"the folder's processor does not fit its config.json: {'; '.join(wrong) or str(error)}"
+        ) from error

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxspec.buckets import bucket_below
 from jaxspec.targets.contract import TargetConfig
-from jaxspec.targets.images import ImageLayout, Images, stack_positions
+from jaxspec.targets.images import ImageLayout, Images, check_images, stack_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,32 @@ class EncodedPrompt:
     input_ids: np.ndarray  # i32 [S], image marks expanded to image tokens
     images: list[ImageLayout]
     position_ids: np.ndarray | None = None  # i32 [3, S] where the family has positions of its own
+
+    @classmethod
+    def of(
+        cls, config: TargetConfig, input_ids: np.ndarray, images: list[ImageLayout], tokenizer: Any = None
+    ) -> "EncodedPrompt":
+        """A prompt that the target can read, with its positions. Raises ValueError as `check_prompt`."""
+        check_prompt(config, np.asarray(input_ids), images, tokenizer)
+        ids = np.asarray(input_ids, np.int32)
+        return cls(ids, images, config.position_ids(ids, images))
+
+
+def check_prompt(
+    config: TargetConfig, input_ids: np.ndarray, images: Sequence[ImageLayout], tokenizer: Any = None
+) -> None:
+    """Raises ValueError for a prompt without tokens, a token that the embedding has no row for, and an image with
+    another number of tokens than features. A `tokenizer` spells the token."""
+    if not len(input_ids):
+        raise ValueError("a prompt needs at least one token, it has none")
+    rows, is_image = config.text.vocab_size, config.is_image(input_ids)
+    outside = input_ids[((input_ids < 0) | (input_ids >= rows)) & ~is_image]  # image tokens take their rows elsewhere
+    if len(outside):
+        token = int(outside[0])
+        known = tokenizer is not None and 0 <= token < len(tokenizer)
+        spelt = f" ({tokenizer.convert_ids_to_tokens(token)!r})" if known else ""
+        raise ValueError(f"the prompt has token {token}{spelt}, the target's embedding has only {rows} rows")
+    check_images(input_ids, is_image, images)
 
 
 def static(default: int):
@@ -47,7 +73,9 @@ class PromptBatch:
 def stack_prompts(
     config: TargetConfig, prompts: Sequence[EncodedPrompt], length: int, pad_token_id: int = 0
 ) -> PromptBatch:
-    """Prompts of up to `length` tokens as a batch, on the host."""
+    """Prompts of up to `length` tokens as a batch, on the host. Raises ValueError as `check_prompt`."""
+    for prompt in prompts:
+        check_prompt(config, prompt.input_ids, prompt.images)
     ids = np.full((len(prompts), length), pad_token_id, np.int32)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt.input_ids)] = prompt.input_ids

@@ -7,6 +7,7 @@ them. Number of windows, of frames and longest frame are rounded up, so that any
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,13 @@ from flax import nnx
 from jaxspec.buckets import round_up
 from jaxspec.checkpoints.configs import llama_text_config
 from jaxspec.checkpoints.names import NameTable
+from jaxspec.kernels.attention import BLOCK, LONG, LayerKV, Segment, attend
 from jaxspec.layers import GatedMLP, LanguageModel, RMSNorm, TextConfig, apply_rope, linear
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
-from jaxspec.targets.images import ImageLayout, Images
+from jaxspec.targets.images import ImageLayout, Images, check_pixels, image_runs
+
+PAIRS = 2**22
+"""Pairs of patches that one head of the tower scores at once: a video's frames take turns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +50,11 @@ class QwenVisionConfig:
     def unit(self) -> int:
         """Patches that become one token."""
         return self.merge_size**2
+
+    @property
+    def patch_pixels(self) -> int:
+        """Numbers in a patch, of all colours and frames."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,21 +107,23 @@ class Qwen2_5VLConfig(TargetConfig):
             video_token_id=config.video_token_id,
         )
 
+    @property
+    def processor_settings(self) -> dict[str, Any]:
+        names = ("patch_size", "temporal_patch_size", "merge_size")
+        return {name: getattr(self.vision, name) for name in names}
+
     def lay_out(self, inputs) -> list[QwenLayout]:
         """Of `pixel_values` f32 [P, C] with `image_grid_thw` [n, 3], and of the videos, in the order of the ids."""
         waiting = {
             self.image_token_id: self.layouts_of(inputs, "pixel_values", "image_grid_thw"),
             self.video_token_id: self.layouts_of(inputs, "pixel_values_videos", "video_grid_thw"),
         }
-        ids, ordered, at = np.asarray(inputs["input_ids"]).reshape(-1), [], 0
-        while at < len(ids):
-            rest = waiting.get(int(ids[at]))
-            if rest:
-                ordered.append(rest.pop(0))
-                at += ordered[-1].tokens
-            else:
-                at += 1
-        return ordered
+        ids, ordered = np.asarray(inputs["input_ids"]).reshape(-1), []
+        for kind, length in image_runs(ids, self.is_image(ids)):
+            while length > 0 and waiting[kind]:
+                ordered.append(waiting[kind].pop(0))
+                length -= ordered[-1].tokens
+        return ordered + [layout for rest in waiting.values() for layout in rest]
 
     def layouts_of(self, inputs, pixels: str, grids: str) -> list[QwenLayout]:
         layouts, start = [], 0
@@ -121,7 +133,8 @@ class Qwen2_5VLConfig(TargetConfig):
             per_frame = None
             if pixels == "pixel_values_videos":
                 per_frame = 1.0 if seconds is None else float(np.asarray(seconds)[index])
-            layouts.append(frame_windows(self.vision, np.asarray(inputs[pixels])[start:stop], grid, per_frame))
+            patches = check_pixels(np.asarray(inputs[pixels])[start:stop], (self.vision.patch_pixels,), "patches")
+            layouts.append(frame_windows(self.vision, patches, grid, per_frame))
             start = stop
         return layouts
 
@@ -150,8 +163,8 @@ class Qwen2_5VLConfig(TargetConfig):
 
     def position_ids(self, input_ids: np.ndarray, layouts: Sequence[QwenLayout]) -> np.ndarray | None:
         """Text counts on in all three axes; an image counts its rows and columns from where it starts, a video also its
-        time in seconds times `tokens_per_second`; what follows starts after the longer side (M-RoPE, arXiv 2409.12191).
-        """
+        time in seconds times `tokens_per_second`; what follows starts after the largest position of any axis, as the
+        model was trained (M-RoPE, arXiv 2409.12191; transformers 4.49, of which 5.24 leaves time out of account)."""
         if not layouts:
             return None
         is_image, rest, parts, at, position = self.is_image(input_ids), list(layouts), [], 0, 0
@@ -159,13 +172,13 @@ class Qwen2_5VLConfig(TargetConfig):
             if is_image[at]:
                 layout = rest.pop(0)
                 frames, height, width = layout.grid
-                per_frame = 1.0
-                if layout.seconds_per_frame is not None:
-                    per_frame = self.vision.tokens_per_second * layout.seconds_per_frame
-                times = (np.arange(frames) * per_frame).astype(np.int64)
+                times = np.arange(frames)
+                if layout.seconds_per_frame is not None:  # in float32 as in training, then cut
+                    seconds = times.astype(np.float32) * np.float32(layout.seconds_per_frame)
+                    times = (seconds * np.float32(self.vision.tokens_per_second)).astype(np.int64)
                 axes = np.meshgrid(times, np.arange(height), np.arange(width), indexing="ij")
                 parts.append(position + np.stack(axes).reshape(3, -1))
-                at, position = at + layout.tokens, position + max(height, width)
+                at, position = at + layout.tokens, int(parts[-1].max()) + 1
             else:
                 stop = at + int(np.argmax(is_image[at:])) if is_image[at:].any() else len(input_ids)
                 parts.append(np.broadcast_to(position + np.arange(stop - at), (3, stop - at)))
@@ -207,6 +220,20 @@ def frame_windows(config: QwenVisionConfig, patches: np.ndarray, grid, seconds_p
     )
 
 
+def groups_at_once(groups: int, length: int) -> int:
+    """How many of the groups of `length` tokens attend at once: a divisor of their number."""
+    limit = max(1, PAIRS // (length * (length if length < LONG else BLOCK)))
+    return max(size for size in range(1, min(limit, groups) + 1) if groups % size == 0)
+
+
+def in_groups(function, arrays, size: int):
+    """`function` of the arrays `[G, ..]`, of `size` of their first axis at a time."""
+    if size == len(arrays[0]):
+        return function(arrays)
+    out = jax.lax.map(function, tuple(array.reshape(-1, size, *array.shape[1:]) for array in arrays))
+    return out.reshape(-1, *out.shape[2:])
+
+
 class QwenVisionAttention(nnx.Module):
     def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
         self.num_heads = config.num_heads
@@ -217,8 +244,13 @@ class QwenVisionAttention(nnx.Module):
         """Of `x` `[G, L, D]`, attending within each of the G groups to what `mask` bool `[G, L]` marks."""
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
         query, key = (apply_rope(qkv[:, :, part], rope, jnp.float32) for part in (0, 1))
-        with jax.named_scope("attention"):
-            out = jax.nn.dot_product_attention(query, key, qkv[:, :, 2], mask=mask[:, None, None, :])
+        parts = [part.swapaxes(1, 2) for part in (query, key, qkv[:, :, 2])]  # [G, H, L, Dh] each
+
+        def attended(group):
+            query, key, value, mask = group
+            return attend(query, [Segment(LayerKV(key, value), mask[:, None, :])])
+
+        out = in_groups(attended, (*parts, mask), groups_at_once(*x.shape[:2])).swapaxes(1, 2)
         return self.proj(out.reshape(x.shape))
 
 
@@ -236,8 +268,7 @@ class QwenVisionBlock(nnx.Module):
 
 class QwenPatchEmbed(nnx.Module):
     def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
-        size = 3 * config.temporal_patch_size * config.patch_size**2
-        self.proj = linear(size, config.hidden_size, bias=False, rngs=rngs)
+        self.proj = linear(config.patch_pixels, config.hidden_size, bias=False, rngs=rngs)
 
     def __call__(self, patches: jax.Array) -> jax.Array:
         return self.proj(patches)

@@ -15,6 +15,8 @@ from jaxspec.quiet import quiet
 from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.generation import GenerationDefaults, stop_tokens
 from jaxspec.targets.images import split_by_tokens, stack_positions
+from jaxspec.targets.processors import check_processor
+from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.registry import family_of, load_model, read_config
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -78,6 +80,9 @@ class Target:
         `inputs` is what the Hugging Face processor returns with `return_tensors="np"`: `input_ids` `[B, S]`, and
         `attention_mask` `[B, S]` (padding on either side) and its image arrays where there are any.
         Logits at padded positions mean nothing.
+
+        Raises ValueError for a row without tokens, tokens outside the embedding, and images that have not as many
+        tokens as features.
         """
         ids = np.asarray(inputs["input_ids"])
         mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids))).astype(bool)
@@ -88,13 +93,15 @@ class Target:
         rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
         images = config.lay_out({**inputs, "input_ids": np.concatenate(rows)})
         per_row = split_by_tokens(images, [int(config.is_image(row).sum()) for row in rows])
-        positions = [config.position_ids(row, own) for row, own in zip(rows, per_row, strict=True)]
+        tokenizer = self.tokenizer if self.processor else None
+        prompts = [EncodedPrompt.of(config, row, own, tokenizer) for row, own in zip(rows, per_row, strict=True)]
+        real = np.arange(ids.shape[1]) < lengths[:, None]
         logits = full_logits(
             self.model,
-            jnp.asarray(ids, jnp.int32),
+            jnp.asarray(np.where(real, ids, 0), jnp.int32),
             lengths,
-            config.place(images, np.where(np.arange(ids.shape[1]) < lengths[:, None], ids, -1)),
-            stack_positions(positions, ids.shape[1]),
+            config.place(images, np.where(real, ids, -1)),
+            stack_positions([prompt.position_ids for prompt in prompts], ids.shape[1]),
         )
         return jnp.take_along_axis(logits, jnp.asarray(np.argsort(order, axis=1))[..., None], axis=1)
 
@@ -112,7 +119,8 @@ def load_target(path_or_repo_id: str | Path, dtype: str = "float32", mesh: jax.s
 
     Raises FileNotFoundError where there is no such folder, ValueError for an unsupported model_type, quantised weights,
     adapters and other formats (by name), tensors that do not fit the config (listed at once) or are not finite in
-    `dtype`. Warns once of sampling defaults in the folder, which are kept in `generation_defaults` and not applied.
+    `dtype`, and a processor that does not fit it. Warns once of sampling defaults in the folder, which are kept in
+    `generation_defaults` and not applied.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -122,6 +130,7 @@ def load_target(path_or_repo_id: str | Path, dtype: str = "float32", mesh: jax.s
     model = load_model(path, jnp.dtype(dtype), mesh)
     with quiet("transformers"):  # it warns that torchvision is missing; its PIL image processors are the ones we want
         processor = family_of(hf_config).load_processor(path)
+        check_processor(processor, model.config)
     stop_token_ids = stop_tokens(path, hf_config, processor.tokenizer)
     if warning := defaults.warning():
         warnings.warn(warning, stacklevel=2)

@@ -70,6 +70,7 @@ def test_without_a_drafter_it_says_so(models, capsys):
         (["--speculative-num-draft-tokens", "1000"], "total_tokens must lie in"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["--drafter", "lookup", "--tree-top-k", "2"], "prompt lookup drafts a chain"),
+        (["--prompt", ""], "the prompt is empty"),
     ],
 )
 def test_bad_input_is_one_sentence(models, capsys, arguments, sentence):

@@ -73,6 +73,7 @@ def encoders(tmp_path_factory):
         processor.tokenizer.add_special_tokens({"additional_special_tokens": ENDS}, False)
         holder = processor.tokenizer if name == "llama" else processor
         holder.chat_template = TEMPLATES[name][0]
+        hf_config.get_text_config().vocab_size = len(processor.tokenizer)
         return ConversationEncoder(processor, family_of(hf_config).config_from_hf(hf_config))
 
     return encoder
@@ -148,6 +149,30 @@ def leaves(pixels) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
+def test_words_that_spell_control_tokens_are_words(encoders, family):
+    """In questions and answers: they are learnt as they are written, and an answer has one end, its template's."""
+    encoder = encoders(family)
+    marks = [*ENDS, "<s>", "</s>", "<|image_pad|>", "<start_of_image>", *(["<image>"] if family == "llama" else [])]
+    spelt = " ".join(marks)
+    images = [] if family == "llama" else [picture(SIZES[0])]
+    said = spelt.replace("<image>", "")
+    turns = [question(f"{'<image>' * len(images)}What is {said}?"), {"from": "gpt", "value": f"That is {said}</s>"}] * 2
+    turns[2] = question(f"And {said}?")
+    example = encoder(images, turns)
+    ids = example.prompt.input_ids
+    answers = "".join(TEMPLATES[family][1].format(f"That is {said}</s>") for _ in range(2))
+    assert encoder.tokenizer.decode(ids[example.loss_mask]) == answers
+    plain = [{**turn, "value": turn["value"].replace("|", "!").replace("s", "z")} for turn in turns]
+    usual = encoder(images, plain).prompt.input_ids
+    special = encoder.tokenizer.convert_tokens_to_ids([*ENDS, "<s>", "</s>"])
+    assert [(ids == token).sum() for token in special] == [(usual == token).sum() for token in special]
+    target = Target(SimpleNamespace(config=encoder.config), encoder.processor, None, ())
+    asked = encode_prompt(target, to_messages(turns, len(images))[:-1], images)
+    np.testing.assert_array_equal(ids[: len(asked.input_ids)], asked.input_ids)
+    assert encoder.length({"images": images, "conversations": turns}) == len(ids)
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
 def test_one_beginning_of_text_whoever_writes_it(encoders, family):
     encoder = encoders(family)
     ids = encoder([], [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Yes."}]).prompt.input_ids
@@ -174,8 +199,6 @@ def question(words: str) -> dict[str, str]:
     ("family", "images", "turns", "message"),
     [
         ("llama", [picture(SIZES[0])], [question("<image>\nWhat?"), ANSWER], "reads no images; the conversation has 1"),
-        ("qwen2_5_vl", [], [question("What is <|image_pad|>?"), ANSWER], "must not hold the target's own marks"),
-        ("qwen2_5_vl", [picture(SIZES[0])], [question("<image><|image_pad|>?"), ANSWER], "got 2 marks for 1"),
         ("llava", [b"none"], [question("<image>\nWhat?"), ANSWER], "image 1 cannot be read"),
         ("llava", [], [question("What?"), {"from": "gpt", "value": " "}], "an answer is empty"),
         ("llava", [], [question("What?"), ANSWER, {"from": "system", "value": "Go on."}], "must alternate"),

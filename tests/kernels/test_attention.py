@@ -26,8 +26,14 @@ def test_blocks_of_queries_equal_all_at_once(rows_of_masks):
     np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-5)
 
 
-def test_a_length_that_is_no_multiple_of_a_block_is_taken_at_once():
-    query = jnp.ones((1, 1, LONG + 1, 4))
-    kv = LayerKV(jnp.ones((1, 1, 3, 4)), jnp.arange(12.0).reshape(1, 1, 3, 4))
-    out = attend(query, [Segment(kv, jnp.ones((1, 1, 3), bool))])
-    np.testing.assert_allclose(out, np.broadcast_to([4.0, 5, 6, 7], out.shape), rtol=1e-6)
+@pytest.mark.parametrize("length", [LONG - 1, LONG, LONG + 1, 2 * LONG - 56])
+def test_no_length_switches_blocks_off(length):
+    """The last block is padded; a compiled program never holds the scores of all queries."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))  # noqa: E731
+    query, kv = normal(1, 2, length, 4), LayerKV(normal(1, 2, length, 4), normal(1, 2, length, 4))
+    segments = [Segment(kv, jnp.tril(jnp.ones((1, length, length), bool)))]
+    compiled = jax.jit(attend).lower(query, segments).compile()
+    np.testing.assert_allclose(compiled(query, segments), attend_block(query, segments), rtol=1e-5, atol=1e-6)
+    scores = 4 * 2 * length**2
+    assert (compiled.memory_analysis().temp_size_in_bytes < scores) == (length >= LONG)

@@ -96,13 +96,16 @@ def test_padded_batches(default, rows, side):
     check(*default, batch_of(*rows, side=side))
 
 
-def test_one_prompt_and_a_spare_image(default):
-    """More images than the prompt shows change nothing."""
+def test_images_that_touch_and_images_to_spare(default):
+    """Images without text between them are told apart by their numbers of tokens; one that no prompt shows is
+    refused."""
     target, model = default
     inputs = batch_of([2, "i", "i", 3])
-    spare = np.concatenate([inputs["pixel_values"], np.full((1, 3, 16, 16), 9.0, np.float32)])
-    logits = target.logits({"input_ids": inputs["input_ids"], "pixel_values": spare})
-    assert relative_error(logits, torch_logits(model, inputs)) < TOLERANCE
+    del inputs["attention_mask"]
+    assert relative_error(target.logits(inputs), torch_logits(model, batch_of([2, "i", "i", 3]))) < TOLERANCE
+    inputs["pixel_values"] = np.concatenate([inputs["pixel_values"], np.full((1, 3, 16, 16), 9.0, np.float32)])
+    with pytest.raises(ValueError, match="image tokens for 2 images, 3 were given"):
+        target.logits(inputs)
 
 
 def test_cached_decoding(default):
