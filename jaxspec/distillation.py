@@ -49,7 +49,7 @@ class DistillSettings:
     shard_size: int = 256
     """Records per file of the set, and per part that is written whole: a run that is killed loses one part at most."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field, least in (("start", 0), ("count", 1), ("seed", 0), ("max_new_tokens", 1), ("shard_size", 1)):
             value = getattr(self, field)
             if value is not None and value < least:
@@ -113,7 +113,7 @@ class Distiller:
       batch_size: prompts that are answered at once; smaller batches are filled up, so that all are of one size.
     """
 
-    def __init__(self, generator: Generator, source: PromptSource, settings: DistillSettings, batch_size: int):
+    def __init__(self, generator: Generator, source: PromptSource, settings: DistillSettings, batch_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.generator, self.source, self.settings = generator, source, settings

@@ -94,7 +94,7 @@ class Generator:
         tree: TreeConfig | None = None,
         max_length: int | None = None,
         allow_local_files: bool = False,
-    ):
+    ) -> None:
         if not isinstance(target, Target):
             raise ValueError(f"target must be a Target, from load_target; got {type(target).__name__}")
         if not isinstance(drafter, Drafter | None):
@@ -266,7 +266,7 @@ class Batch:
 
     def __init__(
         self, generator: Generator, prompts: list[EncodedPrompt], sampling: list[SamplingParams], limits: list[int]
-    ):
+    ) -> None:
         self.generator, self.prompts, self.sampling, self.limits = generator, prompts, sampling, limits
         self.prefill_seconds = self.decode_seconds = 0.0
         self.watching = any(params.stop for params in sampling)

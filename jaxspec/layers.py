@@ -33,7 +33,7 @@ class RopeConfig:
     mrope_section: tuple[int, ...] = ()
     """Multimodal rope: how many frequencies in a row turn with time, height, width, time, .. (Qwen2-VL)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.type not in ROPE_TYPES:
             raise ValueError(f"rope type {self.type!r} is not implemented; known types: {', '.join(ROPE_TYPES)}")
         for name in ("theta", "factor"):
@@ -61,7 +61,7 @@ class TextConfig:
     mlp_bias: bool = False
     max_position_embeddings: int = 4096
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_heads}) is not a multiple of num_key_value_heads ({self.num_kv_heads})"
@@ -112,7 +112,7 @@ def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array], dtype=None) ->
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs):
+    def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs) -> None:
         del rngs
         self.scale = nnx.Param(jnp.ones((features,)))
         self.epsilon = epsilon
@@ -135,7 +135,7 @@ class Embed(nnx.Module):
         *,
         embedding_init: nnx.Initializer = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0),
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         self.embedding = nnx.Param(embedding_init(rngs.params(), (num_embeddings, features)))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -153,7 +153,7 @@ def linear(features_in: int, features_out: int, *, bias: bool, rngs: nnx.Rngs, z
 class SelfAttention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: TextConfig, *, qkv_bias: bool, output_bias: bool, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, *, qkv_bias: bool, output_bias: bool, rngs: nnx.Rngs) -> None:
         query_width = config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
         self.q_proj = linear(config.hidden_size, query_width, bias=qkv_bias, rngs=rngs)
@@ -181,7 +181,7 @@ class SelfAttention(nnx.Module):
 class GatedMLP(nnx.Module):
     """`down(activation(gate(x)) * up(x))`."""
 
-    def __init__(self, width: int, inner: int, *, bias: bool, activation: str = "silu", rngs: nnx.Rngs):
+    def __init__(self, width: int, inner: int, *, bias: bool, activation: str = "silu", rngs: nnx.Rngs) -> None:
         self.activation = activation
         self.gate_proj = linear(width, inner, bias=bias, rngs=rngs)
         self.up_proj = linear(width, inner, bias=bias, rngs=rngs)
@@ -194,7 +194,9 @@ class GatedMLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One pre-norm Llama layer. `input_norm=False` is EAGLE's draft layer (arXiv 2401.15077, published code)."""
 
-    def __init__(self, config: TextConfig, *, input_norm: bool = True, qkv_bias: bool | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self, config: TextConfig, *, input_norm: bool = True, qkv_bias: bool | None = None, rngs: nnx.Rngs
+    ) -> None:
         epsilon = config.rms_norm_eps
         self.input_layernorm = RMSNorm(config.hidden_size, epsilon, rngs=rngs) if input_norm else None
         self.self_attn = SelfAttention(
@@ -235,7 +237,7 @@ class LanguageModel(nnx.Module):
 
     layer, norm_type = DecoderLayer, RMSNorm
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         init = nnx.initializers.normal(0.3)
         self.embed_tokens = Embed(config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs)

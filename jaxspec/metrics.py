@@ -130,7 +130,7 @@ class AcceptanceWatch:
       recorded: the mean acceptance length that the drafter's folder tells, if the tree is the one it was measured with.
     """
 
-    def __init__(self, recorded: float | None = None):
+    def __init__(self, recorded: float | None = None) -> None:
         self.recorded = recorded
         self.warning: str | None = None
         self._emitted: np.ndarray | int = 0

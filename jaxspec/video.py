@@ -31,7 +31,7 @@ class Video:
     frames: Sequence[ImageLike]
     fps: float = FPS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not len(self.frames):
             raise ValueError("a video needs at least one frame, got none")
         if not (math.isfinite(self.fps) and self.fps > 0):

@@ -54,7 +54,7 @@ class SpeedBenchmark:
     noise_off: bool = True
     others: Sequence[Arm] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("runs", "max_new_tokens", "patience"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")

@@ -26,7 +26,7 @@ class TransformersAnswer:
 class Clock:
     """A streamer that notes when the first token came."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value) -> None:

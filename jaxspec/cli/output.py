@@ -48,7 +48,7 @@ class ProgressLines:
     `done` steps were there before: they count for the way, not for the rate.
     """
 
-    def __init__(self, console: Console, name: str, total: int, done: int = 0):
+    def __init__(self, console: Console, name: str, total: int, done: int = 0) -> None:
         self.console, self.name, self.total, self.done, self.before = console, name, total, done, done
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -87,7 +87,7 @@ class TokenColours:
     """Says which characters of a growing text came from accepted draft tokens: a character belongs to the token that
     completes it. Pieces are cut from the text itself, so they join to it exactly."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.ends: list[int] = []  # characters that are complete after each token
         self.accepted: list[bool] = []
         self.shown = self.owner = 0  # characters given out, and the token that the latest of them belongs to

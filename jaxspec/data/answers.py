@@ -74,7 +74,7 @@ class AnswerParts:
       part_size: prompts per part.
     """
 
-    def __init__(self, folder: Path, records: range, part_size: int):
+    def __init__(self, folder: Path, records: range, part_size: int) -> None:
         self.folder, self.records = folder, records
         self.ranges = [records[start : start + part_size] for start in range(0, len(records), part_size)]
         (folder / "parts").mkdir(parents=True, exist_ok=True)
@@ -204,7 +204,7 @@ class AnswerSource:
       ValueError: it is not finished.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None):
+    def __init__(self, folder: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None) -> None:
         folder = Path(folder)
         if not (folder / ABOUT).exists():
             raise FileNotFoundError(
@@ -233,7 +233,7 @@ class AnswerSource:
 class AnswerEncoder:
     """Records of an `AnswerSource` as the target reads them, for `jaxspec.data.pipeline.Pipeline`."""
 
-    def __init__(self, processor, config: TargetConfig):
+    def __init__(self, processor, config: TargetConfig) -> None:
         self.processor, self.config = processor, config
 
     def encode_record(self, record: dict) -> Example:

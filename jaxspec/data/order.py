@@ -36,7 +36,7 @@ class Order:
         seed: int,
         shuffle: bool,
         length_of: Callable[[int], int] | None = None,
-    ):
+    ) -> None:
         records = grain.MapDataset.range(count).seed(seed)
         self._stream = (records.shuffle() if shuffle else records).repeat()
         self._count, self._batch_size, self._limit, self._seed = count, batch_size, limit, seed

@@ -34,7 +34,7 @@ class Cutter:
       truncated: how many conversations have been cut so far in this process (the first one warns).
     """
 
-    def __init__(self, sequence_length: int, config: TargetConfig):
+    def __init__(self, sequence_length: int, config: TargetConfig) -> None:
         if sequence_length < 1:
             raise ValueError(f"sequence_length must be at least 1; got {sequence_length}.")
         self.sequence_length = sequence_length
@@ -104,7 +104,7 @@ class Pipeline:
         length_buckets: bool = False,
         process_index: int = 0,
         process_count: int = 1,
-    ):
+    ) -> None:
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(f"batch_size must be a multiple of process_count {process_count}; got {batch_size}.")
         if not 0 <= process_index < process_count:

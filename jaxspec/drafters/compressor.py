@@ -53,7 +53,7 @@ class CompressorConfig:
     gate_temperature: float = 1.0
     """Of the Gumbel-softmax in training: the lower, the closer the gradient is to the hard choice's."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"compressor mode {self.mode!r} is not known; known: {', '.join(MODES)}")
         for name in (*RATIOS, "num_queries", "gate_hidden_size"):
@@ -107,7 +107,7 @@ class Groups(NamedTuple):
 class VisualCompressor(nnx.Module):
     """The primitives of a mode, with the parameters they need and no others."""
 
-    def __init__(self, config: CompressorConfig, text: TextConfig, *, qkv_bias: bool, rngs: nnx.Rngs):
+    def __init__(self, config: CompressorConfig, text: TextConfig, *, qkv_bias: bool, rngs: nnx.Rngs) -> None:
         self.config = config
         width = text.hidden_size
         if "convolution" in config.primitives:
@@ -162,7 +162,7 @@ class VisualCompressor(nnx.Module):
 class Convolution(nnx.Module):
     """Kernel and stride are `ratio` rows; one for the embeddings, one for the features. It starts as the average."""
 
-    def __init__(self, ratio: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, ratio: int, width: int, *, rngs: nnx.Rngs) -> None:
         def average(key, shape, dtype):
             del key
             return jnp.tile(jnp.eye(width, dtype=dtype), (ratio, 1)) / ratio
@@ -179,7 +179,7 @@ class Convolution(nnx.Module):
 class Gate(nnx.Module):
     """What a question asks for: logits over the primitives, all equal before training."""
 
-    def __init__(self, width: int, hidden: int, choices: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, hidden: int, choices: int, *, rngs: nnx.Rngs) -> None:
         self.hidden = linear(width, hidden, bias=True, rngs=rngs)
         self.output = linear(hidden, choices, bias=True, rngs=rngs, zero=True)
 

@@ -61,7 +61,7 @@ class EagleState:
 
 
 class EagleHead(nnx.Module):
-    def __init__(self, config: EagleConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: EagleConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         width = config.text.hidden_size
         self.fc = linear(2 * width, width, bias=config.fc_bias, rngs=rngs)

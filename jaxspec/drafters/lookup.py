@@ -25,7 +25,7 @@ class LookupConfig:
 
     max_ngram: int = 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_ngram < 1:
             raise ValueError(f"max_ngram must be at least 1, got {self.max_ngram}")
 
@@ -40,7 +40,7 @@ class LookupState:
 class PromptLookup(nnx.Module):
     """A `jaxspec.drafters.contract.DraftModel` for chains."""
 
-    def __init__(self, config: LookupConfig = LookupConfig(), *, rngs: nnx.Rngs | None = None):
+    def __init__(self, config: LookupConfig = LookupConfig(), *, rngs: nnx.Rngs | None = None) -> None:
         del rngs
         self.config = config
 

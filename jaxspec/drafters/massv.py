@@ -64,7 +64,7 @@ class MassvState:
 
 
 class MassvDrafter(nnx.Module):
-    def __init__(self, config: MassvConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MassvConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         width = config.text.hidden_size
         self.projector = Projector(config.vision_width, width, bias=True, rngs=rngs) if config.multimodal else None

@@ -31,7 +31,7 @@ class MedusaConfig:
     num_heads: int = 5
     own_lm_heads: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_heads < 1:
             raise ValueError(f"medusa_num_heads must be at least 1, got {self.num_heads}")
 
@@ -39,7 +39,7 @@ class MedusaConfig:
 class ResidualBlock(nnx.Module):
     """`x + SiLU(linear(x))`, at first the identity: a fresh head says what the target's LM head says."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
         self.linear = linear(width, width, bias=True, rngs=rngs, zero=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -49,7 +49,7 @@ class ResidualBlock(nnx.Module):
 class MedusaHeads(nnx.Module):
     """A `jaxspec.drafters.contract.DraftModel` whose state is the feature `[B, D]` of the position before the root."""
 
-    def __init__(self, config: MedusaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MedusaConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         width = config.hidden_size
 

@@ -33,7 +33,7 @@ class SpecVLMConfig(EagleConfig):
 
 
 class SpecVLMHead(EagleHead):
-    def __init__(self, config: SpecVLMConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: SpecVLMConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs=rngs)
         self.compressor = VisualCompressor(config.compressor, config.text, qkv_bias=config.qkv_bias, rngs=rngs)
 

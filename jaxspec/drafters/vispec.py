@@ -32,7 +32,7 @@ class ViSpecConfig(EagleConfig):
     global_feature: bool = True
     """False: all `num_q` vectors replace the image's tokens and nothing stands beside the features (an ablation)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_q < 1:
             raise ValueError(f"num_q must be at least 1 (the global feature), got {self.num_q}")
 
@@ -45,7 +45,7 @@ class ViSpecConfig(EagleConfig):
 class VisionAdaptor(nnx.Module):
     """Learned queries attend once to the embeddings of one image: no norm, no MLP, no positions."""
 
-    def __init__(self, text: TextConfig, num_q: int, *, qkv_bias: bool, rngs: nnx.Rngs):
+    def __init__(self, text: TextConfig, num_q: int, *, qkv_bias: bool, rngs: nnx.Rngs) -> None:
         width, heads = text.hidden_size, text.num_heads
         self.q = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_q, heads, width // heads)))
         self.k_proj = linear(width, width, bias=qkv_bias, rngs=rngs)
@@ -68,7 +68,7 @@ class VisionAdaptor(nnx.Module):
 
 
 class ViSpecHead(EagleHead):
-    def __init__(self, config: ViSpecConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ViSpecConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs=rngs)
         width = config.text.hidden_size
         self.imadpt = VisionAdaptor(config.text, config.num_q, qkv_bias=config.qkv_bias, rngs=rngs)

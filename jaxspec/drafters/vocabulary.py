@@ -20,7 +20,7 @@ BLOCK = 256
 class DraftHead(nnx.Module):
     """Logits of `size` tokens from features of `width`."""
 
-    def __init__(self, width: int, size: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, size: int, *, rngs: nnx.Rngs) -> None:
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (width, size)))
         self.ids = nnx.Param(jnp.arange(size, dtype=jnp.int32))  # which token of the target each one is
 

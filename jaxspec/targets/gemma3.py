@@ -104,7 +104,7 @@ class Gemma3Config(TargetConfig):
 class GemmaNorm(nnx.Module):
     """RMS norm whose weight counts from 1, multiplied in float32."""
 
-    def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs):
+    def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs) -> None:
         del rngs
         self.scale = nnx.Param(jnp.zeros((features,)))
         self.epsilon = epsilon
@@ -117,7 +117,7 @@ class GemmaNorm(nnx.Module):
 
 
 class GemmaAttention(SelfAttention):
-    def __init__(self, config: GemmaTextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GemmaTextConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, qkv_bias=config.attention_bias, output_bias=config.attention_bias, rngs=rngs)
         self.q_norm = GemmaNorm(config.head_dim, config.rms_norm_eps, rngs=rngs)
         self.k_norm = GemmaNorm(config.head_dim, config.rms_norm_eps, rngs=rngs)
@@ -133,7 +133,7 @@ class GemmaAttention(SelfAttention):
 class GemmaLayer(nnx.Module):
     """Norms before and after attention and MLP."""
 
-    def __init__(self, config: GemmaTextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GemmaTextConfig, *, rngs: nnx.Rngs) -> None:
         def norm():
             return GemmaNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
 
@@ -186,7 +186,7 @@ class GemmaLanguageModel(LanguageModel):
 
 
 class SiglipEmbeddings(nnx.Module):
-    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
         self.patch_size, self.image_size = config.patch_size, config.image_size
         self.patch_embedding = linear(3 * config.patch_size**2, width, bias=True, rngs=rngs)
@@ -200,7 +200,7 @@ class SiglipEmbeddings(nnx.Module):
 class SiglipVisionTower(nnx.Module):
     """`SiglipVisionModel` without its pooling head."""
 
-    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs) -> None:
         self.embeddings = SiglipEmbeddings(config, rngs=rngs)
         self.encoder = ClipEncoder(config, rngs=rngs)
         self.post_layernorm = layer_norm(config, rngs)
@@ -215,7 +215,7 @@ class SiglipVisionTower(nnx.Module):
 
 
 class GemmaProjector(nnx.Module):
-    def __init__(self, config: Gemma3Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: Gemma3Config, *, rngs: nnx.Rngs) -> None:
         vision, width = config.vision, config.text.hidden_size
         self.side, self.pooled = vision.image_size // vision.patch_size, round(config.tokens_per_image**0.5)
         init = nnx.initializers.lecun_normal()
@@ -236,7 +236,7 @@ class GemmaProjector(nnx.Module):
 
 
 class Gemma3(VisionLanguageModel):
-    def __init__(self, config: Gemma3Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: Gemma3Config, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.vision_tower = SiglipVisionTower(config.vision, rngs=rngs)
         self.multi_modal_projector = GemmaProjector(config, rngs=rngs)

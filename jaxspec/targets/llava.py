@@ -81,7 +81,7 @@ class LlavaConfig(TargetConfig):
 
 
 class Projector(nnx.Module):
-    def __init__(self, features_in: int, width: int, *, bias: bool, rngs: nnx.Rngs):
+    def __init__(self, features_in: int, width: int, *, bias: bool, rngs: nnx.Rngs) -> None:
         self.linear_1 = linear(features_in, width, bias=bias, rngs=rngs)
         self.linear_2 = linear(width, width, bias=bias, rngs=rngs)
 
@@ -90,7 +90,7 @@ class Projector(nnx.Module):
 
 
 class Llava(VisionLanguageModel):
-    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.vision_tower = ClipVisionTower(config.vision, rngs=rngs)
         self.multi_modal_projector = Projector(

@@ -84,7 +84,7 @@ def unpad(grid: np.ndarray, size) -> np.ndarray:
 
 
 class LlavaNext(Llava):
-    def __init__(self, config: LlavaNextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlavaNextConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs=rngs)
         width = config.text.hidden_size
         self.image_newline = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width,)))

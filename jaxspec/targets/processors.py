@@ -77,7 +77,7 @@ def adds_special(tokenizer, text: str) -> bool:
 class TextProcessor:
     """A tokenizer in the role of a processor."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
 
     @classmethod
@@ -103,7 +103,9 @@ class QwenProcessor:
 
     marks = image_token, video_token = "<|image_pad|>", "<|video_pad|>"
 
-    def __init__(self, tokenizer, image_processor, chat_template: str | None = None, video_size: dict | None = None):
+    def __init__(
+        self, tokenizer, image_processor, chat_template: str | None = None, video_size: dict | None = None
+    ) -> None:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.chat_template = chat_template or tokenizer.chat_template
         self.video_size = video_size or VIDEO_SIZE

@@ -235,7 +235,7 @@ def in_groups(function, arrays, size: int):
 
 
 class QwenVisionAttention(nnx.Module):
-    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs) -> None:
         self.num_heads = config.num_heads
         self.qkv = linear(config.hidden_size, 3 * config.hidden_size, bias=True, rngs=rngs)
         self.proj = linear(config.hidden_size, config.hidden_size, bias=True, rngs=rngs, zero=True)
@@ -255,7 +255,7 @@ class QwenVisionAttention(nnx.Module):
 
 
 class QwenVisionBlock(nnx.Module):
-    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs) -> None:
         self.norm1 = RMSNorm(config.hidden_size, 1e-6, rngs=rngs)
         self.norm2 = RMSNorm(config.hidden_size, 1e-6, rngs=rngs)
         self.attn = QwenVisionAttention(config, rngs=rngs)
@@ -267,7 +267,7 @@ class QwenVisionBlock(nnx.Module):
 
 
 class QwenPatchEmbed(nnx.Module):
-    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs) -> None:
         self.proj = linear(config.patch_pixels, config.hidden_size, bias=False, rngs=rngs)
 
     def __call__(self, patches: jax.Array) -> jax.Array:
@@ -275,7 +275,7 @@ class QwenPatchEmbed(nnx.Module):
 
 
 class QwenMerger(nnx.Module):
-    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs) -> None:
         width = config.hidden_size * config.unit
         self.ln_q = RMSNorm(config.hidden_size, 1e-6, rngs=rngs)
         self.mlp = nnx.Dict({
@@ -290,7 +290,7 @@ class QwenMerger(nnx.Module):
 
 
 class QwenVisionTower(nnx.Module):
-    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.patch_embed = QwenPatchEmbed(config, rngs=rngs)
         self.blocks = nnx.List([QwenVisionBlock(config, rngs=rngs) for _ in range(config.num_layers)])
@@ -322,7 +322,7 @@ class QwenVisionTower(nnx.Module):
 
 
 class Qwen2_5VL(VisionLanguageModel):
-    def __init__(self, config: Qwen2_5VLConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen2_5VLConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.visual = QwenVisionTower(config.vision, rngs=rngs)
         self.language_model = LanguageModel(config.text, rngs=rngs)

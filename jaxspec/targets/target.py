@@ -32,7 +32,7 @@ class Target:
         path: Path | None,
         stop_token_ids: tuple[int, ...],
         generation_defaults: GenerationDefaults = GenerationDefaults(),
-    ):
+    ) -> None:
         self.model = model
         self.processor = processor
         self.path = path

@@ -50,7 +50,7 @@ def published_text_config(text: TextConfig, model_type: str) -> transformers.Pre
 
 
 class TextModel(VisionLanguageModel):
-    def __init__(self, config: TextTargetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TextTargetConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.language_model = language_model(config.text, rngs=rngs)
 

@@ -80,7 +80,7 @@ class DrafterRecipe(Recipe):
         *("acceptance_every", "export_checkpoint", "save_dtype"),
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_records is not None and self.max_records < 1:
             raise ValueError(f"max_records must be at least 1, got {self.max_records}")

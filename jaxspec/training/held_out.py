@@ -11,7 +11,7 @@ from jaxspec.training.recipe import Recipe
 class Span:
     """Records `start` to `stop` of a random-access source."""
 
-    def __init__(self, source: Sequence, start: int, stop: int):
+    def __init__(self, source: Sequence, start: int, stop: int) -> None:
         self.source, self.start, self.stop = source, start, stop
 
     def __len__(self) -> int:

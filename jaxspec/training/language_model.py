@@ -55,7 +55,7 @@ class SmallLanguageModelRecipe(Recipe):
 class TextEncoder:
     """Records of an `AnswerSource` without their pictures: image tokens are left out, the answer is what to learn."""
 
-    def __init__(self, config: TextTargetConfig, target_config: TargetConfig):
+    def __init__(self, config: TextTargetConfig, target_config: TargetConfig) -> None:
         self.config, self.target_config = config, target_config
 
     def length(self, record: dict) -> int:

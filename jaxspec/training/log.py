@@ -37,7 +37,7 @@ class Log:
         start: int,
         alone: bool = True,
         writing: Callable[[], AbstractContextManager] = nullcontext,
-    ):
+    ) -> None:
         self.folder, self.console, self.recipe, self.start, self.writing = folder, console, recipe, start, writing
         self.label = "" if alone else f"{recipe.name}  "
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]

@@ -39,7 +39,7 @@ class Running(NamedTuple):
 class Constants:
     """What the losses of tasks read but do not train, as a flat list that holds every array once."""
 
-    def __init__(self, tasks: Sequence[Task]):
+    def __init__(self, tasks: Sequence[Task]) -> None:
         leaves, self.structure = jax.tree.flatten([task.constants for task in tasks])
         unique = {id(leaf): leaf for leaf in leaves}
         places = {name: place for place, name in enumerate(unique)}

@@ -34,7 +34,7 @@ class Member:
     Raises ValueError for the folder of another recipe, OSError where something cannot be written.
     """
 
-    def __init__(self, recipe: Recipe, task: Task, console: Console):
+    def __init__(self, recipe: Recipe, task: Task, console: Console) -> None:
         self.recipe, self.task, self.console = recipe, task, console
         self.about: dict | None = None  # of the last measurement of this run
 

@@ -63,7 +63,7 @@ class Recipe:
     """Fields that may be others when a run goes on: nothing that is learned depends on them (up to the order of sums on
     other devices)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulate", "fsdp", "tensor", "sequence_length", "log_every")
         for field in (*counts, "eval_every", "checkpoint_every"):
             if getattr(self, field) < 1:

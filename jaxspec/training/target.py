@@ -82,7 +82,7 @@ class SingleQuestions:
     """Scenes with one question each: the first of the record (later answers could be copied from earlier ones,
     unseen), or for a share of the scenes the list of all places, which teaches to look."""
 
-    def __init__(self, source, inventory_share: float):
+    def __init__(self, source, inventory_share: float) -> None:
         self.source, self.inventory_share = source, inventory_share
 
     def __len__(self) -> int:
