@@ -68,8 +68,8 @@ class TokenReader:
         if name is None:
             return b""
         if self.byte_level:
-            spelt = [BYTE_OF.get(character) for character in name]
-            return name.encode() if None in spelt else bytes(spelt)
+            spelt = [BYTE_OF[character] for character in name if character in BYTE_OF]
+            return bytes(spelt) if len(spelt) == len(name) else name.encode()
         if self.byte_fallback and (found := BYTE_TOKEN.fullmatch(name)):
             return bytes([int(found[1], 16)])
         return None

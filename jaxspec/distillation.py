@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from jaxspec.data.answers import ABOUT, Answer, AnswerParts, Part, Refused, write_json
 from jaxspec.data.formats import encodable, name_of, printable
 from jaxspec.data.pictures import Pictures
@@ -91,6 +93,12 @@ class Dialogue:
     messages: list[dict]
     answered: int = 0  # turns
     encoded: EncodedPrompt | None = None  # up to the turn that is to be answered next
+
+    @property
+    def prompt(self) -> EncodedPrompt:
+        """What is to be answered next, once it is encoded."""
+        assert self.encoded is not None
+        return self.encoded
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -193,7 +201,7 @@ class Distiller:
 
     def batches(self, ready: list[Dialogue]) -> Iterator[list[Dialogue]]:
         """Prompts of similar length together, text apart from images: few shapes, few compiled programs."""
-        ordered = sorted(ready, key=lambda each: (len(each.images), len(each.encoded.input_ids), each.record))
+        ordered = sorted(ready, key=lambda each: (len(each.images), len(each.prompt.input_ids), each.record))
         for start in range(0, len(ordered), self.batch_size):
             yield ordered[start : start + self.batch_size]
 
@@ -201,14 +209,15 @@ class Distiller:
         """A short batch is filled up with copies of its last prompt."""
         full = [*batch, *batch[-1:] * (self.batch_size - len(batch))]
         sampling = [self.settings.sampling(each.record) for each in full]
-        prompts = [each.encoded for each in full]
+        prompts = [each.prompt for each in full]
         return self.generator.generate_encoded(prompts, sampling, self.settings.max_new_tokens)[: len(batch)]
 
-    def answer_of(self, dialogue: Dialogue, tokens) -> Answer:
+    def answer_of(self, dialogue: Dialogue, tokens: np.ndarray) -> Answer:
+        """What the set says of it; `tokens` i32 `[n]`."""
         params = self.settings.sampling(dialogue.record)
         return Answer(
             id=dialogue.id,
-            prompt_ids=dialogue.encoded.input_ids,
+            prompt_ids=dialogue.prompt.input_ids,
             answer_ids=tokens,
             images=dialogue.images,
             temperature=params.temperature,

@@ -140,7 +140,7 @@ class Generator:
     @property
     def acceptance_warning(self) -> str | None:
         """The sentence that was warned with, if the drafter has been found to be of no use."""
-        return self._watch and self._watch.warning
+        return None if self._watch is None else self._watch.warning
 
     @property
     def judges_drafter(self) -> bool:

@@ -7,15 +7,18 @@ models and, with `input_norm=False`, the EAGLE / ViSpec draft heads.
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxspec.kernels.attention import LayerKV, Segment, attend
+
+Text = TypeVar("Text", bound="TextConfig", covariant=True)
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -38,7 +41,7 @@ class RopeConfig:
             raise ValueError(f"rope type {self.type!r} is not implemented; known types: {', '.join(ROPE_TYPES)}")
         for name in ("theta", "factor"):
             value = getattr(self, name)
-            if not (isinstance(value, numbers.Real) and value > 0):
+            if not (isinstance(value, numbers.Real) and float(value) > 0):
                 raise ValueError(f"rope {name} must be a number above 0, got {value!r}")
 
 
@@ -68,7 +71,7 @@ class TextConfig:
             )
 
 
-ACTIVATIONS = {
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -102,7 +105,7 @@ def rope_tables(config: RopeConfig, head_dim: int, position_ids: jax.Array) -> t
 
 
 @jax.named_scope("rope")
-def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array], dtype=None) -> jax.Array:
+def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array], dtype: DTypeLike | None = None) -> jax.Array:
     """Rotate `x` `[B, N, H, Dh]`, halves convention (Llama in transformers). Computed in `dtype`, by default that of
     `x`, in which the result is."""
     dtype = dtype or x.dtype
@@ -162,14 +165,17 @@ class SelfAttention(nnx.Module):
         self.o_proj = linear(query_width, config.hidden_size, bias=output_bias, rngs=rngs, zero=True)
         self.head_dim = config.head_dim
 
-    def heads(self, x, rope):
+    def heads(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Query `[B, N, H, Dh]`, key and value `[B, N, Hkv, Dh]`, turned to their positions."""
         query, key, value = (
             proj(x).reshape(*x.shape[:2], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         return apply_rope(query, rope), apply_rope(key, rope), value
 
-    def __call__(self, x, rope, mask, past):
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array, past: Sequence[Segment]
+    ) -> tuple[jax.Array, LayerKV]:
+        """As of `DecoderLayer`."""
         batch, length, _ = x.shape
         query, key, value = (part.swapaxes(1, 2) for part in self.heads(x, rope))  # [B, H, N, Dh]
         new = LayerKV(key, value)
@@ -232,12 +238,13 @@ class Uncommitted(NamedTuple):
     position_ids: jax.Array  # i32 [B, T]
 
 
-class LanguageModel(nnx.Module):
+class LanguageModel(nnx.Module, Generic[Text]):
     """Token embedding, decoder layers, final norm, LM head."""
 
-    layer, norm_type = DecoderLayer, RMSNorm
+    layer: ClassVar[Callable[..., Any]] = DecoderLayer
+    norm_type: ClassVar[Callable[..., Any]] = RMSNorm
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Text, *, rngs: nnx.Rngs) -> None:
         self.config = config
         init = nnx.initializers.normal(0.3)
         self.embed_tokens = Embed(config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs)
@@ -246,7 +253,16 @@ class LanguageModel(nnx.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
 
-    def __call__(self, embeds, position_ids, mask, cache=None, cache_mask=None, uncommitted=None, tap_layers=()):
+    def __call__(
+        self,
+        embeds: jax.Array,
+        position_ids: jax.Array,
+        mask: jax.Array,
+        cache: Sequence[LayerKV] | None = None,
+        cache_mask: jax.Array | None = None,
+        uncommitted: Uncommitted | None = None,
+        tap_layers: Sequence[int] = (),
+    ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
         """`embeds` `[B, N, D]`, `position_ids` i32 `[B, N]`, `mask` bool `[B, N, N]`; `cache` is one `LayerKV` per
         layer, `cache_mask` bool `[B, 1, S]`; `uncommitted` an `Uncommitted` or None. Returns features
         `[B, N, (T + 1) * D]`, the outputs of the T `tap_layers` before that of the final norm, and one new `LayerKV`
@@ -255,7 +271,10 @@ class LanguageModel(nnx.Module):
         states, new_kv = [embeds], []
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
-                past = [] if cache is None else [Segment(cache[index], cache_mask)]
+                past = []
+                if cache is not None:
+                    assert cache_mask is not None  # it comes with the cache
+                    past.append(Segment(cache[index], cache_mask))
                 if uncommitted is not None:
                     past.append(Segment(uncommitted.kv[index], uncommitted.mask))
                 x, kv = layer(states[-1], rope, mask, past)

@@ -69,6 +69,7 @@ class Order:
 
     def _make(self, window: range) -> list[tuple[np.ndarray, int]]:
         records = self._records(window)
+        assert self._length_of is not None  # without lengths there are no windows
         for index in records.tolist():
             if self._lengths[index] < 0:
                 self._lengths[index] = min(self._length_of(index), self._limit)

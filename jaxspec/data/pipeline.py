@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 
 from jaxspec.data.order import Order
+from jaxspec.data.records import Encoder, Records
 from jaxspec.targets.contract import TargetConfig
 from jaxspec.targets.prompts import EncodedPrompt, stack_prompts
 
@@ -94,8 +95,8 @@ class Pipeline:
 
     def __init__(
         self,
-        source: Sequence[dict[str, Any]],
-        encoder: Any,
+        source: Records[dict[str, Any]],
+        encoder: Encoder,
         *,
         sequence_length: int,
         batch_size: int,
@@ -126,7 +127,9 @@ class Pipeline:
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         """The batch of one step, made on the spot; `batches` gives the same ones ahead of time."""
-        return self._batches[step]
+        batch = self._batches[step]
+        assert batch is not None  # as of a filtered data set
+        return batch
 
     def batches(
         self, start_step: int = 0, num_threads: int = 2, prefetch: int = 8, num_workers: int = 0

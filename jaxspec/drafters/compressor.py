@@ -117,7 +117,15 @@ class VisualCompressor(nnx.Module):
         if config.has_gate:
             self.gate = Gate(width, config.gate_hidden_size, len(config.primitives), rngs=rngs)
 
-    def __call__(self, spans: ImageSpans, embeds, features, seeds, question, key: jax.Array | None) -> Groups:
+    def __call__(
+        self,
+        spans: ImageSpans,
+        embeds: jax.Array,
+        features: jax.Array,
+        seeds: jax.Array,
+        question: jax.Array,
+        key: jax.Array | None,
+    ) -> Groups:
         """The groups that stand for the images of prompts.
 
         Args:
@@ -134,7 +142,10 @@ class VisualCompressor(nnx.Module):
             return weigh(groups, jax.nn.softmax(self.gate(question), axis=-1))
         return Groups(*(jnp.concatenate(parts, axis=1) for parts in zip(*groups, strict=True)))
 
-    def groups_of(self, primitive: str, spans: ImageSpans, embeds, features, seeds) -> Groups:
+    def groups_of(
+        self, primitive: str, spans: ImageSpans, embeds: jax.Array, features: jax.Array, seeds: jax.Array
+    ) -> Groups:
+        """Those that one primitive makes of the images."""
         match primitive:
             case "pruning":
                 rows, valid = random_rows(spans, self.config.ratio(primitive), seeds)
@@ -155,7 +166,7 @@ class VisualCompressor(nnx.Module):
                     last,
                     last >= 0,
                 )
-            case "text_only":
+            case _:  # text only
                 return Groups(embeds[:, :0], features[:, :0], spans.ids[:, :0], spans.ids[:, :0] >= 0)
 
 
@@ -170,7 +181,7 @@ class Convolution(nnx.Module):
         self.embeds = nnx.Linear(ratio * width, width, kernel_init=average, rngs=rngs)
         self.features = nnx.Linear(ratio * width, width, kernel_init=average, rngs=rngs)
 
-    def __call__(self, runs: "Runs", embeds, features) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, runs: "Runs", embeds: jax.Array, features: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Both `[B, G, D]`; a run that is short is filled with zeros."""
         flat = (*runs.valid.shape, -1)
         return self.embeds(gather(runs, embeds).reshape(flat)), self.features(gather(runs, features).reshape(flat))

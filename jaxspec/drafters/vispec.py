@@ -67,7 +67,7 @@ class VisionAdaptor(nnx.Module):
         return self.o_proj(mixed.reshape(*mixed.shape[:3], heads * head_dim))
 
 
-class ViSpecHead(EagleHead):
+class ViSpecHead(EagleHead[ViSpecConfig]):
     def __init__(self, config: ViSpecConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs=rngs)
         width = config.text.hidden_size
@@ -78,14 +78,16 @@ class ViSpecHead(EagleHead):
         # [I | 0]: training starts from the head without a global feature.
         self.img_fc.kernel[...] = jnp.eye(2 * width, width)
 
-    def combine(self, embeds, features, global_features):
+    def combine(self, embeds: jax.Array, features: jax.Array, global_features: jax.Array | None) -> jax.Array:
         if self.config.global_feature:
+            assert global_features is not None
             features = self.img_fc(jnp.concatenate([features, global_features], axis=-1))
         return super().combine(embeds, features, global_features)
 
     def final_global_feature(self, rows: Rows, last: jax.Array) -> jax.Array | None:
         if not self.config.global_feature:
             return None
+        assert rows.global_features is not None
         return jnp.take_along_axis(rows.global_features, last[:, None, None], axis=1)[:, 0]
 
     def rows_of(self, context: DrafterContext, next_embeds: jax.Array, key: jax.Array | None = None) -> Rows:

@@ -1,6 +1,7 @@
 """The CLIP vision tower (`CLIPVisionModel` in transformers), as LLaVA uses it."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ from flax import nnx
 
 from jaxspec.kernels.attention import LayerKV, Segment, attend
 from jaxspec.layers import ACTIVATIONS, Embed, linear
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,7 @@ class ClipVisionConfig:
             raise ValueError(f"vision hidden_act {self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
 
     @classmethod
-    def from_hf(cls, config, model_type: str = "clip_vision_model") -> "ClipVisionConfig":
+    def from_hf(cls, config: "PretrainedConfig", model_type: str = "clip_vision_model") -> "ClipVisionConfig":
         """From a transformers config of that `model_type`. Raises ValueError for another kind of tower."""
         if config.model_type != model_type:
             raise ValueError(f"vision model_type {config.model_type!r} is not supported; only {model_type}")

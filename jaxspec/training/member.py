@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 from functools import partial
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +53,9 @@ class Member:
             self.stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stack.__exit__(kind, error, trace)
 
     def saved_steps(self) -> set[int]:
@@ -92,6 +95,7 @@ class Member:
 
     def measure(self, step: int) -> None:
         """What the state accepts; the best so far is kept."""
+        assert self.task.acceptance is not None  # `measures_at` has said so
         accepted = self.task.acceptance.measure(self.state.params)
         self.log.acceptance(step, accepted)
         self.about = summary(step, accepted)
@@ -112,6 +116,7 @@ class Member:
             about = self.about
             if acceptance.export == "best":
                 params, about = self.checkpoints.best_params(params), self.checkpoints.best_about()
+        assert about is not None  # from a measurement of this run or of one that it goes on from
         with self.checkpoints.writing("the export", OSError):
             self.task.export(params, self.recipe.export_folder, about)
         self.console.print(f"{self.recipe.name}: exported step {about['step']} to {self.recipe.export_folder}")

@@ -168,7 +168,7 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     return optax.MultiSteps(transformation, recipe.accumulate).gradient_transformation()
 
 
-def is_vision(path) -> bool:
+def is_vision(path: Sequence[Any]) -> bool:
     """Whether a parameter's path lies in a vision tower or the projector behind it."""
     names = ("vision_tower", "multi_modal_projector", "projector")
     return any(str(getattr(key, "key", "")) in names for key in path)
