@@ -9,7 +9,7 @@ import contextlib
 import copy
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, SupportsInt
+from typing import Any, ClassVar, SupportsInt
 
 import numpy as np
 import transformers
@@ -103,7 +103,9 @@ class QwenProcessor:
     """Qwen2.5-VL's tokenizer and image processor; each `<|image_pad|>` or `<|video_pad|>` becomes as many as its image
     or video has tokens. Videos go through the image processor frame by frame, within `video_size`."""
 
-    marks = image_token, video_token = "<|image_pad|>", "<|video_pad|>"
+    image_token: ClassVar[str] = "<|image_pad|>"
+    video_token: ClassVar[str] = "<|video_pad|>"
+    marks: ClassVar[tuple[str, str]] = (image_token, video_token)
 
     def __init__(
         self,
