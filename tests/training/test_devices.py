@@ -22,11 +22,9 @@ ROOT = Path(__file__).parents[2]
 TRAIN = """
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time here
 import train
 train.main()
 """
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
