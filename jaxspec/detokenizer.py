@@ -30,7 +30,7 @@ class TokenReader:
       tokenizer: of transformers, fast or slow.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoders = [] if backend is None else decoder_types(backend.decoder)
@@ -68,8 +68,8 @@ class TokenReader:
         if name is None:
             return b""
         if self.byte_level:
-            spelt = [BYTE_OF.get(character) for character in name]
-            return name.encode() if None in spelt else bytes(spelt)
+            spelt = [BYTE_OF[character] for character in name if character in BYTE_OF]
+            return bytes(spelt) if len(spelt) == len(name) else name.encode()
         if self.byte_fallback and (found := BYTE_TOKEN.fullmatch(name)):
             return bytes([int(found[1], 16)])
         return None
@@ -102,7 +102,7 @@ class Detokenizer:
       stop: stop strings, none of them empty.
     """
 
-    def __init__(self, reader: TokenReader, stop: Sequence[str] = ()):
+    def __init__(self, reader: TokenReader, stop: Sequence[str] = ()) -> None:
         self.reader, self.stop = reader, tuple(stop)
         self.count = 0
         """Tokens taken: all that were given, or those up to the one that completed a stop string."""
@@ -219,7 +219,7 @@ class Detokenizer:
 class Replacer:
     """`str.replace` of a text that comes in pieces."""
 
-    def __init__(self, old: str, new: str):
+    def __init__(self, old: str, new: str) -> None:
         self.old, self.new, self.held = old, new, ""
 
     def add(self, text: str) -> str:

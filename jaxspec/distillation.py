@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from jaxspec.data.answers import ABOUT, Answer, AnswerParts, Part, Refused, write_json
 from jaxspec.data.formats import encodable, name_of, printable
 from jaxspec.data.pictures import Pictures
@@ -49,7 +51,7 @@ class DistillSettings:
     shard_size: int = 256
     """Records per file of the set, and per part that is written whole: a run that is killed loses one part at most."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field, least in (("start", 0), ("count", 1), ("seed", 0), ("max_new_tokens", 1), ("shard_size", 1)):
             value = getattr(self, field)
             if value is not None and value < least:
@@ -93,6 +95,12 @@ class Dialogue:
     encoded: EncodedPrompt | None = None  # up to the turn that is to be answered next
 
     @property
+    def prompt(self) -> EncodedPrompt:
+        """What is to be answered next, once it is encoded."""
+        assert self.encoded is not None
+        return self.encoded
+
+    @property
     def images(self) -> tuple[str, ...]:
         """References of the images seen so far."""
         marks = sum(part["type"] == "image" for turn in self.asked.turns[: self.answered + 1] for part in turn)
@@ -113,7 +121,7 @@ class Distiller:
       batch_size: prompts that are answered at once; smaller batches are filled up, so that all are of one size.
     """
 
-    def __init__(self, generator: Generator, source: PromptSource, settings: DistillSettings, batch_size: int):
+    def __init__(self, generator: Generator, source: PromptSource, settings: DistillSettings, batch_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.generator, self.source, self.settings = generator, source, settings
@@ -193,7 +201,7 @@ class Distiller:
 
     def batches(self, ready: list[Dialogue]) -> Iterator[list[Dialogue]]:
         """Prompts of similar length together, text apart from images: few shapes, few compiled programs."""
-        ordered = sorted(ready, key=lambda each: (len(each.images), len(each.encoded.input_ids), each.record))
+        ordered = sorted(ready, key=lambda each: (len(each.images), len(each.prompt.input_ids), each.record))
         for start in range(0, len(ordered), self.batch_size):
             yield ordered[start : start + self.batch_size]
 
@@ -201,14 +209,15 @@ class Distiller:
         """A short batch is filled up with copies of its last prompt."""
         full = [*batch, *batch[-1:] * (self.batch_size - len(batch))]
         sampling = [self.settings.sampling(each.record) for each in full]
-        prompts = [each.encoded for each in full]
+        prompts = [each.prompt for each in full]
         return self.generator.generate_encoded(prompts, sampling, self.settings.max_new_tokens)[: len(batch)]
 
-    def answer_of(self, dialogue: Dialogue, tokens) -> Answer:
+    def answer_of(self, dialogue: Dialogue, tokens: np.ndarray) -> Answer:
+        """What the set says of it; `tokens` i32 `[n]`."""
         params = self.settings.sampling(dialogue.record)
         return Answer(
             id=dialogue.id,
-            prompt_ids=dialogue.encoded.input_ids,
+            prompt_ids=dialogue.prompt.input_ids,
             answer_ids=tokens,
             images=dialogue.images,
             temperature=params.temperature,

@@ -94,7 +94,7 @@ class Generator:
         tree: TreeConfig | None = None,
         max_length: int | None = None,
         allow_local_files: bool = False,
-    ):
+    ) -> None:
         if not isinstance(target, Target):
             raise ValueError(f"target must be a Target, from load_target; got {type(target).__name__}")
         if not isinstance(drafter, Drafter | None):
@@ -140,7 +140,7 @@ class Generator:
     @property
     def acceptance_warning(self) -> str | None:
         """The sentence that was warned with, if the drafter has been found to be of no use."""
-        return self._watch and self._watch.warning
+        return None if self._watch is None else self._watch.warning
 
     @property
     def judges_drafter(self) -> bool:
@@ -266,7 +266,7 @@ class Batch:
 
     def __init__(
         self, generator: Generator, prompts: list[EncodedPrompt], sampling: list[SamplingParams], limits: list[int]
-    ):
+    ) -> None:
         self.generator, self.prompts, self.sampling, self.limits = generator, prompts, sampling, limits
         self.prefill_seconds = self.decode_seconds = 0.0
         self.watching = any(params.stop for params in sampling)

@@ -7,15 +7,18 @@ models and, with `input_norm=False`, the EAGLE / ViSpec draft heads.
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxspec.kernels.attention import LayerKV, Segment, attend
+
+Text = TypeVar("Text", bound="TextConfig", covariant=True)
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -33,12 +36,12 @@ class RopeConfig:
     mrope_section: tuple[int, ...] = ()
     """Multimodal rope: how many frequencies in a row turn with time, height, width, time, .. (Qwen2-VL)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.type not in ROPE_TYPES:
             raise ValueError(f"rope type {self.type!r} is not implemented; known types: {', '.join(ROPE_TYPES)}")
         for name in ("theta", "factor"):
             value = getattr(self, name)
-            if not (isinstance(value, numbers.Real) and value > 0):
+            if not (isinstance(value, numbers.Real) and float(value) > 0):
                 raise ValueError(f"rope {name} must be a number above 0, got {value!r}")
 
 
@@ -61,14 +64,14 @@ class TextConfig:
     mlp_bias: bool = False
     max_position_embeddings: int = 4096
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_heads}) is not a multiple of num_key_value_heads ({self.num_kv_heads})"
             )
 
 
-ACTIVATIONS = {
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -102,7 +105,7 @@ def rope_tables(config: RopeConfig, head_dim: int, position_ids: jax.Array) -> t
 
 
 @jax.named_scope("rope")
-def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array], dtype=None) -> jax.Array:
+def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array], dtype: DTypeLike | None = None) -> jax.Array:
     """Rotate `x` `[B, N, H, Dh]`, halves convention (Llama in transformers). Computed in `dtype`, by default that of
     `x`, in which the result is."""
     dtype = dtype or x.dtype
@@ -112,7 +115,7 @@ def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array], dtype=None) ->
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs):
+    def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs) -> None:
         del rngs
         self.scale = nnx.Param(jnp.ones((features,)))
         self.epsilon = epsilon
@@ -135,7 +138,7 @@ class Embed(nnx.Module):
         *,
         embedding_init: nnx.Initializer = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0),
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         self.embedding = nnx.Param(embedding_init(rngs.params(), (num_embeddings, features)))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -153,7 +156,7 @@ def linear(features_in: int, features_out: int, *, bias: bool, rngs: nnx.Rngs, z
 class SelfAttention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: TextConfig, *, qkv_bias: bool, output_bias: bool, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, *, qkv_bias: bool, output_bias: bool, rngs: nnx.Rngs) -> None:
         query_width = config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
         self.q_proj = linear(config.hidden_size, query_width, bias=qkv_bias, rngs=rngs)
@@ -162,14 +165,17 @@ class SelfAttention(nnx.Module):
         self.o_proj = linear(query_width, config.hidden_size, bias=output_bias, rngs=rngs, zero=True)
         self.head_dim = config.head_dim
 
-    def heads(self, x, rope):
+    def heads(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Query `[B, N, H, Dh]`, key and value `[B, N, Hkv, Dh]`, turned to their positions."""
         query, key, value = (
             proj(x).reshape(*x.shape[:2], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         return apply_rope(query, rope), apply_rope(key, rope), value
 
-    def __call__(self, x, rope, mask, past):
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array, past: Sequence[Segment]
+    ) -> tuple[jax.Array, LayerKV]:
+        """As of `DecoderLayer`."""
         batch, length, _ = x.shape
         query, key, value = (part.swapaxes(1, 2) for part in self.heads(x, rope))  # [B, H, N, Dh]
         new = LayerKV(key, value)
@@ -181,7 +187,7 @@ class SelfAttention(nnx.Module):
 class GatedMLP(nnx.Module):
     """`down(activation(gate(x)) * up(x))`."""
 
-    def __init__(self, width: int, inner: int, *, bias: bool, activation: str = "silu", rngs: nnx.Rngs):
+    def __init__(self, width: int, inner: int, *, bias: bool, activation: str = "silu", rngs: nnx.Rngs) -> None:
         self.activation = activation
         self.gate_proj = linear(width, inner, bias=bias, rngs=rngs)
         self.up_proj = linear(width, inner, bias=bias, rngs=rngs)
@@ -194,7 +200,9 @@ class GatedMLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One pre-norm Llama layer. `input_norm=False` is EAGLE's draft layer (arXiv 2401.15077, published code)."""
 
-    def __init__(self, config: TextConfig, *, input_norm: bool = True, qkv_bias: bool | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self, config: TextConfig, *, input_norm: bool = True, qkv_bias: bool | None = None, rngs: nnx.Rngs
+    ) -> None:
         epsilon = config.rms_norm_eps
         self.input_layernorm = RMSNorm(config.hidden_size, epsilon, rngs=rngs) if input_norm else None
         self.self_attn = SelfAttention(
@@ -230,12 +238,13 @@ class Uncommitted(NamedTuple):
     position_ids: jax.Array  # i32 [B, T]
 
 
-class LanguageModel(nnx.Module):
+class LanguageModel(nnx.Module, Generic[Text]):
     """Token embedding, decoder layers, final norm, LM head."""
 
-    layer, norm_type = DecoderLayer, RMSNorm
+    layer: ClassVar[Callable[..., Any]] = DecoderLayer
+    norm_type: ClassVar[Callable[..., Any]] = RMSNorm
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: Text, *, rngs: nnx.Rngs) -> None:
         self.config = config
         init = nnx.initializers.normal(0.3)
         self.embed_tokens = Embed(config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs)
@@ -244,7 +253,16 @@ class LanguageModel(nnx.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
 
-    def __call__(self, embeds, position_ids, mask, cache=None, cache_mask=None, uncommitted=None, tap_layers=()):
+    def __call__(
+        self,
+        embeds: jax.Array,
+        position_ids: jax.Array,
+        mask: jax.Array,
+        cache: Sequence[LayerKV] | None = None,
+        cache_mask: jax.Array | None = None,
+        uncommitted: Uncommitted | None = None,
+        tap_layers: Sequence[int] = (),
+    ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
         """`embeds` `[B, N, D]`, `position_ids` i32 `[B, N]`, `mask` bool `[B, N, N]`; `cache` is one `LayerKV` per
         layer, `cache_mask` bool `[B, 1, S]`; `uncommitted` an `Uncommitted` or None. Returns features
         `[B, N, (T + 1) * D]`, the outputs of the T `tap_layers` before that of the final norm, and one new `LayerKV`
@@ -253,7 +271,10 @@ class LanguageModel(nnx.Module):
         states, new_kv = [embeds], []
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
-                past = [] if cache is None else [Segment(cache[index], cache_mask)]
+                past = []
+                if cache is not None:
+                    assert cache_mask is not None  # it comes with the cache
+                    past.append(Segment(cache[index], cache_mask))
                 if uncommitted is not None:
                     past.append(Segment(uncommitted.kv[index], uncommitted.mask))
                 x, kv = layer(states[-1], rope, mask, past)

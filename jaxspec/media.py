@@ -5,7 +5,7 @@ import binascii
 import contextlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def image_size(image: ImageLike, name: str = "image 1") -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def readable(name: str):
+def readable(name: str) -> Generator[None]:
     """Whatever Pillow raises over a damaged file becomes a ValueError that names the image."""
     try:
         yield

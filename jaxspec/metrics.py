@@ -3,8 +3,10 @@
 import dataclasses
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 JUDGED_ROUNDS = 64
 """Rounds after which what a drafter earns while it serves says something of it."""
@@ -35,16 +37,16 @@ class Acceptance:
     """Entry i: how many rounds emitted i + 1 tokens, from which all the rest follows."""
 
     @classmethod
-    def from_histogram(cls, emitted) -> "Acceptance":
+    def from_histogram(cls, emitted: ArrayLike) -> "Acceptance":
         """From counts `[P]`: entry i is the number of rounds that emitted i + 1 tokens (P = deepest path + 1).
 
         A round that was cut by a stop token or a length limit counts with the tokens it really emitted.
         """
-        emitted = np.asarray(emitted, np.int64)
-        rounds = int(emitted.sum())
-        tokens = int((emitted * np.arange(1, len(emitted) + 1)).sum())
-        reached = emitted[::-1].cumsum()[::-1]  # rounds that emitted at least i + 1 tokens
-        depth = len(emitted) - 1
+        counts = np.asarray(emitted, np.int64)
+        rounds = int(counts.sum())
+        tokens = int((counts * np.arange(1, len(counts) + 1)).sum())
+        reached = counts[::-1].cumsum()[::-1]  # rounds that emitted at least i + 1 tokens
+        depth = len(counts) - 1
         length = tokens / rounds if rounds else float("nan")
         with np.errstate(divide="ignore", invalid="ignore"):
             joint = reached[1:] / rounds
@@ -57,7 +59,7 @@ class Acceptance:
             acceptance_at_position=tuple(joint.tolist()),
             conditional_acceptance=tuple(conditional.tolist()),
             draft_acceptance_rate=(tokens - rounds) / (rounds * depth) if rounds and depth else float("nan"),
-            emitted=tuple(emitted.tolist()),
+            emitted=tuple(counts.tolist()),
         )
 
 
@@ -71,7 +73,8 @@ class GenerationStats(Acceptance):
     decode_seconds: float = 0.0
 
     @classmethod
-    def of(cls, emitted, **values) -> "GenerationStats":
+    def of(cls, emitted: ArrayLike, **values: Any) -> "GenerationStats":
+        """From counts as of `from_histogram`, and the fields of its own."""
         return cls(**dataclasses.asdict(Acceptance.from_histogram(emitted)), **values)
 
     @property
@@ -130,7 +133,7 @@ class AcceptanceWatch:
       recorded: the mean acceptance length that the drafter's folder tells, if the tree is the one it was measured with.
     """
 
-    def __init__(self, recorded: float | None = None):
+    def __init__(self, recorded: float | None = None) -> None:
         self.recorded = recorded
         self.warning: str | None = None
         self._emitted: np.ndarray | int = 0

@@ -2,11 +2,11 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 
 
 @contextlib.contextmanager
-def quiet(library: str, level: int = logging.ERROR) -> Iterator[None]:
+def quiet(library: str, level: int = logging.ERROR) -> Generator[None]:
     """Only errors from the logger of that name, such as "transformers", within the block; with `level`, only worse."""
     logger = logging.getLogger(library)
     before = logger.level

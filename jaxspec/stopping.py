@@ -1,6 +1,7 @@
 """Long work that ends cleanly when it is asked to: what Ctrl-C and SIGTERM mean for training and distillation."""
 
 import signal
+from types import FrameType
 
 
 class Stopped(Exception):
@@ -10,16 +11,16 @@ class Stopped(Exception):
 class CatchSignals:
     """Remembers SIGINT and SIGTERM; a second one interrupts at once."""
 
-    def __enter__(self):
+    def __enter__(self) -> "CatchSignals":
         self.received = False
         self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def receive(self, number, frame):
+    def receive(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             raise KeyboardInterrupt
         self.received = True
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)

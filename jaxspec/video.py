@@ -31,7 +31,7 @@ class Video:
     frames: Sequence[ImageLike]
     fps: float = FPS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not len(self.frames):
             raise ValueError("a video needs at least one frame, got none")
         if not (math.isfinite(self.fps) and self.fps > 0):
@@ -94,11 +94,11 @@ def sample_times(frames: int, seconds: float, fps: float, max_frames: int) -> np
     return np.arange(count) * (seconds / count)
 
 
-def stream_of(source: str | Path | bytes):
+def stream_of(source: str | Path | bytes) -> io.BytesIO | str:
     return io.BytesIO(source) if isinstance(source, bytes) else str(source)
 
 
-def animation_times(source) -> tuple[np.ndarray | None, float]:
+def animation_times(source: str | Path | bytes) -> tuple[np.ndarray | None, float]:
     """When each frame of an animated picture begins and when the last one ends, in seconds; None for other files."""
     try:
         with Image.open(stream_of(source)) as image:
@@ -117,7 +117,7 @@ def duration(frame: Image.Image) -> int:
     return frame.info.get("duration", 0)
 
 
-def animation_frames(source, chosen: Sequence[int]) -> list[Image.Image]:
+def animation_frames(source: str | Path | bytes, chosen: Sequence[int]) -> list[Image.Image]:
     wanted = set(chosen)
     with Image.open(stream_of(source)) as image:
         frames = enumerate(ImageSequence.Iterator(image))
@@ -125,7 +125,7 @@ def animation_frames(source, chosen: Sequence[int]) -> list[Image.Image]:
     return [kept[index] for index in chosen]
 
 
-def sampled_stream(source, fps: float, max_frames: int) -> tuple[list[Image.Image], float]:
+def sampled_stream(source: str | Path | bytes, fps: float, max_frames: int) -> tuple[list[Image.Image], float]:
     """Frames of a video file, and how long it takes in seconds."""
     try:
         import av

@@ -21,7 +21,7 @@ def stolen_seconds() -> float:
 class StolenShare:
     """`StolenShare()()`: the share of all cores' time that the host took since the object was made, from 0 to 1."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.stolen, self.clock = stolen_seconds(), time.perf_counter()
 
     def __call__(self) -> float:

@@ -1,6 +1,7 @@
 """Token identity: whether two answers are the same, where they part, and how near a tie the target was there."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +12,27 @@ from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.filters import warp
 from jaxspec.speculation.sampling import BatchSampling, SamplingParams, gumbel_noise
 from jaxspec.targets.images import stack_positions
-from jaxspec.targets.target import full_logits
+from jaxspec.targets.target import Target, full_logits
+
+if TYPE_CHECKING:
+    from jaxspec.benchmark.measure import Question
+
+Tokens = Sequence[int] | np.ndarray
+"""Of an answer, `[n]`."""
 
 
-def first_difference(ours: Sequence[int], reference: Sequence[int]) -> int | None:
+def first_difference(ours: Tokens, reference: Tokens) -> int | None:
     """The first position at which two token sequences differ (or one of them ends), None where they are equal."""
-    ours, reference = np.asarray(ours), np.asarray(reference)
     common = min(len(ours), len(reference))
-    different = np.flatnonzero(ours[:common] != reference[:common])
+    different = np.flatnonzero(np.asarray(ours)[:common] != np.asarray(reference)[:common])
     if len(different):
         return int(different[0])
     return None if len(ours) == len(reference) else common
 
 
-def choice_margin(target, question, sampling: SamplingParams, tokens: Sequence[int], position: int) -> float:
+def choice_margin(
+    target: Target, question: "Question", sampling: SamplingParams, tokens: Tokens, position: int
+) -> float:
     """By how much the target's best token leads the second at `position` of the answer `tokens`.
 
     In units of the logits at temperature 0, else of the warped logits plus noise that choose the token. A margin of

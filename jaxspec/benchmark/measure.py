@@ -5,16 +5,18 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from jaxspec.benchmark.host import StolenShare
 from jaxspec.buckets import bucket
-from jaxspec.generator import Generator
+from jaxspec.generator import Generator, Result
 from jaxspec.metrics import GenerationStats
-from jaxspec.prompting import encode_prompt
+from jaxspec.prompting import ImageLike, Prompt, encode_prompt
 from jaxspec.speculation.sampling import SamplingParams
+from jaxspec.targets.target import Target
+from jaxspec.video import Video
 
 WARM_UPS = 3
 MAX_STOLEN = 0.01
@@ -23,16 +25,23 @@ MAX_STOLEN = 0.01
 class Question(NamedTuple):
     """One request of a benchmark."""
 
-    prompt: Any
-    images: tuple = ()
+    prompt: Prompt
+    images: tuple[ImageLike | Video, ...] = ()
 
 
 class Answer(Protocol):
     """What timing needs of a result: `jaxspec.Result`, and what other implementations' arms return."""
 
-    tokens: np.ndarray  # i32 [n]
-    text: str
-    stats: GenerationStats
+    @property
+    def tokens(self) -> np.ndarray:
+        """I32 `[n]`."""
+        ...
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def stats(self) -> GenerationStats: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +50,15 @@ class Arm:
 
     name: str
     answer: Callable[[Question, SamplingParams], Answer]
-    warm_up: Callable[[Question, SamplingParams], None]
+    warm_up: Callable[[Question, SamplingParams], object]
     generator: Generator | None = None
 
     @classmethod
     def of(cls, name: str, generator: Generator, max_new_tokens: int) -> "Arm":
-        def answer(question, sampling):
+        def answer(question: Question, sampling: SamplingParams) -> Result:
             return generator.generate(question.prompt, question.images, sampling, max_new_tokens)
 
-        def warm_up(question, sampling):
+        def warm_up(question: Question, sampling: SamplingParams) -> None:
             """One prefill and two rounds: all programs of a request, without its length."""
             stream = generator.stream(question.prompt, question.images, sampling, max_new_tokens, rounds_per_piece=1)
             for _ in itertools.islice(stream, 3):
@@ -62,7 +71,7 @@ class Arm:
         return self.generator.compilations if self.generator else 0
 
 
-def distinct_shapes(target, questions: Sequence[Question]) -> list[Question]:
+def distinct_shapes(target: Target, questions: Sequence[Question]) -> list[Question]:
     """One question for each combination of shapes that a generator compiles for."""
     seen = {}
     for question in questions:

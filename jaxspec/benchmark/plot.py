@@ -1,6 +1,11 @@
 """A benchmark as one picture: speed-up and acceptance length per drafter and temperature, acceptance by position."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS = ("#4053d3", "#ddb310", "#b51d14", "#00beff", "#fb49b0", "#00b25d")
 STYLES = ("-", "--", ":", "-.")
@@ -39,7 +44,14 @@ def write_plot(results: dict, path: Path) -> bool:
     return True
 
 
-def bars(axes, entries, names, temperatures, field: str, title: str) -> None:
+def bars(
+    axes: "Axes",
+    entries: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    temperatures: Sequence[float],
+    field: str,
+    title: str,
+) -> None:
     """A row per drafter, the first on top, with a bar per temperature; the line at 1 is autoregressive decoding."""
     for place, temperature in enumerate(temperatures):
         chosen = [entry for entry in entries if entry["temperature"] == temperature]
@@ -61,7 +73,9 @@ def bars(axes, entries, names, temperatures, field: str, title: str) -> None:
     axes.grid(axis="x", color="0.9")
 
 
-def lines(axes, entries, names, temperatures) -> None:
+def lines(
+    axes: "Axes", entries: Sequence[Mapping[str, Any]], names: Sequence[str], temperatures: Sequence[float]
+) -> None:
     """How many of the draft tokens were accepted at least, a line per drafter and temperature."""
     for entry in entries:
         joint = entry["acceptance_at_position"]

@@ -4,6 +4,8 @@ Speed beside an unknown quality says little, and a verifier that let wrong token
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 from jaxspec import demo
 from jaxspec.demo.scenes import Bar
@@ -14,7 +16,11 @@ BATCH = 8
 
 
 def score_answers(
-    generators: dict[str, Generator], count: int, seed: int, max_new_tokens: int, progress: Callable
+    generators: dict[str, Generator],
+    count: int,
+    seed: int,
+    max_new_tokens: int,
+    progress: Callable[[str, int], AbstractContextManager[Any]],
 ) -> list[dict]:
     """Precision, recall and F1 of greedy answers about `count` test scenes, per generator and kind of scene.
 

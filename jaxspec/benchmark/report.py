@@ -10,8 +10,11 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+
+from jaxspec.targets.target import Target
 
 TEMPLATED = (
     "The embedded model answers in templated text about rendered scenes, which flatters acceptance and speed-up: "
@@ -27,7 +30,7 @@ LEGEND = (
 PACKAGES = ("jaxspec-vlm", "jax", "jaxlib", "flax", "transformers", "numpy")
 
 
-def environment(target, dtype: str, target_name: str, arguments: Sequence[str]) -> dict:
+def environment(target: Target, dtype: str, target_name: str, arguments: Sequence[str]) -> dict:
     """Where and with what a benchmark ran."""
     devices = jax.devices()
     return {
@@ -81,7 +84,7 @@ def write_report(results: dict, folder: Path) -> None:
     (folder / "results.md").write_text(markdown(results))
 
 
-def strict_json(value):
+def strict_json(value: Any) -> Any:
     """JSON has no nan: null."""
     if isinstance(value, dict):
         return {str(key): strict_json(each) for key, each in value.items()}

@@ -6,7 +6,9 @@
 import dataclasses
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from jaxspec.arguments import length_limit
 from jaxspec.benchmark.identity import choice_margin, first_difference
 from jaxspec.benchmark.measure import (
     WARM_UPS,
+    Answer,
     Arm,
     Question,
     Timing,
@@ -54,7 +57,7 @@ class SpeedBenchmark:
     noise_off: bool = True
     others: Sequence[Arm] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("runs", "max_new_tokens", "patience"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
@@ -91,7 +94,7 @@ class SpeedBenchmark:
             for temperature in self.temperatures
         }
 
-    def run(self, progress: Callable) -> list[dict]:
+    def run(self, progress: Callable[[str, int], AbstractContextManager[Any]]) -> list[dict]:
         """One entry per temperature and arm. `progress(name, total)` is a context with `advance()`."""
         arms = self.arms()
         questions = [Question(example.question, (example.image,)) for example in self.examples]
@@ -117,7 +120,7 @@ class SpeedBenchmark:
         return results
 
     def measured(
-        self, temperature: float, group: Sequence[Arm], questions: Sequence[Question], after_each
+        self, temperature: float, group: Sequence[Arm], questions: Sequence[Question], after_each: Callable[[], None]
     ) -> list[dict]:
         """One entry per arm of the group, whose arms answer every question in turns."""
         made = [
@@ -137,8 +140,15 @@ class SpeedBenchmark:
     def sampling(self, temperature: float, index: int) -> SamplingParams:
         return SamplingParams(temperature=temperature, seed=self.seed + index)
 
-    def summary(self, temperature: float, arm: Arm, answers, all_answers, questions) -> dict:
-        """The numbers of one arm over all questions; `answers` are its runs per question."""
+    def summary(
+        self,
+        temperature: float,
+        arm: Arm,
+        answers: Sequence[Sequence[Answer]],
+        all_answers: Sequence[Mapping[str, Sequence[Answer]]],
+        questions: Sequence[Question],
+    ) -> dict:
+        """The numbers of one arm over all questions; `answers` are its runs per question, `all_answers` every arm's."""
         timings = [Timing.of(runs) for runs in answers]
         baseline = [Timing.of(each[BASELINE]) for each in all_answers]
         acceptance = pooled([runs[0].stats for runs in answers])
@@ -161,9 +171,9 @@ class SpeedBenchmark:
                 )
             ]
         ]
-        drafter, tree = self.drafters.get(arm.name, (None, None))
         warning = None
         if arm.generator and arm.generator.judges_drafter and temperature == 0:
+            drafter, tree = self.drafters[arm.name]
             recorded = drafter.about.get("mean_acceptance_length") if tree == drafter.tree else None
             warning = acceptance_warning(acceptance, recorded)
         return {
@@ -184,7 +194,7 @@ class SpeedBenchmark:
             "prompts": prompts,
         }
 
-    def prompt_entry(self, index: int, answer, timing: Timing, baseline: Timing) -> dict:
+    def prompt_entry(self, index: int, answer: Answer, timing: Timing, baseline: Timing) -> dict:
         example, stats = self.examples[index], answer.stats
         gained = speedup([baseline], [timing])
         return {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,10 +27,10 @@ class TransformersAnswer:
 class Clock:
     """A streamer that notes when the first token came."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.times: list[float] = []
 
-    def put(self, value) -> None:
+    def put(self, value: Any) -> None:
         del value
         self.times.append(time.perf_counter())  # the prompt first, then token by token
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ def check_sizes(raw: Mapping[str, Any], source: Path) -> None:
 
 
 @contextlib.contextmanager
-def one_sentence(source: Path) -> Iterator[None]:
+def one_sentence(source: Path) -> Generator[None]:
     """Whatever is raised while the config.json `source` is understood becomes one ValueError that names it: configs
     with wrong types and missing keys fail in many ways, inside transformers, too."""
     try:

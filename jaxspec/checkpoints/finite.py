@@ -2,12 +2,13 @@
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 SIGNED = {2: np.int16, 4: np.int32, 8: np.int64}
 
 
-def cast(array: np.ndarray, dtype) -> np.ndarray:
+def cast(array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
     """A copy in `dtype`, silent about what overflows: `is_finite` finds it."""
     with np.errstate(over="ignore", invalid="ignore"):
         return array.astype(dtype)
@@ -28,7 +29,7 @@ def is_finite(array: np.ndarray) -> bool:
     )
 
 
-def why_not_finite(array: np.ndarray, dtype) -> str:
+def why_not_finite(array: np.ndarray, dtype: DTypeLike) -> str:
     """What is wrong with an array of a file that is not finite in `dtype`."""
     largest, rows = 0.0, max(1, 2**20 // max(1, array[:1].size)) if array.ndim else 1
     for start in range(0, len(array) if array.ndim else 1, rows):

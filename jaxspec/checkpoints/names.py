@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxspec.checkpoints.finite import cast, is_finite, why_not_finite
 from jaxspec.checkpoints.foreign import counted, foreign_tensors
 from jaxspec.sharding import parameter_sharding
 
-Module = TypeVar("Module", bound=nnx.Module)
+Module = TypeVar("Module")
+"""An `nnx.Module`; not a bound, for a protocol such as `DraftModel` cannot say that it is one."""
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 LISTED, SHOWN = 20, 3
@@ -63,7 +65,7 @@ def dotted_path(path: Iterable) -> str:
     return ".".join(map(str, path))
 
 
-def parameter_paths(module: nnx.Module) -> dict[str, nnx.Param]:
+def parameter_paths(module: object) -> dict[str, nnx.Param]:
     """Every parameter of a module by dotted path."""
     return {dotted_path(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
@@ -99,7 +101,7 @@ def abstract(build: Callable[[Any], Module]) -> Module:
 
 
 def match(
-    module: nnx.Module, tensors: Mapping[str, np.ndarray], table: NameTable, source: str
+    module: object, tensors: Mapping[str, np.ndarray], table: NameTable, source: str
 ) -> list[tuple[tuple, nnx.Variable, np.ndarray]]:
     """(path, leaf, published array in our layout) of every parameter of an abstract module; no values are read.
 
@@ -151,7 +153,14 @@ def listed(problems: list[str]) -> str:
     return "\n  ".join(problems)
 
 
-def fill(module: Module, tensors: Mapping[str, np.ndarray], table: NameTable, source: str, dtype, mesh=None) -> Module:
+def fill(
+    module: Module,
+    tensors: Mapping[str, np.ndarray],
+    table: NameTable,
+    source: str,
+    dtype: DTypeLike | None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Module:
     """A module with the same structure (built abstractly) whose parameters are the published tensors in `dtype`
     (integers keep theirs).
 
@@ -171,12 +180,12 @@ def fill(module: Module, tensors: Mapping[str, np.ndarray], table: NameTable, so
     return nnx.merge(nnx.graphdef(module), nnx.from_flat_state(values))
 
 
-def settled(own, wanted):
+def settled(own: DTypeLike, wanted: DTypeLike | None) -> DTypeLike:
     """The dtype that a parameter of dtype `own` gets where `wanted` is asked for: integers stay what they are."""
     return wanted if wanted is not None and jnp.issubdtype(own, jnp.floating) else own
 
 
-def place(array: np.ndarray, path: str, dtype, mesh) -> tuple[jax.Array, bool]:
+def place(array: np.ndarray, path: str, dtype: DTypeLike, mesh: jax.sharding.Mesh | None) -> tuple[jax.Array, bool]:
     """A memory-mapped array in `dtype` on the device, or shard by shard on a mesh; and whether it is finite, in the
     shards of this host.
 
@@ -203,7 +212,7 @@ def published_shape(path: str, shape: Iterable[int]) -> tuple[int, ...]:
     return to_published(path, np.broadcast_to(0, tuple(shape))).shape
 
 
-def to_tensors(module: nnx.Module, table: NameTable, dtype=None) -> dict[str, np.ndarray]:
+def to_tensors(module: object, table: NameTable, dtype: DTypeLike | None = None) -> dict[str, np.ndarray]:
     """Published tensors of a module, the inverse of `fill`."""
     tensors = {}
     for path, leaf in parameter_paths(module).items():

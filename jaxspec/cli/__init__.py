@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(arguments)
     except SystemExit as stop:  # tyro: 0 after --help, 2 after printing what is wrong with the flags
-        return stop.code or 0
+        return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except BrokenPipeError:  # whoever read what we print has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -20,8 +20,14 @@ def read_command(arguments: Sequence[str], program: str) -> Any:
     if arguments and arguments[0] in COMMANDS:
         name, *options = arguments
         return tyro.cli(command_named(name), args=options, prog=f"{program} {name}")
-    every = [Annotated[command_named(name), tyro.conf.subcommand(name)] for name in COMMANDS]
+    every = [named(name) for name in COMMANDS]
     return tyro.cli(reduce(or_, every), args=list(arguments), prog=program, description=DESCRIPTION)
+
+
+def named(name: str) -> Any:
+    """What tyro makes a subcommand of."""
+    command: Any = command_named(name)
+    return Annotated[command, tyro.conf.subcommand(name)]
 
 
 def command_named(name: str) -> type:

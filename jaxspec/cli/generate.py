@@ -1,7 +1,7 @@
 """`python -m jaxspec generate`: a question about a picture, and what speculation did for the answer."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +13,7 @@ from jaxspec import demo
 from jaxspec.benchmark.identity import choice_margin, first_difference
 from jaxspec.benchmark.measure import (
     MAX_STOLEN,
+    Answer,
     Arm,
     Question,
     Timing,
@@ -26,6 +27,7 @@ from jaxspec.cli.output import ACCEPTED_STYLE, TokenColours, coloured, show_warn
 from jaxspec.generator import Generator, Result
 from jaxspec.media import open_image
 from jaxspec.speculation.sampling import SamplingParams
+from jaxspec.targets.target import Target
 from jaxspec.video import Video
 
 AUTOREGRESSIVE, SPECULATIVE = "autoregressive", "speculative"
@@ -90,14 +92,16 @@ class Generate:
         with waiting(console, "loading ..."):
             target = self.model.load()
             drafter = load_named_drafter(name, target) if name else None
-            arms = [self.arm(AUTOREGRESSIVE, Generator(target, max_length=self.model.max_length))]
+            generator = Generator(target, max_length=self.model.max_length)
+            arms = [self.arm(AUTOREGRESSIVE, generator)]
             if drafter:
                 tree = self.tree.applied(drafter.tree)
-                arms.append(self.arm(SPECULATIVE, Generator(target, drafter, tree, self.model.max_length)))
+                generator = Generator(target, drafter, tree, self.model.max_length)
+                arms.append(self.arm(SPECULATIVE, generator))
         show_question(console, [*paths, *self.video], question)
         with waiting(console, "compiling ..."):
             warm_up(arms, [question], sampling)
-        self.show_answer(console, arms[-1].generator, question, sampling)
+        self.show_answer(console, generator, question, sampling)
         with waiting(console, "measuring ..."):
             answers, stolen, _ = interleaved(arms, question, sampling, RUNS, PATIENCE)
         console.print(
@@ -110,7 +114,7 @@ class Generate:
         if drafter is None:
             console.print("No drafter was given (--drafter): autoregressive decoding only.")
         else:
-            show_warning(console, arms[-1].generator.acceptance_warning)
+            show_warning(console, generator.acceptance_warning)
         if self.save_svg:
             console.save_svg(self.save_svg, title="python -m jaxspec generate")
 
@@ -128,10 +132,12 @@ class Generate:
         colours = TokenColours()
         request = question.prompt, question.images, sampling, self.max_new_tokens
         if self.stream and not self.save_svg:  # a drawing needs whole lines
+            result = None
             for piece in generator.stream(*request):
                 colours.add(piece.text_ends, piece.accepted)
                 console.print(coloured(colours.split(piece.text)), end="", soft_wrap=True)
-            result = piece.result
+                result = piece.result
+            assert result is not None  # the last piece carries it
         else:
             result = generator.generate(*request)
             colours.add(result.text_ends, result.accepted)
@@ -147,7 +153,15 @@ class Generate:
                 console.print(f"{legend}, the others from the target.")
         return result
 
-    def row(self, name: str, answers, target, question: Question, sampling: SamplingParams) -> list[str]:
+    def row(
+        self,
+        name: str,
+        answers: Mapping[str, Sequence[Answer]],
+        target: Target,
+        question: Question,
+        sampling: SamplingParams,
+    ) -> list[str]:
+        """What the table says of the arm of that name."""
         timing, baseline = Timing.of(answers[name]), Timing.of(answers[AUTOREGRESSIVE])
         stats, identical = answers[name][0].stats, "-"
         if name != AUTOREGRESSIVE:

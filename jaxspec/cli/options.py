@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -32,7 +32,7 @@ class TreeOptions:
 
     def applied(self, tree: TreeConfig) -> TreeConfig:
         """Raises ValueError for a tree that cannot be."""
-        given = {"depth": self.depth, "top_k": self.tree_top_k, "total_tokens": self.total_tokens}
+        given: dict[str, Any] = {"depth": self.depth, "top_k": self.tree_top_k, "total_tokens": self.total_tokens}
         given["noise_weight"] = self.noise_weight
         return dataclasses.replace(tree, **{name: value for name, value in given.items() if value is not None})
 
@@ -74,5 +74,7 @@ def use_compilation_cache(folder: str | None) -> None:
     """Keep compiled programs in `folder`; by default where JAX was told to, else in the user's cache folder."""
     if folder is None:
         user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = jax.config.jax_compilation_cache_dir or str(user_cache / "jaxspec" / "xla")
+        # JAX gives its configuration these attributes at run time.
+        told = jax.config.jax_compilation_cache_dir  # pyrefly: ignore[missing-attribute]
+        folder = told or str(user_cache / "jaxspec" / "xla")
     jax.config.update("jax_compilation_cache_dir", folder or None)

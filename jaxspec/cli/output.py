@@ -3,7 +3,8 @@
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -23,7 +24,7 @@ def make_console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH, record=True)
 
 
-def waiting(console: Console, what: str):
+def waiting(console: Console, what: str) -> contextlib.AbstractContextManager[Any]:
     """A context with a spinner on a terminal; nothing elsewhere."""
     return console.status(Text(what)) if console.is_terminal else contextlib.nullcontext()
 
@@ -48,7 +49,7 @@ class ProgressLines:
     `done` steps were there before: they count for the way, not for the rate.
     """
 
-    def __init__(self, console: Console, name: str, total: int, done: int = 0):
+    def __init__(self, console: Console, name: str, total: int, done: int = 0) -> None:
         self.console, self.name, self.total, self.done, self.before = console, name, total, done, done
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -68,7 +69,7 @@ class ProgressLines:
         self.started = time.perf_counter()
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.bar.stop()
 
     def advance(self, steps: int = 1) -> None:
@@ -87,12 +88,12 @@ class TokenColours:
     """Says which characters of a growing text came from accepted draft tokens: a character belongs to the token that
     completes it. Pieces are cut from the text itself, so they join to it exactly."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.ends: list[int] = []  # characters that are complete after each token
         self.accepted: list[bool] = []
         self.shown = self.owner = 0  # characters given out, and the token that the latest of them belongs to
 
-    def add(self, text_ends: Sequence[int], accepted: Sequence[bool]) -> None:
+    def add(self, text_ends: Iterable[int], accepted: Iterable[bool]) -> None:
         """The next tokens, as a `Piece` or `Result` tells of them."""
         self.ends += map(int, text_ends)
         self.accepted += map(bool, accepted)

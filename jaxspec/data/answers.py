@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -74,7 +75,7 @@ class AnswerParts:
       part_size: prompts per part.
     """
 
-    def __init__(self, folder: Path, records: range, part_size: int):
+    def __init__(self, folder: Path, records: range, part_size: int) -> None:
         self.folder, self.records = folder, records
         self.ranges = [records[start : start + part_size] for start in range(0, len(records), part_size)]
         (folder / "parts").mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,9 @@ def serialized(answer: Answer) -> bytes:
         "temperature": answer.temperature,
         "seed": answer.seed,
     })  # fmt: skip
-    return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
+    # The module of a protocol buffer makes its classes when it is imported.
+    message = tf_example_pb2.Example  # pyrefly: ignore[missing-attribute]
+    return message.FromString(example).SerializeToString(deterministic=True)
 
 
 def write_records(path: Path, rows: Iterable[bytes]) -> None:
@@ -204,7 +207,7 @@ class AnswerSource:
       ValueError: it is not finished.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None):
+    def __init__(self, folder: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None) -> None:
         folder = Path(folder)
         if not (folder / ABOUT).exists():
             raise FileNotFoundError(
@@ -233,7 +236,7 @@ class AnswerSource:
 class AnswerEncoder:
     """Records of an `AnswerSource` as the target reads them, for `jaxspec.data.pipeline.Pipeline`."""
 
-    def __init__(self, processor, config: TargetConfig):
+    def __init__(self, processor: Any, config: TargetConfig) -> None:
         self.processor, self.config = processor, config
 
     def encode_record(self, record: dict) -> Example:

@@ -9,6 +9,7 @@ tokenizer, whatever it does at the borders of segments.
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,7 +34,7 @@ class ConversationEncoder:
       ValueError: the tokenizer isn't a fast one, or there is no chat template.
     """
 
-    def __init__(self, processor, config: TargetConfig):
+    def __init__(self, processor: Any, config: TargetConfig) -> None:
         self.processor, self.config, self.tokenizer = processor, config, processor.tokenizer
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(f"The tokenizer must be a fast one; got {type(self.tokenizer).__name__}.")

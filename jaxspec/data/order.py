@@ -8,6 +8,7 @@ would hold without it: every record once, before any comes again.
 
 import threading
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import grain
 import numpy as np
@@ -36,7 +37,7 @@ class Order:
         seed: int,
         shuffle: bool,
         length_of: Callable[[int], int] | None = None,
-    ):
+    ) -> None:
         records = grain.MapDataset.range(count).seed(seed)
         self._stream = (records.shuffle() if shuffle else records).repeat()
         self._count, self._batch_size, self._limit, self._seed = count, batch_size, limit, seed
@@ -58,7 +59,7 @@ class Order:
 
     def epoch(self) -> Iterator[int]:
         """The records of the first epoch, as they come where batches are made without lengths."""
-        return (int(self._stream[position]) for position in range(self._count))
+        return (cast(int, self._stream[position]) for position in range(self._count))
 
     def _records(self, steps: range) -> np.ndarray:
         positions = range(steps.start * self._batch_size, steps.stop * self._batch_size)
@@ -73,6 +74,7 @@ class Order:
 
     def _make(self, window: range) -> list[tuple[np.ndarray, int]]:
         records = self._records(window)
+        assert self._length_of is not None  # without lengths there are no windows
         for index in records.tolist():
             if self._lengths[index] < 0:
                 self._lengths[index] = min(self._length_of(index), self._limit)

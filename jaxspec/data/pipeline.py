@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 
 from jaxspec.data.order import Order
+from jaxspec.data.records import Encoder, Records
 from jaxspec.targets.contract import TargetConfig
 from jaxspec.targets.prompts import EncodedPrompt, stack_prompts
 
@@ -104,8 +105,8 @@ class Pipeline:
 
     def __init__(
         self,
-        source: Sequence[dict[str, Any]],
-        encoder: Any,
+        source: Records[dict[str, Any]],
+        encoder: Encoder,
         *,
         sequence_length: int,
         batch_size: int,
@@ -115,7 +116,7 @@ class Pipeline:
         answer_run: int = 1,
         process_index: int = 0,
         process_count: int = 1,
-    ):
+    ) -> None:
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(f"batch_size must be a multiple of process_count {process_count}; got {batch_size}.")
         if not 0 <= process_index < process_count:
@@ -147,7 +148,9 @@ class Pipeline:
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         """The batch of one step, made on the spot; `batches` gives the same ones ahead of time."""
-        return self._batches[step]
+        batch = self._batches[step]
+        assert batch is not None  # as of a filtered data set
+        return batch
 
     def batches(
         self, start_step: int = 0, num_threads: int = 2, prefetch: int = 8, num_workers: int = 0
@@ -181,9 +184,10 @@ class Pipeline:
         return iter(dataset)
 
     def _make(self, step: int) -> dict[str, Any]:
+        """The batch of the first step from `step` on that has a usable record."""
         tried: set[int] = set()
-        for later in itertools.count(step):
-            indices, length = self._order[later]
+        while True:
+            indices, length = self._order[step]
             own = indices[self._share].tolist()
             rows = [self._encode(index, length) for index in own]
             self.skipped += rows.count(None)
@@ -191,15 +195,19 @@ class Pipeline:
             others = (self._encode(index, length) for index in indices.tolist())
             good = next((row.example for row in itertools.chain(rows, others) if row is not None), None)
             if good is not None:
-                break
+                return self._batch(own, rows, good, length)
             tried.update(indices.tolist())
             self._check_patience(len(tried))
+            step += 1
+
+    def _batch(self, indices: list[int], rows: list[Row | None], good: Example, length: int) -> dict[str, Any]:
+        """Rows that are left out repeat the `good` one without counting."""
         for row in rows:
             if row is not None and row.length > self._sequence_length:
                 self._count_cut(row.length)
         silent = dataclasses.replace(good, loss_mask=np.zeros_like(good.loss_mask))
         examples = [silent if row is None else row.example for row in rows]
-        return {"ids": np.array([self._name(index) for index in own]), **self._stack(examples, length)}
+        return {"ids": np.array([self._name(index) for index in indices]), **self._stack(examples, length)}
 
     def _encode(self, index: int, length: int) -> Row | None:
         """A record within `length` tokens; None where it is left out."""

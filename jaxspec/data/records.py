@@ -1,9 +1,14 @@
 """Random access to records: what every source of them offers, and what tensorflow-datasets has stored."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import tensorflow_datasets as tfds
+
+if TYPE_CHECKING:
+    from jaxspec.data.pipeline import Example
+    from jaxspec.targets.contract import TargetConfig
+    from jaxspec.targets.prompts import EncodedPrompt
 
 Record = TypeVar("Record", covariant=True)
 
@@ -14,6 +19,39 @@ class Records(Protocol[Record]):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Record: ...
+
+
+class IllustratedRecords(Records[Record], Protocol[Record]):
+    """Records that may have images."""
+
+    @property
+    def has_images(self) -> bool | None:
+        """Whether any record has one; None where only reading them would tell."""
+        ...
+
+
+class Encoder(Protocol):
+    """Reads the records of some source as a target does, for `jaxspec.data.pipeline`. Its methods raise ValueError for
+    a record that cannot be read."""
+
+    @property
+    def config(self) -> "TargetConfig": ...
+
+    def encode_record(self, record: dict[str, Any]) -> "Example":
+        """What is learned from the record."""
+        ...
+
+    def length(self, record: dict[str, Any]) -> int:
+        """How many tokens `encode_record` will give."""
+        ...
+
+
+class QuestionEncoder(Encoder, Protocol):
+    """One that can also ask."""
+
+    def encode_question(self, record: dict[str, Any]) -> "tuple[EncodedPrompt, int]":
+        """The record's first question, to be answered anew, and how many tokens its answer has."""
+        ...
 
 
 def stored_records(

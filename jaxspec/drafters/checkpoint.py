@@ -13,16 +13,17 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxspec.checkpoints.configs import check_sizes, one_sentence
 from jaxspec.checkpoints.finite import is_finite
 from jaxspec.checkpoints.foreign import foreign_files, refuse_quantised
 from jaxspec.checkpoints.names import abstract, fill, match, to_tensors
 from jaxspec.checkpoints.tensors import SINGLE, read_folder, read_json, write_file
-from jaxspec.drafters.contract import Method
+from jaxspec.drafters.contract import DraftModel, Method
 from jaxspec.drafters.registry import METHODS, method_of
 from jaxspec.speculation.tree import TreeConfig
+from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.registry import settle_tying
 
 EMBEDDING = "embed_tokens.weight"
@@ -30,7 +31,9 @@ TREE_KEYS = {"depth": "depth", "top_k": "top_k", "total_token": "total_tokens"} 
 NOISE = "noise_weight"  # ours
 
 
-def load_drafter_folder(folder: Path, target, dtype=jnp.float32) -> tuple[nnx.Module, TreeConfig]:
+def load_drafter_folder(
+    folder: Path, target: VisionLanguageModel | None, dtype: DTypeLike = jnp.float32
+) -> tuple[DraftModel, TreeConfig]:
     """The drafter of a folder and its tree. Raises FileNotFoundError or ValueError, naming what does not fit.
 
     Without a target (None) only the folder itself is checked.
@@ -54,12 +57,12 @@ def load_drafter_folder(folder: Path, target, dtype=jnp.float32) -> tuple[nnx.Mo
 
 
 def save_drafter_folder(
-    drafter: nnx.Module,
+    drafter: DraftModel,
     name: str,
     tree: TreeConfig,
-    target,
+    target: VisionLanguageModel | None,
     folder: Path,
-    dtype,
+    dtype: DTypeLike,
     about: dict | None = None,
     embedding: np.ndarray | None = None,
 ) -> None:
@@ -78,8 +81,11 @@ def save_drafter_folder(
     }
     tensors = to_tensors(drafter, method.names, dtype)
     if method.copies_embedding:
-        embedding = target.language_model.embed_tokens.embedding[...] if embedding is None else embedding
-        tensors[EMBEDDING] = np.asarray(embedding).astype(dtype)
+        if embedding is None:
+            if target is None:
+                raise ValueError(f"the files of a {name} drafter hold the target's embedding: give one or the target")
+            embedding = np.asarray(target.language_model.embed_tokens.embedding[...])
+        tensors[EMBEDDING] = embedding.astype(dtype)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -133,7 +139,7 @@ def tree_of(raw: dict, method: Method) -> TreeConfig:
     return TreeConfig(**{ours: raw[theirs] for theirs, ours in TREE_KEYS.items()}, noise_weight=raw.get(NOISE, 1.0))
 
 
-def check_embedding(embedding: np.ndarray, target, folder: Path) -> None:
+def check_embedding(embedding: np.ndarray, target: VisionLanguageModel, folder: Path) -> None:
     """Raises ValueError where the drafter's copy of the embedding is not this target's, up to a change of dtype."""
     if not is_finite(embedding):
         raise ValueError(f"drafter {folder} holds weights that are not finite: {EMBEDDING}")

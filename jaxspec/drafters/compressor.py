@@ -53,7 +53,7 @@ class CompressorConfig:
     gate_temperature: float = 1.0
     """Of the Gumbel-softmax in training: the lower, the closer the gradient is to the hard choice's."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"compressor mode {self.mode!r} is not known; known: {', '.join(MODES)}")
         for name in (*RATIOS, "num_queries", "gate_hidden_size"):
@@ -107,7 +107,7 @@ class Groups(NamedTuple):
 class VisualCompressor(nnx.Module):
     """The primitives of a mode, with the parameters they need and no others."""
 
-    def __init__(self, config: CompressorConfig, text: TextConfig, *, qkv_bias: bool, rngs: nnx.Rngs):
+    def __init__(self, config: CompressorConfig, text: TextConfig, *, qkv_bias: bool, rngs: nnx.Rngs) -> None:
         self.config = config
         width = text.hidden_size
         if "convolution" in config.primitives:
@@ -117,7 +117,15 @@ class VisualCompressor(nnx.Module):
         if config.has_gate:
             self.gate = Gate(width, config.gate_hidden_size, len(config.primitives), rngs=rngs)
 
-    def __call__(self, spans: ImageSpans, embeds, features, seeds, question, key: jax.Array | None) -> Groups:
+    def __call__(
+        self,
+        spans: ImageSpans,
+        embeds: jax.Array,
+        features: jax.Array,
+        seeds: jax.Array,
+        question: jax.Array,
+        key: jax.Array | None,
+    ) -> Groups:
         """The groups that stand for the images of prompts.
 
         Args:
@@ -134,7 +142,10 @@ class VisualCompressor(nnx.Module):
             return weigh(groups, jax.nn.softmax(self.gate(question), axis=-1))
         return Groups(*(jnp.concatenate(parts, axis=1) for parts in zip(*groups, strict=True)))
 
-    def groups_of(self, primitive: str, spans: ImageSpans, embeds, features, seeds) -> Groups:
+    def groups_of(
+        self, primitive: str, spans: ImageSpans, embeds: jax.Array, features: jax.Array, seeds: jax.Array
+    ) -> Groups:
+        """Those that one primitive makes of the images."""
         match primitive:
             case "pruning":
                 rows, valid = random_rows(spans, self.config.ratio(primitive), seeds)
@@ -155,14 +166,14 @@ class VisualCompressor(nnx.Module):
                     last,
                     last >= 0,
                 )
-            case "text_only":
+            case _:  # text only
                 return Groups(embeds[:, :0], features[:, :0], spans.ids[:, :0], spans.ids[:, :0] >= 0)
 
 
 class Convolution(nnx.Module):
     """Kernel and stride are `ratio` rows; one for the embeddings, one for the features. It starts as the average."""
 
-    def __init__(self, ratio: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, ratio: int, width: int, *, rngs: nnx.Rngs) -> None:
         def average(key, shape, dtype):
             del key
             return jnp.tile(jnp.eye(width, dtype=dtype), (ratio, 1)) / ratio
@@ -170,7 +181,7 @@ class Convolution(nnx.Module):
         self.embeds = nnx.Linear(ratio * width, width, kernel_init=average, rngs=rngs)
         self.features = nnx.Linear(ratio * width, width, kernel_init=average, rngs=rngs)
 
-    def __call__(self, runs: "Runs", embeds, features) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, runs: "Runs", embeds: jax.Array, features: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Both `[B, G, D]`; a run that is short is filled with zeros."""
         flat = (*runs.valid.shape, -1)
         return self.embeds(gather(runs, embeds).reshape(flat)), self.features(gather(runs, features).reshape(flat))
@@ -179,7 +190,7 @@ class Convolution(nnx.Module):
 class Gate(nnx.Module):
     """What a question asks for: logits over the primitives, all equal before training."""
 
-    def __init__(self, width: int, hidden: int, choices: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, hidden: int, choices: int, *, rngs: nnx.Rngs) -> None:
         self.hidden = linear(width, hidden, bias=True, rngs=rngs)
         self.output = linear(hidden, choices, bias=True, rngs=rngs, zero=True)
 

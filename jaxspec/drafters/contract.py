@@ -1,8 +1,10 @@
 """What a drafter must offer, and what there is to know of a method of drafting.
 
 All methods of a `DraftModel` are pure; its state is any pytree and belongs to it. Beside the target's embedding and LM
-head (frozen, shared), a drafter sees of the target only what `DrafterContext` holds. One that cannot draft every tree
-also has `check_tree(tree)`, which raises ValueError; a `Generator` asks it before anything is compiled.
+head (frozen, shared), a drafter sees of the target only what `DrafterContext` holds. Some have more to say: one that
+cannot draft every tree has `check_tree(tree)`, which raises ValueError and which a `Generator` asks before anything is
+compiled; one that reads more of the target than its final features has `tap_layers`, a tuple of the layers whose
+outputs stand before these, in `DrafterContext` and in `advance`.
 """
 
 import dataclasses
@@ -12,30 +14,49 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from flax import nnx
 
 from jaxspec.checkpoints.names import NameTable
 from jaxspec.speculation.loop import DrafterContext
 from jaxspec.speculation.sampling import BatchSampling, Noise
 from jaxspec.speculation.tree import Tree, TreeConfig
+from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 
 
 class DraftModel(Protocol):
-    tap_layers: tuple[int, ...] = ()
-    """Layers of the target whose outputs stand before the final features, in `DrafterContext` and in `advance`; may be
-    left out."""
+    """An nnx module with these methods."""
 
-    def prefill(self, target, context: DrafterContext, capacity: int) -> Any:
+    config: Any
+    """What it was built from, as of its `Method`."""
+
+    def prefill(self, target: VisionLanguageModel, context: DrafterContext, capacity: int) -> Any:
         """The state after the prompt and the first chosen token; caches hold `capacity` positions."""
 
     def propose(
-        self, target, config: TreeConfig, state: Any, root: jax.Array, noise: Noise, sampling: BatchSampling
+        self,
+        target: VisionLanguageModel,
+        config: TreeConfig,
+        state: Any,
+        root: jax.Array,
+        noise: Noise,
+        sampling: BatchSampling,
     ) -> tuple[Tree, Any]:
         """A tree whose root is `root` i32 `[B]`; `noise` is that of the tokens below it."""
 
-    def advance(self, target, state: Any, tokens: jax.Array, features: jax.Array, count: jax.Array) -> Any:
+    def advance(
+        self, target: VisionLanguageModel, state: Any, tokens: jax.Array, features: jax.Array, count: jax.Array
+    ) -> Any:
         """Take in what was accepted: `features` `[B, P, (T + 1) * D]` of the accepted nodes (root first) and the token
         `tokens` i32 `[B, P]` the target chose after each; `count` i32 `[B]` of them are real, 0 for finished rows."""
+
+
+class Sizes(Protocol):
+    """A config that tells what a drafter on the target's features and tokens must share with it."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +65,7 @@ class Method:
 
     title: str
     """How tables call it."""
-    module: Callable[..., nnx.Module]
+    module: Callable[..., DraftModel]
     """`module(config, rngs=)` is a fresh `DraftModel`."""
     read_config: Callable[[dict], Any]
     """The config that a folder's config.json means; where that names no `hidden_size` or `vocab_size` it is given the
@@ -53,7 +74,7 @@ class Method:
     """Its inverse."""
     tree: TreeConfig
     """The published tree, for folders that name none."""
-    misfits: Callable[[Any, Any], list[str]]
+    misfits: Callable[[Any, TargetConfig], list[str]]
     """`misfits(config, target's config)`: every way in which such a drafter cannot serve that target."""
     names: NameTable = NameTable(ignored=(r".*\.rotary_emb\.inv_freq",))
     """Our parameter paths <-> tensor names of its files."""
@@ -67,11 +88,10 @@ class Method:
     """The config of a method without parameters, which is loaded by its name alone."""
 
 
-def size_misfits(ours, theirs) -> list[str]:
-    """Sizes that the config of a drafter on the target's features and tokens does not share with the target's."""
-    theirs = theirs.text
+def size_misfits(ours: Sizes, theirs: TargetConfig) -> list[str]:
+    """The sizes that a drafter's config does not share with the target's."""
     return [
-        f"{name} {getattr(ours, name)} (target: {getattr(theirs, name)})"
+        f"{name} {getattr(ours, name)} (target: {getattr(theirs.text, name)})"
         for name in ("hidden_size", "vocab_size")
-        if getattr(ours, name) != getattr(theirs, name)
+        if getattr(ours, name) != getattr(theirs.text, name)
     ]

@@ -8,15 +8,17 @@ from flax import nnx
 
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.drafters.checkpoint import load_drafter_folder, read_drafter_folder
+from jaxspec.drafters.contract import DraftModel
 from jaxspec.drafters.registry import METHODS
 from jaxspec.speculation.tree import TreeConfig
+from jaxspec.targets.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
 class Drafter:
     """Made by `load_drafter`."""
 
-    model: nnx.Module
+    model: DraftModel
     tree: TreeConfig
     method: str
     about: dict
@@ -25,7 +27,7 @@ class Drafter:
     """`Target.fingerprint()` of the target that it was loaded for; None where any target will do, or nobody knows."""
 
 
-def load_drafter(path_or_repo_id: str | Path, target) -> Drafter:
+def load_drafter(path_or_repo_id: str | Path, target: Target) -> Drafter:
     """A drafter for a loaded target, from a folder or from the hub; parameters in the target's dtype. A method without
     parameters ("lookup") is loaded by its name, unless a folder has that name.
 

@@ -7,6 +7,8 @@ SpecVLM's baseline) is this head with an input norm in its layer; like EAGLE-2 i
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,9 @@ from jaxspec.drafters.vocabulary import DraftHead
 from jaxspec.kernels.attention import LayerKV, Segment
 from jaxspec.layers import DecoderLayer, TextConfig, causal_mask, linear, rope_tables
 from jaxspec.speculation.loop import DrafterContext
+from jaxspec.speculation.sampling import BatchSampling, Noise
 from jaxspec.speculation.tree import Tree, TreeConfig, grow_tree
+from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +64,11 @@ class EagleState:
     global_feature: jax.Array | None  # [B, D]
 
 
-class EagleHead(nnx.Module):
-    def __init__(self, config: EagleConfig, *, rngs: nnx.Rngs):
+Config = TypeVar("Config", bound=EagleConfig, covariant=True)
+
+
+class EagleHead(nnx.Module, Generic[Config]):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs) -> None:
         self.config = config
         width = config.text.hidden_size
         self.fc = linear(2 * width, width, bias=config.fc_bias, rngs=rngs)
@@ -102,11 +109,13 @@ class EagleHead(nnx.Module):
         """Which tokens the head's logits are of, i32 `[Vd]`; None where of all."""
         return None if self.config.draft_vocab_size is None else self.draft_head.ids[...]
 
-    def logits(self, target, output: jax.Array) -> jax.Array:
+    def logits(self, target: VisionLanguageModel, output: jax.Array) -> jax.Array:
         """Of the head's output `[.., D]`: `[.., V]` or `[.., Vd]`."""
         return target.unembed(output) if self.config.draft_vocab_size is None else self.draft_head(output)
 
-    def run(self, x, positions, mask, past=()) -> tuple[jax.Array, LayerKV]:
+    def run(
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array, past: Sequence[Segment] = ()
+    ) -> tuple[jax.Array, LayerKV]:
         """The decoder layer on inputs `[B, N, D]`."""
         text = self.config.text
         return self.layers[0](x, rope_tables(text.rope, text.head_dim, positions), mask, past)
@@ -118,6 +127,7 @@ class EagleHead(nnx.Module):
         """
         x = self.combine(rows.embeds, rows.features if features is None else features, rows.global_features)
         if rows.direct is not None:
+            assert rows.is_direct is not None  # it comes with `direct`
             x = jnp.where(rows.is_direct[..., None], rows.direct, x)
         return self.run(x, rows.positions, causal_mask(rows.valid))
 
@@ -133,7 +143,7 @@ class EagleHead(nnx.Module):
 
     # -- decoding (jaxspec.drafters.contract.DraftModel) ---------------------------------------------------------
 
-    def prefill(self, target, context: DrafterContext, capacity: int) -> EagleState:
+    def prefill(self, target: VisionLanguageModel, context: DrafterContext, capacity: int) -> EagleState:
         batch = jnp.arange(context.lengths.shape[0])
         next_embeds = jnp.roll(context.embeds, -1, axis=1)
         next_embeds = next_embeds.at[batch, context.lengths - 1].set(target.embed(context.root[:, None])[:, 0])
@@ -150,7 +160,15 @@ class EagleHead(nnx.Module):
             global_feature=self.final_global_feature(rows, count - 1),
         )
 
-    def propose(self, target, config: TreeConfig, state: EagleState, root, noise, sampling) -> tuple[Tree, EagleState]:
+    def propose(
+        self,
+        target: VisionLanguageModel,
+        config: TreeConfig,
+        state: EagleState,
+        root: jax.Array,
+        noise: Noise,
+        sampling: BatchSampling,
+    ) -> tuple[Tree, EagleState]:
         committed = caches.filled(state.rows, state.kv.keys.shape[2])  # [B, 1, S]
         own = jnp.broadcast_to(jnp.eye(config.top_k, dtype=bool), (root.shape[0], config.top_k, config.top_k))
 
@@ -174,7 +192,14 @@ class EagleHead(nnx.Module):
         first, carry = self.logits(target, state.output), (state.output[:, None], None, None)
         return grow_tree(config, root, first, noise, sampling, expand, carry, self.draft_ids), state
 
-    def advance(self, target, state: EagleState, tokens, features, count) -> EagleState:
+    def advance(
+        self,
+        target: VisionLanguageModel,
+        state: EagleState,
+        tokens: jax.Array,
+        features: jax.Array,
+        count: jax.Array,
+    ) -> EagleState:
         length = tokens.shape[1]
         steps = jnp.arange(length)
         x = self.step_inputs(target, tokens, self.observe(features), state)
@@ -192,7 +217,9 @@ class EagleHead(nnx.Module):
             output=jnp.where((count > 0)[:, None], last, state.output),
         )
 
-    def step_inputs(self, target, tokens, features, state: EagleState) -> jax.Array:
+    def step_inputs(
+        self, target: VisionLanguageModel, tokens: jax.Array, features: jax.Array, state: EagleState
+    ) -> jax.Array:
         """Layer inputs `[B, N, D]` of text tokens after the prompt."""
         beside = state.global_feature
         beside = None if beside is None else jnp.broadcast_to(beside[:, None], features.shape)
@@ -233,7 +260,7 @@ def write_eagle_config(config: EagleConfig) -> dict:
     return llama.to_dict() | {"num_q": 0, "qkv_bias": config.qkv_bias, "bias": config.fc_bias} | ours
 
 
-def eagle_misfits(config: EagleConfig, target_config) -> list[str]:
+def eagle_misfits(config: EagleConfig, target_config: TargetConfig) -> list[str]:
     """The head shares the target's embedding and LM head."""
     layers, vocabulary = target_config.text.num_layers, target_config.text.vocab_size
     problems = [f"tap layer {each} (the target has {layers})" for each in config.tap_layers if not 0 <= each <= layers]

@@ -13,7 +13,9 @@ from flax import nnx
 
 from jaxspec.drafters.contract import Method
 from jaxspec.speculation.loop import DrafterContext, write_rows
+from jaxspec.speculation.sampling import BatchSampling, Noise
 from jaxspec.speculation.tree import Tree, TreeConfig, build_tree
+from jaxspec.targets.contract import VisionLanguageModel
 
 IMAGE = -1
 """Stands in a history for every image token: it matches nothing and is never drafted."""
@@ -25,7 +27,7 @@ class LookupConfig:
 
     max_ngram: int = 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_ngram < 1:
             raise ValueError(f"max_ngram must be at least 1, got {self.max_ngram}")
 
@@ -40,7 +42,7 @@ class LookupState:
 class PromptLookup(nnx.Module):
     """A `jaxspec.drafters.contract.DraftModel` for chains."""
 
-    def __init__(self, config: LookupConfig = LookupConfig(), *, rngs: nnx.Rngs | None = None):
+    def __init__(self, config: LookupConfig = LookupConfig(), *, rngs: nnx.Rngs | None = None) -> None:
         del rngs
         self.config = config
 
@@ -49,20 +51,33 @@ class PromptLookup(nnx.Module):
         if tree.top_k > 1:
             raise ValueError(f"prompt lookup drafts a chain: the tree's top_k must be 1, got {tree.top_k}")
 
-    def prefill(self, target, context: DrafterContext, capacity: int) -> LookupState:
+    def prefill(self, target: VisionLanguageModel, context: DrafterContext, capacity: int) -> LookupState:
         prompt = jnp.where(context.image_ids >= 0, IMAGE, context.input_ids)
         history = jnp.pad(prompt, ((0, 0), (0, capacity - prompt.shape[1])))
         return LookupState(write_rows(history, context.root[:, None], context.lengths), context.lengths + 1)
 
     def propose(
-        self, target, config: TreeConfig, state: LookupState, root, noise, sampling
+        self,
+        target: VisionLanguageModel,
+        config: TreeConfig,
+        state: LookupState,
+        root: jax.Array,
+        noise: Noise,
+        sampling: BatchSampling,
     ) -> tuple[Tree, LookupState]:
         draft = look_up(state.history, state.lengths, self.config.max_ngram, config.max_depth)
         tokens = jnp.concatenate([root[:, None], draft], axis=1)
         depths = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         return build_tree(tokens, jnp.maximum(depths - 1, 0), depths, config.max_depth), state
 
-    def advance(self, target, state: LookupState, tokens, features, count) -> LookupState:
+    def advance(
+        self,
+        target: VisionLanguageModel,
+        state: LookupState,
+        tokens: jax.Array,
+        features: jax.Array,
+        count: jax.Array,
+    ) -> LookupState:
         return LookupState(write_rows(state.history, tokens, state.lengths), state.lengths + count)
 
 

@@ -21,7 +21,9 @@ from jaxspec.drafters.contract import Method
 from jaxspec.kernels.attention import LayerKV
 from jaxspec.layers import TextConfig, Uncommitted, causal_mask
 from jaxspec.speculation.loop import DrafterContext
+from jaxspec.speculation.sampling import BatchSampling, Noise
 from jaxspec.speculation.tree import Tree, TreeConfig, grow_tree
+from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 from jaxspec.targets.llava import Projector
 from jaxspec.targets.registry import FAMILIES
 from jaxspec.targets.text import TextModel, TextTargetConfig, language_model, published_text_config
@@ -64,7 +66,7 @@ class MassvState:
 
 
 class MassvDrafter(nnx.Module):
-    def __init__(self, config: MassvConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MassvConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         width = config.text.hidden_size
         self.projector = Projector(config.vision_width, width, bias=True, rngs=rngs) if config.multimodal else None
@@ -87,7 +89,8 @@ class MassvDrafter(nnx.Module):
         if context.max_images == 0:
             return DraftSequence(self.embed(ids), places, lengths)
         is_image = context.image_ids >= 0
-        if self.config.multimodal:
+        if self.projector is not None:
+            assert context.vision is not None and context.vision_rows is not None  # there are images
             with jax.named_scope("draft_projector"):
                 table = self.projector(context.vision)  # [R, D]
             embeds = jnp.where(is_image[..., None], table[context.vision_rows], self.embed(ids))
@@ -104,7 +107,7 @@ class MassvDrafter(nnx.Module):
 
     # -- decoding (jaxspec.drafters.contract.DraftModel) ---------------------------------------------------------
 
-    def prefill(self, target, context: DrafterContext, capacity: int) -> MassvState:
+    def prefill(self, target: VisionLanguageModel, context: DrafterContext, capacity: int) -> MassvState:
         sequence = self.sequence(with_root(context))
         features, new_kv = self.forward(sequence)
         last = jnp.take_along_axis(features, (sequence.lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -114,7 +117,15 @@ class MassvDrafter(nnx.Module):
         cut = [LayerKV(*(part[:, :, :capacity] for part in kv)) for kv in new_kv]
         return MassvState(tuple(caches.extend(kv, capacity) for kv in cut), sequence.lengths, last)
 
-    def propose(self, target, config: TreeConfig, state: MassvState, root, noise, sampling) -> tuple[Tree, MassvState]:
+    def propose(
+        self,
+        target: VisionLanguageModel,
+        config: TreeConfig,
+        state: MassvState,
+        root: jax.Array,
+        noise: Noise,
+        sampling: BatchSampling,
+    ) -> tuple[Tree, MassvState]:
         vocab_size = target.config.text.vocab_size
         committed = caches.filled(state.rows, state.cache[0].keys.shape[2])  # [B, 1, S]
         own = jnp.broadcast_to(jnp.eye(config.top_k, dtype=bool), (root.shape[0], config.top_k, config.top_k))
@@ -133,7 +144,14 @@ class MassvDrafter(nnx.Module):
         first = self.unembed(state.output, vocab_size)
         return grow_tree(config, root, first, noise, sampling, expand, None), state
 
-    def advance(self, target, state: MassvState, tokens, features, count) -> MassvState:
+    def advance(
+        self,
+        target: VisionLanguageModel,
+        state: MassvState,
+        tokens: jax.Array,
+        features: jax.Array,
+        count: jax.Array,
+    ) -> MassvState:
         steps = jnp.arange(tokens.shape[1])
         committed = caches.filled(state.rows, state.cache[0].keys.shape[2])
         mask = causal_mask(steps < count[:, None])
@@ -194,7 +212,7 @@ def write_massv_config(config: MassvConfig) -> dict:
     return hf_config.to_dict() | {"vision_width": config.vision_width}
 
 
-def massv_misfits(config: MassvConfig, target_config) -> list[str]:
+def massv_misfits(config: MassvConfig, target_config: TargetConfig) -> list[str]:
     """Both must have the same tokenizer (`check_tokenizer`); what configs tell of it are the sizes of the vocabularies,
     which are padded differently within a family (Qwen2.5: 151936 and 152064; Gemma3: 262144 and 262208)."""
     misfits = []

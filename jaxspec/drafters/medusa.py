@@ -18,7 +18,9 @@ from jaxspec.checkpoints.names import NameTable
 from jaxspec.drafters.contract import Method, size_misfits
 from jaxspec.layers import linear
 from jaxspec.speculation.loop import DrafterContext
+from jaxspec.speculation.sampling import BatchSampling, Noise
 from jaxspec.speculation.tree import Tree, TreeConfig, grow_tree
+from jaxspec.targets.contract import VisionLanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class MedusaConfig:
     num_heads: int = 5
     own_lm_heads: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_heads < 1:
             raise ValueError(f"medusa_num_heads must be at least 1, got {self.num_heads}")
 
@@ -39,7 +41,7 @@ class MedusaConfig:
 class ResidualBlock(nnx.Module):
     """`x + SiLU(linear(x))`, at first the identity: a fresh head says what the target's LM head says."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
         self.linear = linear(width, width, bias=True, rngs=rngs, zero=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -49,19 +51,19 @@ class ResidualBlock(nnx.Module):
 class MedusaHeads(nnx.Module):
     """A `jaxspec.drafters.contract.DraftModel` whose state is the feature `[B, D]` of the position before the root."""
 
-    def __init__(self, config: MedusaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MedusaConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         width = config.hidden_size
 
         def head() -> nnx.List:  # nested as published
-            layers = [ResidualBlock(width, rngs=rngs)]
+            layers: list[nnx.Module] = [ResidualBlock(width, rngs=rngs)]
             if config.own_lm_heads:
                 layers.append(linear(width, config.vocab_size, bias=False, rngs=rngs))
             return nnx.List(layers)
 
         self.heads = nnx.List([head() for _ in range(config.num_heads)])
 
-    def logits(self, target, features: jax.Array, number: int) -> jax.Array:
+    def logits(self, target: VisionLanguageModel, features: jax.Array, number: int) -> jax.Array:
         """What head `number` (1, 2, ..) makes of features `[.., D]`: logits f32 `[.., V]`."""
         block, *own = self.heads[number - 1]
         hidden = block(features)
@@ -77,17 +79,27 @@ class MedusaHeads(nnx.Module):
                 f"heads: depth may be at most {self.config.num_heads - 1}, got {tree.depth}"
             )
 
-    def prefill(self, target, context: DrafterContext, capacity: int) -> jax.Array:
+    def prefill(self, target: VisionLanguageModel, context: DrafterContext, capacity: int) -> jax.Array:
         return context.features[jnp.arange(context.lengths.shape[0]), context.lengths - 1]
 
-    def propose(self, target, config: TreeConfig, state: jax.Array, root, noise, sampling) -> tuple[Tree, jax.Array]:
+    def propose(
+        self,
+        target: VisionLanguageModel,
+        config: TreeConfig,
+        state: jax.Array,
+        root: jax.Array,
+        noise: Noise,
+        sampling: BatchSampling,
+    ) -> tuple[Tree, jax.Array]:
         def expand(carry, tokens, parent, level):
             return carry, self.logits(target, state, level + 2)[:, None]  # whatever the parent is
 
         first = self.logits(target, state, 1)
         return grow_tree(config, root, first, noise, sampling, expand, None), state
 
-    def advance(self, target, state: jax.Array, tokens, features, count) -> jax.Array:
+    def advance(
+        self, target: VisionLanguageModel, state: jax.Array, tokens: jax.Array, features: jax.Array, count: jax.Array
+    ) -> jax.Array:
         last = jnp.take_along_axis(features, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         return jnp.where((count > 0)[:, None], last, state)
 

@@ -32,8 +32,8 @@ class SpecVLMConfig(EagleConfig):
     compressor: CompressorConfig = CompressorConfig()
 
 
-class SpecVLMHead(EagleHead):
-    def __init__(self, config: SpecVLMConfig, *, rngs: nnx.Rngs):
+class SpecVLMHead(EagleHead[SpecVLMConfig]):
+    def __init__(self, config: SpecVLMConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs=rngs)
         self.compressor = VisualCompressor(config.compressor, config.text, qkv_bias=config.qkv_bias, rngs=rngs)
 

@@ -32,7 +32,7 @@ class ViSpecConfig(EagleConfig):
     global_feature: bool = True
     """False: all `num_q` vectors replace the image's tokens and nothing stands beside the features (an ablation)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_q < 1:
             raise ValueError(f"num_q must be at least 1 (the global feature), got {self.num_q}")
 
@@ -45,7 +45,7 @@ class ViSpecConfig(EagleConfig):
 class VisionAdaptor(nnx.Module):
     """Learned queries attend once to the embeddings of one image: no norm, no MLP, no positions."""
 
-    def __init__(self, text: TextConfig, num_q: int, *, qkv_bias: bool, rngs: nnx.Rngs):
+    def __init__(self, text: TextConfig, num_q: int, *, qkv_bias: bool, rngs: nnx.Rngs) -> None:
         width, heads = text.hidden_size, text.num_heads
         self.q = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_q, heads, width // heads)))
         self.k_proj = linear(width, width, bias=qkv_bias, rngs=rngs)
@@ -67,8 +67,8 @@ class VisionAdaptor(nnx.Module):
         return self.o_proj(mixed.reshape(*mixed.shape[:3], heads * head_dim))
 
 
-class ViSpecHead(EagleHead):
-    def __init__(self, config: ViSpecConfig, *, rngs: nnx.Rngs):
+class ViSpecHead(EagleHead[ViSpecConfig]):
+    def __init__(self, config: ViSpecConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs=rngs)
         width = config.text.hidden_size
         self.imadpt = VisionAdaptor(config.text, config.num_q, qkv_bias=config.qkv_bias, rngs=rngs)
@@ -78,14 +78,16 @@ class ViSpecHead(EagleHead):
         # [I | 0]: training starts from the head without a global feature.
         self.img_fc.kernel[...] = jnp.eye(2 * width, width)
 
-    def combine(self, embeds, features, global_features):
+    def combine(self, embeds: jax.Array, features: jax.Array, global_features: jax.Array | None) -> jax.Array:
         if self.config.global_feature:
+            assert global_features is not None
             features = self.img_fc(jnp.concatenate([features, global_features], axis=-1))
         return super().combine(embeds, features, global_features)
 
     def final_global_feature(self, rows: Rows, last: jax.Array) -> jax.Array | None:
         if not self.config.global_feature:
             return None
+        assert rows.global_features is not None
         return jnp.take_along_axis(rows.global_features, last[:, None, None], axis=1)[:, 0]
 
     def rows_of(self, context: DrafterContext, next_embeds: jax.Array, key: jax.Array | None = None) -> Rows:

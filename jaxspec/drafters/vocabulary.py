@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxspec.targets.contract import VisionLanguageModel
+
 BLOCK = 256
 """Rows of the identity that are put through the target's LM head at once."""
 
@@ -20,7 +22,7 @@ BLOCK = 256
 class DraftHead(nnx.Module):
     """Logits of `size` tokens from features of `width`."""
 
-    def __init__(self, width: int, size: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, size: int, *, rngs: nnx.Rngs) -> None:
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (width, size)))
         self.ids = nnx.Param(jnp.arange(size, dtype=jnp.int32))  # which token of the target each one is
 
@@ -43,7 +45,7 @@ def most_frequent(answers: Iterable[np.ndarray], vocab_size: int, size: int) -> 
     return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)
 
 
-def take_from_target(head: DraftHead, target, ids: np.ndarray) -> None:
+def take_from_target(head: DraftHead, target: VisionLanguageModel, ids: np.ndarray) -> None:
     """Make the head the columns `ids` of the target's LM head."""
     width = head.kernel.shape[0]
     rows = [target.unembed(jnp.eye(min(BLOCK, width - at), width, k=at))[:, ids] for at in range(0, width, BLOCK)]

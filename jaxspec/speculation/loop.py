@@ -9,17 +9,24 @@ or None for autoregressive decoding.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Generic
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxspec import cache as caches
 from jaxspec.kernels.attention import LayerKV
 from jaxspec.speculation.accept import accept
 from jaxspec.speculation.sampling import BatchSampling, Noise, choose
 from jaxspec.speculation.tree import Tree, TreeConfig, root_only
+from jaxspec.targets.images import Array
 from jaxspec.targets.prompts import PromptBatch, static
+
+if TYPE_CHECKING:
+    from jaxspec.drafters.contract import DraftModel
+    from jaxspec.targets.contract import VisionLanguageModel
 
 NO_TOKEN = -1
 """Stands in a tree for a draft token that shall not be accepted; the root is read in its place."""
@@ -27,12 +34,12 @@ NO_TOKEN = -1
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Request:
+class Request(Generic[Array]):
     """What each row asks for."""
 
     sampling: BatchSampling
-    max_new_tokens: jax.Array  # i32 [B], at least 1
-    stop_token_ids: jax.Array  # i32 [B, K], -1 where unused
+    max_new_tokens: Array  # i32 [B], at least 1
+    stop_token_ids: Array  # i32 [B, K], -1 where unused
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +71,7 @@ class DecodeState:
     offset: jax.Array  # i32 [B], position of the root minus `lengths`: not 0 where images take fewer positions
     root: jax.Array  # i32 [B], last chosen token, not yet in the cache
     drafter: Any
-    request: Request
+    request: Request[jax.Array]
     tokens: jax.Array  # i32 [B, T], generated tokens
     from_draft: jax.Array  # bool [B, T], True where the drafter had proposed the token
     counts: jax.Array  # i32 [B], generated tokens so far
@@ -74,12 +81,14 @@ class DecodeState:
     rounds: jax.Array  # i32 [B], verification steps
 
 
-def taps_of(drafter) -> tuple[int, ...]:
+def taps_of(drafter: "DraftModel | None") -> tuple[int, ...]:
     """The layers of the target whose outputs a drafter reads beside the final features."""
     return getattr(drafter, "tap_layers", ())
 
 
-def read_prompts(target, prompt: PromptBatch, tap_layers: tuple[int, ...] = ()):
+def read_prompts(
+    target: "VisionLanguageModel", prompt: PromptBatch[jax.Array], tap_layers: Sequence[int] = ()
+) -> tuple[jax.Array, tuple[LayerKV, ...], jax.Array, jax.Array | None]:
     """The target's prefill: features `[B, S, (T + 1) * D]`, keys and values per layer, embeddings `[B, S, D]`, and what
     its tower saw (`[R, Dv]` or None)."""
     vision = None if prompt.images is None else target.encode_vision(prompt.images)
@@ -88,7 +97,15 @@ def read_prompts(target, prompt: PromptBatch, tap_layers: tuple[int, ...] = ()):
     return features, new_kv, embeds, vision
 
 
-def prefill(target, drafter, tree: TreeConfig, prompt: PromptBatch, request: Request, capacity: int, max_new: int):
+def prefill(
+    target: "VisionLanguageModel",
+    drafter: "DraftModel | None",
+    tree: TreeConfig,
+    prompt: PromptBatch[jax.Array],
+    request: Request[jax.Array],
+    capacity: int,
+    max_new: int,
+) -> DecodeState:
     """Run the prompt, choose the first token, prepare the drafter.
 
     `capacity` rows hold the longest prompt plus its new tokens; `max_new` bounds `request.max_new_tokens`.
@@ -125,7 +142,15 @@ def prefill(target, drafter, tree: TreeConfig, prompt: PromptBatch, request: Req
     )
 
 
-def context_of(prompt: PromptBatch, features, embeds, vision, prompt_lengths, seeds, root) -> DrafterContext:
+def context_of(
+    prompt: PromptBatch[jax.Array],
+    features: jax.Array,
+    embeds: jax.Array,
+    vision: jax.Array | None,
+    prompt_lengths: jax.Array,
+    seeds: jax.Array,
+    root: jax.Array,
+) -> DrafterContext:
     """What `read_prompts` gave, for the drafter."""
     return DrafterContext(
         embeds=embeds,
@@ -143,7 +168,13 @@ def context_of(prompt: PromptBatch, features, embeds, vision, prompt_lengths, se
     )
 
 
-def decode(target, drafter, tree: TreeConfig, state: DecodeState, max_rounds: jax.Array) -> DecodeState:
+def decode(
+    target: "VisionLanguageModel",
+    drafter: "DraftModel | None",
+    tree: TreeConfig,
+    state: DecodeState,
+    max_rounds: jax.Array,
+) -> DecodeState:
     """Rounds until every row is done, at most `max_rounds` i32 []."""
 
     def unfinished(carry):
@@ -157,7 +188,9 @@ def decode(target, drafter, tree: TreeConfig, state: DecodeState, max_rounds: ja
     return jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1]
 
 
-def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> DecodeState:
+def decode_round(
+    target: "VisionLanguageModel", drafter: "DraftModel | None", config: TreeConfig, state: DecodeState
+) -> DecodeState:
     """One verification of one tree; rows that are done stay as they are.
 
     A row whose logits are not finite on its accepted path emits nothing. A draft token may be to blame, accepted or not
@@ -214,12 +247,14 @@ def decode_round(target, drafter, config: TreeConfig, state: DecodeState) -> Dec
     )
 
 
-def finish(state: DecodeState, rows: jax.Array) -> DecodeState:
+def finish(state: DecodeState, rows: jax.Array | np.ndarray) -> DecodeState:
     """The same with `rows` bool `[B]` done: a stop string that the host found has ended them."""
     return dataclasses.replace(state, done=state.done | rows)
 
 
-def verify(target, tree: Tree, state: DecodeState, tap_layers: tuple[int, ...] = ()):
+def verify(
+    target: "VisionLanguageModel", tree: Tree, state: DecodeState, tap_layers: Sequence[int] = ()
+) -> tuple[jax.Array, tuple[LayerKV, ...]]:
     """The target on all nodes of the tree at once: features `[B, N, (T + 1) * D]`, keys and values per layer."""
     positions = (state.lengths + state.offset)[:, None] + tree.depths
     cache_mask = caches.filled(state.lengths, state.cache[0].keys.shape[2])
@@ -227,7 +262,7 @@ def verify(target, tree: Tree, state: DecodeState, tap_layers: tuple[int, ...] =
     return target.forward(embeds, positions, tree.ancestors, state.cache, cache_mask, tap_layers)
 
 
-def position_offset(prompt: PromptBatch) -> jax.Array:
+def position_offset(prompt: PromptBatch[jax.Array]) -> jax.Array:
     """i32 `[B]`: how far the position of the first new token is from the length of the prompt."""
     if prompt.position_ids is None:
         return jnp.zeros_like(prompt.lengths)
@@ -248,7 +283,7 @@ def emission(tokens: jax.Array, length: jax.Array, state: DecodeState) -> jax.Ar
     return jnp.where(state.done, 0, jnp.minimum(jnp.minimum(length, before_stop), limit))
 
 
-def is_stop(tokens: jax.Array, request: Request) -> jax.Array:
+def is_stop(tokens: jax.Array, request: Request[jax.Array]) -> jax.Array:
     """Bool `[B, P]` of tokens `[B, P]`."""
     return jnp.any(tokens[..., None] == request.stop_token_ids[:, None, :], axis=-1)
 

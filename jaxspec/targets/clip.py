@@ -1,6 +1,7 @@
 """The CLIP vision tower (`CLIPVisionModel` in transformers), as LLaVA uses it."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ from flax import nnx
 
 from jaxspec.kernels.attention import LayerKV, Segment, attend
 from jaxspec.layers import ACTIVATIONS, Embed, linear
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +25,14 @@ class ClipVisionConfig:
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size ({self.image_size}) is not a multiple of patch_size ({self.patch_size})")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"vision hidden_act {self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
 
     @classmethod
-    def from_hf(cls, config, model_type: str = "clip_vision_model") -> "ClipVisionConfig":
+    def from_hf(cls, config: "PretrainedConfig", model_type: str = "clip_vision_model") -> "ClipVisionConfig":
         """From a transformers config of that `model_type`. Raises ValueError for another kind of tower."""
         if config.model_type != model_type:
             raise ValueError(f"vision model_type {config.model_type!r} is not supported; only {model_type}")
@@ -64,7 +68,7 @@ def layer_norm(config: ClipVisionConfig, rngs: nnx.Rngs) -> LayerNorm:
 
 
 class ClipAttention(nnx.Module):
-    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
         self.num_heads = config.num_heads
         self.q_proj = linear(width, width, bias=True, rngs=rngs)
@@ -83,7 +87,7 @@ class ClipAttention(nnx.Module):
 
 
 class ClipMLP(nnx.Module):
-    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs) -> None:
         self.activation = config.hidden_act
         self.fc1 = linear(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
         self.fc2 = linear(config.intermediate_size, config.hidden_size, bias=True, rngs=rngs, zero=True)
@@ -93,7 +97,7 @@ class ClipMLP(nnx.Module):
 
 
 class ClipLayer(nnx.Module):
-    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs) -> None:
         self.layer_norm1 = layer_norm(config, rngs)
         self.self_attn = ClipAttention(config, rngs=rngs)
         self.layer_norm2 = layer_norm(config, rngs)
@@ -107,7 +111,7 @@ class ClipLayer(nnx.Module):
 class ClipEmbeddings(nnx.Module):
     """Patches and a class token, with learned positions."""
 
-    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs) -> None:
         width, init = config.hidden_size, nnx.initializers.normal(1.0)  # as large as the patches, or places drown
         self.patch_size, self.image_size = config.patch_size, config.image_size
         self.class_embedding = nnx.Param(init(rngs.params(), (width,)))
@@ -122,14 +126,14 @@ class ClipEmbeddings(nnx.Module):
 
 
 class ClipEncoder(nnx.Module):
-    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs) -> None:
         self.layers = nnx.List([ClipLayer(config, rngs=rngs) for _ in range(config.num_layers)])
 
 
 class ClipVisionTower(nnx.Module):
     """All layers of the checkpoint are held; a call runs only as many as the asked-for hidden states need."""
 
-    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs) -> None:
         self.embeddings = ClipEmbeddings(config, rngs=rngs)
         self.pre_layrnorm = layer_norm(config, rngs)  # spelt as in the published checkpoints
         self.encoder = ClipEncoder(config, rngs=rngs)

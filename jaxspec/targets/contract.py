@@ -3,8 +3,9 @@
 Drafters, speculation and training use this and nothing else of a target.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +16,39 @@ from jaxspec.kernels.attention import LayerKV
 from jaxspec.layers import LanguageModel, TextConfig, causal_mask
 from jaxspec.targets.images import ImageLayout, Images, place, stack_entries
 
+Layout = TypeVar("Layout", bound=ImageLayout)
 
-class TargetConfig:
-    """What a family's config says about prompts, on the host. Subclasses are frozen dataclasses with a `text`."""
+
+@dataclasses.dataclass(frozen=True)
+class TargetConfig(Generic[Layout]):
+    """What a family's config says about prompts, on the host. Subclasses are frozen dataclasses."""
 
     text: TextConfig
-    image_token_ids: tuple[int, ...] = ()
-    """Ids that stand for image features; the first is the mark of an image. None in a family that reads only text."""
-    video_token_id: int | None = None
-    """That of the ids which stands for videos, where the family reads them."""
-    shared_rows: int = 0
-    """Rows at the beginning of the table of features that belong to no image."""
-    vision_width: int = 0
-    """Width of what `encode_vision` gives; 0 in a family that reads only text."""
+
+    if TYPE_CHECKING:  # a property would become the default of the field that a subclass has in its place
+
+        @property
+        def video_token_id(self) -> int | None:
+            """That of the ids which stands for videos, where the family reads them."""
+
+    else:
+        video_token_id = None
+
+    @property
+    def image_token_ids(self) -> tuple[int, ...]:
+        """Ids that stand for image features; the first is the mark of an image. None in a family that reads only
+        text."""
+        return ()
+
+    @property
+    def shared_rows(self) -> int:
+        """Rows at the beginning of the table of features that belong to no image."""
+        return 0
+
+    @property
+    def vision_width(self) -> int:
+        """Width of what `encode_vision` gives; 0 in a family that reads only text."""
+        return 0
 
     @property
     def processor_settings(self) -> dict[str, Any]:
@@ -35,12 +56,12 @@ class TargetConfig:
         tokens as there are features: attributes by the names that its files give them."""
         return {}
 
-    def lay_out(self, inputs: Mapping) -> list[ImageLayout]:
+    def lay_out(self, inputs: Mapping[str, Any]) -> list[Layout]:
         """The images of a processor's outputs, in reading order. Raises ValueError for pixels of a shape that the tower
         does not read."""
         raise NotImplementedError(f"{type(self).__name__} must implement lay_out")
 
-    def collate(self, layouts: Sequence[ImageLayout]) -> Any:
+    def collate(self, layouts: Sequence[Layout]) -> Any:
         """The pixels of several images as the tower reads them."""
         return stack_entries(layouts)
 
@@ -48,11 +69,11 @@ class TargetConfig:
         """Where image features stand: bool, in the shape of the ids."""
         return np.isin(input_ids, self.image_token_ids)
 
-    def place(self, layouts: Sequence[ImageLayout], input_ids: np.ndarray) -> Images | None:
+    def place(self, layouts: Sequence[Layout], input_ids: np.ndarray) -> Images[np.ndarray] | None:
         """The images at the image tokens of ids `[B, S]`."""
         return place(layouts, self.is_image(input_ids), self.collate, self.shared_rows) if layouts else None
 
-    def position_ids(self, input_ids: np.ndarray, layouts: Sequence[ImageLayout]) -> np.ndarray | None:
+    def position_ids(self, input_ids: np.ndarray, layouts: Sequence[Layout]) -> np.ndarray | None:
         """Positions i32 `[3, S]` of one prompt where they are not 0, 1, 2, ..; the token after it stands at their
         largest plus 1."""
         return None
@@ -62,11 +83,15 @@ class VisionLanguageModel(nnx.Module):
     """Base of the target families. Subclasses set `language_model` and `config` (a `TargetConfig`), and implement
     `encode_vision` and `project`."""
 
-    language_model: LanguageModel
-    config: TargetConfig
+    language_model: LanguageModel[TextConfig]
+
+    if TYPE_CHECKING:  # an attribute of the subclasses, each of its own kind
+
+        @property
+        def config(self) -> TargetConfig: ...
 
     @property
-    def dtype(self):
+    def dtype(self) -> jnp.dtype:
         return self.language_model.embed_tokens.embedding.dtype
 
     def encode_vision(self, images: Images) -> jax.Array:

@@ -6,7 +6,8 @@ any other family.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jaxspec.checkpoints.configs import common_text_fields, rope_config
-from jaxspec.kernels.attention import Segment
+from jaxspec.kernels.attention import LayerKV, Segment
 from jaxspec.layers import (
     Embed,
     GatedMLP,
@@ -22,6 +23,7 @@ from jaxspec.layers import (
     RopeConfig,
     SelfAttention,
     TextConfig,
+    Uncommitted,
     apply_rope,
     linear,
     rope_tables,
@@ -29,6 +31,9 @@ from jaxspec.layers import (
 from jaxspec.targets.clip import ClipEncoder, ClipVisionConfig, layer_norm, patchify
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 from jaxspec.targets.images import ImageLayout, Images, check_pixels
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +45,7 @@ class GemmaTextConfig(TextConfig):
     """How far back each layer sees, itself included; None for all the way."""
 
     @classmethod
-    def from_hf(cls, config) -> "GemmaTextConfig":
+    def from_hf(cls, config: "PretrainedConfig") -> "GemmaTextConfig":
         """From a transformers `Gemma3TextConfig`. Raises ValueError for what is not computed here."""
         for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
             if getattr(config, name):
@@ -59,7 +64,7 @@ class GemmaTextConfig(TextConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Gemma3Config(TargetConfig):
+class Gemma3Config(TargetConfig[ImageLayout]):
     text: GemmaTextConfig
     vision: ClipVisionConfig
     image_token_id: int
@@ -74,7 +79,7 @@ class Gemma3Config(TargetConfig):
         return self.vision.hidden_size
 
     @classmethod
-    def from_hf(cls, config) -> "Gemma3Config":
+    def from_hf(cls, config: "PretrainedConfig") -> "Gemma3Config":
         """From a transformers `Gemma3Config`."""
         vision = ClipVisionConfig.from_hf(config.vision_config, "siglip_vision_model")
         side, pooled = vision.image_size // vision.patch_size, round(config.mm_tokens_per_image**0.5)
@@ -91,7 +96,7 @@ class Gemma3Config(TargetConfig):
     def processor_settings(self) -> dict[str, Any]:
         return {"image_seq_length": self.tokens_per_image}
 
-    def lay_out(self, inputs) -> list[ImageLayout]:
+    def lay_out(self, inputs: Mapping[str, Any]) -> list[ImageLayout]:
         """Every image (and every crop, which the processor makes an image of its own) is one entry of the tower."""
         tokens = self.tokens_per_image
         images = [
@@ -104,7 +109,7 @@ class Gemma3Config(TargetConfig):
 class GemmaNorm(nnx.Module):
     """RMS norm whose weight counts from 1, multiplied in float32."""
 
-    def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs):
+    def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs) -> None:
         del rngs
         self.scale = nnx.Param(jnp.zeros((features,)))
         self.epsilon = epsilon
@@ -117,13 +122,13 @@ class GemmaNorm(nnx.Module):
 
 
 class GemmaAttention(SelfAttention):
-    def __init__(self, config: GemmaTextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GemmaTextConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, qkv_bias=config.attention_bias, output_bias=config.attention_bias, rngs=rngs)
         self.q_norm = GemmaNorm(config.head_dim, config.rms_norm_eps, rngs=rngs)
         self.k_norm = GemmaNorm(config.head_dim, config.rms_norm_eps, rngs=rngs)
         self.query_factor = config.query_scale * config.head_dim**0.5  # `attend` divides by the root of head_dim
 
-    def heads(self, x, rope):
+    def heads(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         query, key, value = (
             proj(x).reshape(*x.shape[:2], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -133,7 +138,7 @@ class GemmaAttention(SelfAttention):
 class GemmaLayer(nnx.Module):
     """Norms before and after attention and MLP."""
 
-    def __init__(self, config: GemmaTextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GemmaTextConfig, *, rngs: nnx.Rngs) -> None:
         def norm():
             return GemmaNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
 
@@ -142,20 +147,32 @@ class GemmaLayer(nnx.Module):
         self.self_attn = GemmaAttention(config, rngs=rngs)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False, activation="gelu_tanh", rngs=rngs)
 
-    def __call__(self, x, rope, mask, past):
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array, past: Sequence[Segment]
+    ) -> tuple[jax.Array, LayerKV]:
         attended, kv = self.self_attn(self.input_layernorm(x), rope, mask, past)
         x = x + self.post_attention_layernorm(attended)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), kv
 
 
-class GemmaLanguageModel(LanguageModel):
-    layer, norm_type = GemmaLayer, GemmaNorm
+class GemmaLanguageModel(LanguageModel[GemmaTextConfig]):
+    layer: ClassVar[Callable[..., Any]] = GemmaLayer
+    norm_type: ClassVar[Callable[..., Any]] = GemmaNorm
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
         embeds = self.embed_tokens(input_ids)
         return embeds * jnp.asarray(self.config.hidden_size**0.5, embeds.dtype)
 
-    def __call__(self, embeds, position_ids, mask, cache=None, cache_mask=None, uncommitted=None, tap_layers=()):
+    def __call__(
+        self,
+        embeds: jax.Array,
+        position_ids: jax.Array,
+        mask: jax.Array,
+        cache: Sequence[LayerKV] | None = None,
+        cache_mask: jax.Array | None = None,
+        uncommitted: Uncommitted | None = None,
+        tap_layers: Sequence[int] = (),
+    ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
         config = self.config
         ropes = {
             local: rope_tables(config.local_rope if local else config.rope, config.head_dim, position_ids)
@@ -169,6 +186,7 @@ class GemmaLanguageModel(LanguageModel):
                 if window is not None:
                     seen = mask & (back < window)
                 if cache is not None:
+                    assert cache_mask is not None  # it comes with the cache
                     past_mask = cache_mask
                     if window is not None:  # row j of a cache holds position j
                         rows = jnp.arange(cache[index].keys.shape[2])
@@ -186,7 +204,7 @@ class GemmaLanguageModel(LanguageModel):
 
 
 class SiglipEmbeddings(nnx.Module):
-    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
         self.patch_size, self.image_size = config.patch_size, config.image_size
         self.patch_embedding = linear(3 * config.patch_size**2, width, bias=True, rngs=rngs)
@@ -200,7 +218,7 @@ class SiglipEmbeddings(nnx.Module):
 class SiglipVisionTower(nnx.Module):
     """`SiglipVisionModel` without its pooling head."""
 
-    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs) -> None:
         self.embeddings = SiglipEmbeddings(config, rngs=rngs)
         self.encoder = ClipEncoder(config, rngs=rngs)
         self.post_layernorm = layer_norm(config, rngs)
@@ -215,7 +233,7 @@ class SiglipVisionTower(nnx.Module):
 
 
 class GemmaProjector(nnx.Module):
-    def __init__(self, config: Gemma3Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: Gemma3Config, *, rngs: nnx.Rngs) -> None:
         vision, width = config.vision, config.text.hidden_size
         self.side, self.pooled = vision.image_size // vision.patch_size, round(config.tokens_per_image**0.5)
         init = nnx.initializers.lecun_normal()
@@ -236,7 +254,9 @@ class GemmaProjector(nnx.Module):
 
 
 class Gemma3(VisionLanguageModel):
-    def __init__(self, config: Gemma3Config, *, rngs: nnx.Rngs):
+    config: Gemma3Config
+
+    def __init__(self, config: Gemma3Config, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.vision_tower = SiglipVisionTower(config.vision, rngs=rngs)
         self.multi_modal_projector = GemmaProjector(config, rngs=rngs)

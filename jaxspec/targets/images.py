@@ -5,23 +5,26 @@ index is made on the host, from sizes, so that any number of images of any size 
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
 
 from jaxspec.buckets import power_of_two
 
+Array = TypeVar("Array", jax.Array, np.ndarray)
+"""What a batch is made of: numpy's arrays on the host, JAX's in a program."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Images:
+class Images(Generic[Array]):
     """The images of a batch, as the device sees them."""
 
     pixels: Any  # what the family's tower reads, in bucketed shapes
-    rows: jax.Array  # i32 [B, S], the row of the tower's table that stands at each image token, 0 at text
-    ids: jax.Array  # i32 [B, S], which image of its prompt a token belongs to, -1 for text
+    rows: Array  # i32 [B, S], the row of the tower's table that stands at each image token, 0 at text
+    ids: Array  # i32 [B, S], which image of its prompt a token belongs to, -1 for text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,12 @@ class ImageLayout:
         return len(self.rows)
 
 
-def place(layouts: Sequence[ImageLayout], is_image: np.ndarray, collate, shared_rows: int = 0) -> Images:
+def place(
+    layouts: Sequence[ImageLayout],
+    is_image: np.ndarray,
+    collate: Callable[[Sequence[Any]], Any],
+    shared_rows: int = 0,
+) -> Images[np.ndarray]:
     """The images in reading order at the tokens that `is_image` bool `[B, S]` marks.
 
     `collate(layouts)` puts their pixels together; the first `shared_rows` rows of the table belong to no image.

@@ -1,7 +1,8 @@
 """LLaVA-1.5 (`LlavaForConditionalGeneration`): CLIP tower, two-layer GELU projector, Llama text model."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,12 @@ from jaxspec.targets.clip import ClipVisionConfig, ClipVisionTower
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 from jaxspec.targets.images import ImageLayout, Images, check_pixels
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 @dataclasses.dataclass(frozen=True)
-class LlavaConfig(TargetConfig):
+class LlavaConfig(TargetConfig[ImageLayout]):
     text: TextConfig
     vision: ClipVisionConfig
     image_token_id: int
@@ -45,7 +49,7 @@ class LlavaConfig(TargetConfig):
             "num_additional_image_tokens": 1,  # CLIP's class token
         }
 
-    def lay_out(self, inputs) -> list[ImageLayout]:
+    def lay_out(self, inputs: Mapping[str, Any]) -> list[ImageLayout]:
         """Every image is one entry of the tower and `tokens_per_image` tokens."""
         tokens = self.tokens_per_image
         images = [
@@ -55,7 +59,7 @@ class LlavaConfig(TargetConfig):
         return [ImageLayout(image[None], np.arange(tokens), tokens) for image in images]
 
     @classmethod
-    def from_hf(cls, config) -> "LlavaConfig":
+    def from_hf(cls, config: "PretrainedConfig") -> "LlavaConfig":
         """From a transformers `LlavaConfig` (which understands every published spelling of config.json)."""
         vision = ClipVisionConfig.from_hf(config.vision_config)
         if config.projector_hidden_act != "gelu":
@@ -81,7 +85,7 @@ class LlavaConfig(TargetConfig):
 
 
 class Projector(nnx.Module):
-    def __init__(self, features_in: int, width: int, *, bias: bool, rngs: nnx.Rngs):
+    def __init__(self, features_in: int, width: int, *, bias: bool, rngs: nnx.Rngs) -> None:
         self.linear_1 = linear(features_in, width, bias=bias, rngs=rngs)
         self.linear_2 = linear(width, width, bias=bias, rngs=rngs)
 
@@ -90,7 +94,9 @@ class Projector(nnx.Module):
 
 
 class Llava(VisionLanguageModel):
-    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs):
+    config: LlavaConfig
+
+    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.vision_tower = ClipVisionTower(config.vision, rngs=rngs)
         self.multi_modal_projector = Projector(

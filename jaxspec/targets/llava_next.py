@@ -6,6 +6,8 @@ learned newline (LLaVA-NeXT's "spatial unpad"). Which row of the tower's table s
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,9 @@ from transformers.image_processing_utils import select_best_resolution
 
 from jaxspec.targets.images import ImageLayout, Images, check_pixels
 from jaxspec.targets.llava import Llava, LlavaConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 NEWLINE = -1
 """The newline is the table's one shared row."""
@@ -26,7 +31,7 @@ class LlavaNextConfig(LlavaConfig):
     """Sizes (height, width) in pixels that a grid of tiles may have."""
 
     @classmethod
-    def from_hf(cls, config) -> "LlavaNextConfig":
+    def from_hf(cls, config: "PretrainedConfig") -> "LlavaNextConfig":
         """From a transformers `LlavaNextConfig`."""
         if config.vision_feature_select_strategy != "default":
             raise ValueError(
@@ -41,7 +46,7 @@ class LlavaNextConfig(LlavaConfig):
     def shared_rows(self) -> int:
         return 1
 
-    def lay_out(self, inputs) -> list[ImageLayout]:
+    def lay_out(self, inputs: Mapping[str, Any]) -> list[ImageLayout]:
         """Of `pixel_values` f32 [n, tiles, 3, H, W], padded, and `image_sizes` [n, 2]."""
         layouts, side = [], self.vision.image_size // self.vision.patch_size
         for tiles, size in zip(inputs.get("pixel_values", ()), inputs.get("image_sizes", ()), strict=True):
@@ -52,13 +57,13 @@ class LlavaNextConfig(LlavaConfig):
         return layouts
 
 
-def tile_grid(size, pinpoints, tile: int) -> tuple[int, int]:
+def tile_grid(size: Sequence[int], pinpoints: Sequence[tuple[int, int]], tile: int) -> tuple[int, int]:
     """Rows and columns of tiles for an image of `size` (height, width)."""
-    height, width = select_best_resolution(tuple(map(int, size)), pinpoints)
+    height, width = select_best_resolution(tuple(map(int, size)), list(pinpoints))
     return height // tile, width // tile
 
 
-def image_rows(size, grid: tuple[int, int], side: int) -> np.ndarray:
+def image_rows(size: Sequence[int], grid: tuple[int, int], side: int) -> np.ndarray:
     """The table's row at each token of one image whose entries are the whole view and `grid` tiles, of `side` x `side`
     patches each."""
     down, across = grid
@@ -71,7 +76,7 @@ def image_rows(size, grid: tuple[int, int], side: int) -> np.ndarray:
     return np.concatenate([np.arange(side**2), rows.reshape(-1)])
 
 
-def unpad(grid: np.ndarray, size) -> np.ndarray:
+def unpad(grid: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """The part of a grid `[h, w]` that an image of `size` (height, width) fills when it is fitted into the middle."""
     height, width = map(int, size)
     rows, columns = grid.shape
@@ -84,7 +89,7 @@ def unpad(grid: np.ndarray, size) -> np.ndarray:
 
 
 class LlavaNext(Llava):
-    def __init__(self, config: LlavaNextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlavaNextConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs=rngs)
         width = config.text.hidden_size
         self.image_newline = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width,)))

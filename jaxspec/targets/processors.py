@@ -7,14 +7,14 @@ videos only where there are some.
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsInt
 
 import numpy as np
 import transformers
 from PIL import Image
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedTokenizerBase
 
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.targets.contract import TargetConfig
@@ -26,7 +26,7 @@ VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 MAX_VIDEO_TOKENS = 128_000
 
 
-def render(processor, messages: Sequence[dict], prompt: bool = True) -> str:
+def render(processor: Any, messages: Sequence[dict], prompt: bool = True) -> str:
     """Chat messages as the folder's template writes them, up to where an answer begins if it is a `prompt`.
 
     `messages` have lists of parts as content, and guards in their words (`jaxspec.targets.words.guard_messages`).
@@ -39,7 +39,7 @@ def render(processor, messages: Sequence[dict], prompt: bool = True) -> str:
         return processor.apply_chat_template(list(messages), add_generation_prompt=prompt, tokenize=False)
 
 
-def process(processor, text: str, **things) -> BatchFeature:
+def process(processor: Any, text: str, **things: Any) -> BatchFeature:
     """What a processor makes of one text and the images and videos it marks; control tokens with a guard are text.
 
     Raises ValueError where the processor fails.
@@ -50,7 +50,7 @@ def process(processor, text: str, **things) -> BatchFeature:
         )
 
 
-def reader(processor, text: str):
+def reader(processor: Any, text: str) -> Any:
     """The processor, or for a text with guards one whose tokenizer reads these."""
     if GUARD not in text:
         return processor
@@ -60,7 +60,7 @@ def reader(processor, text: str):
 
 
 @contextlib.contextmanager
-def refusing(sentence: str) -> Iterator[None]:
+def refusing(sentence: str) -> Generator[None]:
     """Whatever a folder's own template or processor raises becomes a ValueError of one line."""
     try:
         yield
@@ -69,7 +69,7 @@ def refusing(sentence: str) -> Iterator[None]:
         raise ValueError(f"{sentence}: {lines[0]}") from error
 
 
-def adds_special(tokenizer, text: str) -> bool:
+def adds_special(tokenizer: PreTrainedTokenizerBase | GuardedTokenizer, text: str) -> bool:
     """Whether the tokenizer shall add its special tokens: not where the template has written the first one already."""
     return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
@@ -77,14 +77,16 @@ def adds_special(tokenizer, text: str) -> bool:
 class TextProcessor:
     """A tokenizer in the role of a processor."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
 
     @classmethod
     def load(cls, folder: Path) -> "TextProcessor":
-        return cls(transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        return cls(load_tokenizer(folder))
 
-    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False, tokenize: bool = False):
+    def apply_chat_template(
+        self, messages: list[dict], add_generation_prompt: bool = False, tokenize: bool = False
+    ) -> Any:
         """Messages as `jaxspec.prompting` makes them; templates of text models want a string in place of parts."""
         flat = [
             {**message, "content": "".join(part.get("text", "") for part in message["content"])} for message in messages
@@ -103,18 +105,26 @@ class QwenProcessor:
 
     marks = image_token, video_token = "<|image_pad|>", "<|video_pad|>"
 
-    def __init__(self, tokenizer, image_processor, chat_template: str | None = None, video_size: dict | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: Any,
+        chat_template: str | None = None,
+        video_size: dict[str, int] | None = None,
+    ) -> None:
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.chat_template = chat_template or tokenizer.chat_template
+        # A dict would be that of a folder with several templates, which Qwen's are not.
+        self.chat_template: str | None = chat_template or tokenizer.chat_template  # pyrefly: ignore[bad-assignment]
         self.video_size = video_size or VIDEO_SIZE
 
     @classmethod
     def load(cls, folder: Path) -> "QwenProcessor":
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         image_processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        return cls(tokenizer, image_processor, chat_template_of(folder), video_size_of(folder))
+        return cls(load_tokenizer(folder), image_processor, chat_template_of(folder), video_size_of(folder))
 
-    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False, tokenize: bool = False):
+    def apply_chat_template(
+        self, messages: list[dict], add_generation_prompt: bool = False, tokenize: bool = False
+    ) -> Any:
         return self.tokenizer.apply_chat_template(
             messages,
             chat_template=self.chat_template,
@@ -165,7 +175,7 @@ class QwenProcessor:
         return patches.reshape(len(patches) * height * width, -1), [len(patches), height, width]
 
 
-def spread_marks(text: str, mark: str, counts: Iterator[int]) -> str:
+def spread_marks(text: str, mark: str, counts: Iterator[SupportsInt]) -> str:
     """Every mark as many times as the next count says."""
     first, *rest = text.split(mark)
     return first + "".join(mark * int(next(counts, 1)) + piece for piece in rest)
@@ -192,7 +202,13 @@ def chat_template_of(folder: Path) -> str | None:
     return None
 
 
-def load_processor(folder: Path):
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, by transformers."""
+    # Declared as perhaps None, which is never returned.
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)  # pyrefly: ignore[bad-return]
+
+
+def load_processor(folder: Path) -> Any:
     """The processor of a folder, by transformers."""
     return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import numpy as np
 
 from jaxspec.buckets import bucket_below
 from jaxspec.targets.contract import TargetConfig
-from jaxspec.targets.images import ImageLayout, Images, check_images, stack_positions
+from jaxspec.targets.images import Array, ImageLayout, Images, check_images, stack_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,20 +47,20 @@ def check_prompt(
     check_images(input_ids, is_image, images)
 
 
-def static(default: int):
+def static(default: int) -> Any:
     """A dataclass field that is part of the compiled program, not of its arguments."""
     return dataclasses.field(default=default, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PromptBatch:
+class PromptBatch(Generic[Array]):
     """A right-padded batch of prompts."""
 
-    input_ids: jax.Array  # i32 [B, S], image tokens expanded
-    lengths: jax.Array  # i32 [B]
-    images: Images | None = None  # those of all rows
-    position_ids: jax.Array | None = None  # i32 [3, B, S] where the family has positions of its own
+    input_ids: Array  # i32 [B, S], image tokens expanded
+    lengths: Array  # i32 [B]
+    images: Images[Array] | None = None  # those of all rows
+    position_ids: Array | None = None  # i32 [3, B, S] where the family has positions of its own
     max_images: int = static(0)  # images of the row that has most
     min_image_tokens: int = static(0)  # image tokens of the row that has fewest, rounded down
 
@@ -72,7 +72,7 @@ class PromptBatch:
 
 def stack_prompts(
     config: TargetConfig, prompts: Sequence[EncodedPrompt], length: int, pad_token_id: int = 0
-) -> PromptBatch:
+) -> PromptBatch[np.ndarray]:
     """Prompts of up to `length` tokens as a batch, on the host. Raises ValueError as `check_prompt`."""
     for prompt in prompts:
         check_prompt(config, prompt.input_ids, prompt.images)

@@ -6,13 +6,14 @@ them. Number of windows, of frames and longest frame are rounded up, so that any
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxspec.buckets import round_up
 from jaxspec.checkpoints.configs import llama_text_config
@@ -21,6 +22,9 @@ from jaxspec.kernels.attention import BLOCK, LONG, LayerKV, Segment, attend
 from jaxspec.layers import GatedMLP, LanguageModel, RMSNorm, TextConfig, apply_rope, linear
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 from jaxspec.targets.images import ImageLayout, Images, check_pixels, image_runs
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 PAIRS = 2**22
 """Pairs of patches that one head of the tower scores at once: a video's frames take turns."""
@@ -64,7 +68,7 @@ class QwenLayout(ImageLayout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Qwen2_5VLConfig(TargetConfig):
+class Qwen2_5VLConfig(TargetConfig[QwenLayout]):
     text: TextConfig
     vision: QwenVisionConfig
     image_token_id: int
@@ -79,7 +83,7 @@ class Qwen2_5VLConfig(TargetConfig):
         return self.vision.unit * self.vision.hidden_size
 
     @classmethod
-    def from_hf(cls, config) -> "Qwen2_5VLConfig":
+    def from_hf(cls, config: "PretrainedConfig") -> "Qwen2_5VLConfig":
         """From a transformers `Qwen2_5_VLConfig`."""
         vision = config.vision_config
         if vision.hidden_act != "silu":
@@ -112,7 +116,7 @@ class Qwen2_5VLConfig(TargetConfig):
         names = ("patch_size", "temporal_patch_size", "merge_size")
         return {name: getattr(self.vision, name) for name in names}
 
-    def lay_out(self, inputs) -> list[QwenLayout]:
+    def lay_out(self, inputs: Mapping[str, Any]) -> list[QwenLayout]:
         """Of `pixel_values` f32 [P, C] with `image_grid_thw` [n, 3], and of the videos, in the order of the ids."""
         waiting = {
             self.image_token_id: self.layouts_of(inputs, "pixel_values", "image_grid_thw"),
@@ -125,7 +129,8 @@ class Qwen2_5VLConfig(TargetConfig):
                 length -= ordered[-1].tokens
         return ordered + [layout for rest in waiting.values() for layout in rest]
 
-    def layouts_of(self, inputs, pixels: str, grids: str) -> list[QwenLayout]:
+    def layouts_of(self, inputs: Mapping[str, Any], pixels: str, grids: str) -> list[QwenLayout]:
+        """Those of one kind, whose patches and grids the processor gives under these names."""
         layouts, start = [], 0
         seconds = inputs.get("second_per_grid_ts")
         for index, grid in enumerate(np.asarray(inputs.get(grids, np.zeros((0, 3)))).astype(int).tolist()):
@@ -186,7 +191,9 @@ class Qwen2_5VLConfig(TargetConfig):
         return np.concatenate(parts, axis=1).astype(np.int32)
 
 
-def frame_windows(config: QwenVisionConfig, patches: np.ndarray, grid, seconds_per_frame: float | None) -> QwenLayout:
+def frame_windows(
+    config: QwenVisionConfig, patches: np.ndarray, grid: Sequence[int], seconds_per_frame: float | None
+) -> QwenLayout:
     """One image or video, `patches` `[t * h * w, C]` as the processor orders them, cut into windows."""
     frames, height, width = grid[0], grid[1] // config.merge_size, grid[2] // config.merge_size
     side, unit, merge = config.window_units, config.unit, config.merge_size
@@ -226,7 +233,9 @@ def groups_at_once(groups: int, length: int) -> int:
     return max(size for size in range(1, min(limit, groups) + 1) if groups % size == 0)
 
 
-def in_groups(function, arrays, size: int):
+def in_groups(
+    function: Callable[[tuple[jax.Array, ...]], jax.Array], arrays: tuple[jax.Array, ...], size: int
+) -> jax.Array:
     """`function` of the arrays `[G, ..]`, of `size` of their first axis at a time."""
     if size == len(arrays[0]):
         return function(arrays)
@@ -235,12 +244,12 @@ def in_groups(function, arrays, size: int):
 
 
 class QwenVisionAttention(nnx.Module):
-    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs) -> None:
         self.num_heads = config.num_heads
         self.qkv = linear(config.hidden_size, 3 * config.hidden_size, bias=True, rngs=rngs)
         self.proj = linear(config.hidden_size, config.hidden_size, bias=True, rngs=rngs, zero=True)
 
-    def __call__(self, x: jax.Array, rope, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array) -> jax.Array:
         """Of `x` `[G, L, D]`, attending within each of the G groups to what `mask` bool `[G, L]` marks."""
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
         query, key = (apply_rope(qkv[:, :, part], rope, jnp.float32) for part in (0, 1))
@@ -255,19 +264,19 @@ class QwenVisionAttention(nnx.Module):
 
 
 class QwenVisionBlock(nnx.Module):
-    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs) -> None:
         self.norm1 = RMSNorm(config.hidden_size, 1e-6, rngs=rngs)
         self.norm2 = RMSNorm(config.hidden_size, 1e-6, rngs=rngs)
         self.attn = QwenVisionAttention(config, rngs=rngs)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rope, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array) -> jax.Array:
         x = x + self.attn(self.norm1(x), rope, mask)
         return x + self.mlp(self.norm2(x))
 
 
 class QwenPatchEmbed(nnx.Module):
-    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs) -> None:
         self.proj = linear(config.patch_pixels, config.hidden_size, bias=False, rngs=rngs)
 
     def __call__(self, patches: jax.Array) -> jax.Array:
@@ -275,7 +284,7 @@ class QwenPatchEmbed(nnx.Module):
 
 
 class QwenMerger(nnx.Module):
-    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs) -> None:
         width = config.hidden_size * config.unit
         self.ln_q = RMSNorm(config.hidden_size, 1e-6, rngs=rngs)
         self.mlp = nnx.Dict({
@@ -290,23 +299,23 @@ class QwenMerger(nnx.Module):
 
 
 class QwenVisionTower(nnx.Module):
-    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.patch_embed = QwenPatchEmbed(config, rngs=rngs)
         self.blocks = nnx.List([QwenVisionBlock(config, rngs=rngs) for _ in range(config.num_layers)])
         self.merger = QwenMerger(config, rngs=rngs)
 
-    def __call__(self, pixels: dict[str, jax.Array], dtype) -> jax.Array:
+    def __call__(self, pixels: Mapping[str, jax.Array], dtype: DTypeLike) -> jax.Array:
         """Features `[R, unit * D]` of what `Qwen2_5VLConfig.collate` made: the patches of each unit side by side."""
         x = self.patch_embed(pixels["patches"].astype(dtype))  # [W, L, D]
         rope = self.rope(pixels["places"])
         members, shape = pixels["members"], x.shape
         with jax.named_scope("rope"):
-            frame_rope = tuple(table.reshape(-1, table.shape[-1])[members] for table in rope)
+            cos, sin = (table.reshape(-1, table.shape[-1])[members] for table in rope)
         for index, block in enumerate(self.blocks):
             with jax.named_scope(f"vision_layer_{index}"):
                 if index in self.config.full_attention_layers:
-                    frames = block(x.reshape(-1, shape[-1])[members], frame_rope, pixels["inside"])  # [F, Lf, D]
+                    frames = block(x.reshape(-1, shape[-1])[members], (cos, sin), pixels["inside"])  # [F, Lf, D]
                     x = frames.reshape(-1, shape[-1])[pixels["back"]].reshape(shape)
                 else:
                     x = block(x, rope, pixels["valid"])
@@ -322,7 +331,9 @@ class QwenVisionTower(nnx.Module):
 
 
 class Qwen2_5VL(VisionLanguageModel):
-    def __init__(self, config: Qwen2_5VLConfig, *, rngs: nnx.Rngs):
+    config: Qwen2_5VLConfig
+
+    def __init__(self, config: Qwen2_5VLConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.visual = QwenVisionTower(config.vision, rngs=rngs)
         self.language_model = LanguageModel(config.text, rngs=rngs)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
+from jax.typing import DTypeLike
 
 from jaxspec.checkpoints.configs import check_sizes, one_sentence
 from jaxspec.checkpoints.foreign import draft_head, foreign_files, refuse_quantised
@@ -29,8 +31,8 @@ class Family:
 
     title: str
     architecture: str  # the transformers class that it is tested against
-    model: type[VisionLanguageModel]
-    config_from_hf: Callable[[Any], Any]
+    model: Callable[..., VisionLanguageModel]
+    config_from_hf: Callable[[transformers.PretrainedConfig], Any]
     names: NameTable
     load_processor: Callable[[Path], Any] = load_processor
     images: bool = True  # any number per prompt
@@ -79,14 +81,14 @@ FAMILIES = {
 }
 
 
-def family_of(hf_config) -> Family:
+def family_of(hf_config: transformers.PretrainedConfig) -> Family:
     """Raises ValueError for a model_type without a family."""
     if hf_config.model_type not in FAMILIES:
         raise ValueError(f"model_type {hf_config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[hf_config.model_type]
 
 
-def read_config(folder: Path):
+def read_config(folder: Path) -> transformers.PretrainedConfig:
     """The folder's transformers config. Raises FileNotFoundError or ValueError, naming what the folder holds instead of
     a supported model, or the value that cannot be."""
     path = folder / "config.json"
@@ -115,7 +117,9 @@ def config_from(folder: Path) -> tuple[Family, Any]:
         return family, family.config_from_hf(hf_config)
 
 
-def load_model(folder: Path, dtype=jnp.float32, mesh=None) -> VisionLanguageModel:
+def load_model(
+    folder: Path, dtype: DTypeLike = jnp.float32, mesh: jax.sharding.Mesh | None = None
+) -> VisionLanguageModel:
     """The model of a Hugging Face folder with parameters in `dtype`, sharded where there is a mesh."""
     family, config = config_from(folder)
     tensors = read_folder(folder)
@@ -126,7 +130,7 @@ def load_model(folder: Path, dtype=jnp.float32, mesh=None) -> VisionLanguageMode
     return fill(model, tensors, family.names, str(folder), dtype, mesh)
 
 
-def settle_tying(config, tensors: dict[str, np.ndarray], names: NameTable):
+def settle_tying(config: Any, tensors: dict[str, np.ndarray], names: NameTable) -> tuple[Any, dict[str, np.ndarray]]:
     """Config and tensors where a tied config meets a folder that holds a head all the same: as in transformers, the
     head counts if it differs from the embedding."""
     by_name = {names.canonical(name): name for name in tensors}
@@ -145,7 +149,13 @@ def same_values(a: np.ndarray, b: np.ndarray, rows: int = 4096) -> bool:
     return a.shape == b.shape and all(np.array_equal(a[part], b[part]) for part in parts)
 
 
-def save_model(model: VisionLanguageModel, hf_config, processor_folder: Path, folder: Path, dtype) -> None:
+def save_model(
+    model: VisionLanguageModel,
+    hf_config: transformers.PretrainedConfig,
+    processor_folder: Path,
+    folder: Path,
+    dtype: DTypeLike,
+) -> None:
     """A Hugging Face folder: config.json, model.safetensors in `dtype`, the processor's files. Replaces `folder`."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

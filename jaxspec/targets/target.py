@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.checkpoints.tensors import read_folder
 from jaxspec.quiet import quiet
-from jaxspec.targets.contract import VisionLanguageModel
+from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 from jaxspec.targets.generation import GenerationDefaults, stop_tokens
-from jaxspec.targets.images import split_by_tokens, stack_positions
+from jaxspec.targets.images import Images, split_by_tokens, stack_positions
 from jaxspec.targets.processors import check_processor
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.registry import family_of, load_model, read_config
@@ -32,7 +33,7 @@ class Target:
         path: Path | None,
         stop_token_ids: tuple[int, ...],
         generation_defaults: GenerationDefaults = GenerationDefaults(),
-    ):
+    ) -> None:
         self.model = model
         self.processor = processor
         self.path = path
@@ -41,11 +42,11 @@ class Target:
         self._fingerprint: str | None = None
 
     @property
-    def config(self):
+    def config(self) -> TargetConfig:
         return self.model.config
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Any:
         return self.processor.tokenizer
 
     @property
@@ -74,7 +75,7 @@ class Target:
         self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
-    def logits(self, inputs) -> jax.Array:
+    def logits(self, inputs: Mapping[str, Any]) -> jax.Array:
         """Logits f32 `[B, S, V]` of a forward pass without cache.
 
         `inputs` is what the Hugging Face processor returns with `return_tensors="np"`: `input_ids` `[B, S]`, and
@@ -107,7 +108,15 @@ class Target:
 
 
 @jax.jit
-def full_logits(model: VisionLanguageModel, input_ids, lengths, images=None, position_ids=None):
+def full_logits(
+    model: VisionLanguageModel,
+    input_ids: jax.Array,
+    lengths: jax.Array,
+    images: Images[jax.Array] | None = None,
+    position_ids: jax.Array | None = None,
+) -> jax.Array:
+    """Logits f32 `[B, S, V]` of right-padded prompts i32 `[B, S]`; positions i32 `[3, B, S]` where the family has its
+    own."""
     return model.unembed(model.prefill(model.embed(input_ids, images), lengths, images, position_ids)[0])
 
 

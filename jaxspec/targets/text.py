@@ -1,6 +1,8 @@
 """Text-only targets: Llama, Mistral, Qwen2 / Qwen2.5 and Gemma3 text models behind the same contract."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import transformers
 from flax import nnx
@@ -14,22 +16,24 @@ from jaxspec.targets.images import ImageLayout
 
 
 @dataclasses.dataclass(frozen=True)
-class TextTargetConfig(TargetConfig):
+class TextTargetConfig(TargetConfig[ImageLayout]):
     text: TextConfig
 
     @classmethod
-    def from_hf(cls, config) -> "TextTargetConfig":
+    def from_hf(cls, config: transformers.PretrainedConfig) -> "TextTargetConfig":
         """From a transformers config of a causal language model."""
         gemma = config.model_type == "gemma3_text"
         return cls(GemmaTextConfig.from_hf(config) if gemma else llama_text_config(config))
 
-    def lay_out(self, inputs) -> list[ImageLayout]:
+    def lay_out(self, inputs: Mapping[str, Any]) -> list[ImageLayout]:
         return []
 
 
-def language_model(text: TextConfig, *, rngs: nnx.Rngs) -> LanguageModel:
+def language_model(text: TextConfig, *, rngs: nnx.Rngs) -> LanguageModel[TextConfig]:
     """A fresh text model of whichever kind the config describes."""
-    return (GemmaLanguageModel if isinstance(text, GemmaTextConfig) else LanguageModel)(text, rngs=rngs)
+    if isinstance(text, GemmaTextConfig):
+        return GemmaLanguageModel(text, rngs=rngs)
+    return LanguageModel(text, rngs=rngs)
 
 
 def published_text_config(text: TextConfig, model_type: str) -> transformers.PretrainedConfig:
@@ -50,7 +54,9 @@ def published_text_config(text: TextConfig, model_type: str) -> transformers.Pre
 
 
 class TextModel(VisionLanguageModel):
-    def __init__(self, config: TextTargetConfig, *, rngs: nnx.Rngs):
+    config: TextTargetConfig
+
+    def __init__(self, config: TextTargetConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.language_model = language_model(config.text, rngs=rngs)
 

@@ -65,7 +65,7 @@ class Respelt:
 class ControlTokens:
     """The control tokens of a processor: the tokenizer's special tokens and the marks of images and videos."""
 
-    def __init__(self, tokenizer: Any, marks: frozenset[str]):
+    def __init__(self, tokenizer: Any, marks: frozenset[str]) -> None:
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         special = {name for name in special if not BYTE.fullmatch(name)}
         self.tokenizer = weakref.proxy(tokenizer)  # which `KNOWN` must not keep alive
@@ -171,7 +171,7 @@ def control_tokens(processor: Any) -> ControlTokens:
 class GuardedTokenizer:
     """A tokenizer for texts with guards, in the place where a processor keeps its own."""
 
-    def __init__(self, tokenizer: Any, control: ControlTokens):
+    def __init__(self, tokenizer: Any, control: ControlTokens) -> None:
         self.tokenizer, self.control = tokenizer, control
 
     def __getattr__(self, name: str) -> Any:

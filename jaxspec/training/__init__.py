@@ -1,5 +1,8 @@
 """Training: recipes, tasks, losses and the loop. `run` does whatever a recipe of `jaxspec/recipes` describes."""
 
+from collections.abc import Sequence
+from typing import cast
+
 from jaxspec.stopping import Stopped
 from jaxspec.training.drafter import DrafterRecipe, drafter_task, drafter_tasks
 from jaxspec.training.eagle import EagleRecipe
@@ -43,7 +46,7 @@ def run(*recipes: Recipe) -> None:
             raise ValueError(f"`recipe` must be a recipe of jaxspec.training, got {type(recipe).__name__}")
         check_inputs(recipe)
     if len(recipes) > 1:
-        train_together(recipes, drafter_tasks(recipes))
+        train_together(recipes, drafter_tasks(cast(Sequence[DrafterRecipe], recipes)))  # which looks whether they are
         return
     (recipe,) = recipes
     match recipe:

@@ -3,7 +3,7 @@ and logits are never stored), a method's recipe turns what it said into a loss.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -16,13 +16,16 @@ from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.checkpoints.names import parameter_paths
 from jaxspec.data.answers import AnswerEncoder, AnswerSource
 from jaxspec.data.conversations import ConversationEncoder
+from jaxspec.data.records import IllustratedRecords, QuestionEncoder
 from jaxspec.data.sources import open_conversations
 from jaxspec.drafters.checkpoint import load_drafter_folder, save_drafter_folder
+from jaxspec.drafters.contract import DraftModel
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.metrics import Acceptance
 from jaxspec.sharding import place_parameters
 from jaxspec.speculation.loop import DrafterContext, context_of, read_prompts, taps_of
 from jaxspec.speculation.tree import TreeConfig
+from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.training.acceptance import Measurement, measured_acceptance
 from jaxspec.training.held_out import Span, first_questions, held_out_of, pipelines
@@ -83,7 +86,7 @@ class DrafterRecipe(Recipe):
         *("acceptance_every", "export_checkpoint", "save_dtype"),
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_records is not None and self.max_records < 1:
             raise ValueError(f"max_records must be at least 1, got {self.max_records}")
@@ -103,7 +106,7 @@ class DrafterRecipe(Recipe):
     def tree(self) -> TreeConfig:
         return TreeConfig(self.depth, self.top_k, self.total_tokens, self.noise_weight)
 
-    def new_drafter(self, target: jaxspec.Target) -> nnx.Module:
+    def new_drafter(self, target: jaxspec.Target) -> DraftModel:
         """What training starts from."""
         raise NotImplementedError(f"{type(self).__name__} must implement new_drafter")
 
@@ -111,7 +114,9 @@ class DrafterRecipe(Recipe):
         """Whether the parameter at `path` learns; the others stay as they are."""
         return True
 
-    def loss(self, drafter, target, teacher: Teacher, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        self, drafter: Any, target: VisionLanguageModel, teacher: Teacher, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss and what the log shall tell; pure."""
         raise NotImplementedError(f"{type(self).__name__} must implement loss")
 
@@ -139,7 +144,7 @@ def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None, an
         drafter = nnx.merge(graph, params, rest)
         return recipe.loss(drafter, model, teach(model, batch, key, taps_of(drafter)), key)
 
-    def model(*states) -> nnx.Module:
+    def model(*states) -> DraftModel:
         return nnx.merge(graph, *states)
 
     def served(params) -> Drafter:
@@ -191,9 +196,12 @@ def drafter_tasks(recipes: Sequence[DrafterRecipe]) -> list[Task]:
     return [drafter_task(recipe, target, answer_run) for recipe in recipes]
 
 
-def split_drafter(recipe: DrafterRecipe, target: jaxspec.Target):
+def split_drafter(
+    recipe: DrafterRecipe, target: jaxspec.Target
+) -> tuple[nnx.GraphDef[DraftModel], nnx.State, nnx.State]:
     """What training starts from: structure, parameters that learn, parameters that stay."""
-    return nnx.split(recipe.new_drafter(target), lambda path, _: recipe.trains(path), ...)
+    graph, learning, others = nnx.split(recipe.new_drafter(target), lambda path, _: recipe.trains(path), ...)
+    return graph, learning, others
 
 
 def in_dtype(tree: Any, dtype: Any) -> Any:
@@ -212,7 +220,9 @@ def about_run(recipe: DrafterRecipe, target: jaxspec.Target) -> dict:
     }
 
 
-def records_and_encoder(recipe: DrafterRecipe, target: jaxspec.Target) -> tuple[Span, Any]:
+def records_and_encoder(
+    recipe: DrafterRecipe, target: jaxspec.Target
+) -> tuple[Span[IllustratedRecords[dict[str, Any]]], QuestionEncoder]:
     """What the recipe learns from, and what reads it. Raises ValueError for another target's answers."""
     if recipe.conversations is not None:
         records = open_conversations(recipe.conversations, recipe.image_folder)
@@ -233,7 +243,12 @@ def open_answers(recipe: DrafterRecipe, target: jaxspec.Target) -> AnswerSource:
     return answers
 
 
-def check_records(recipe: DrafterRecipe, target: jaxspec.Target, records: Span, held_out: int) -> None:
+def check_records(
+    recipe: DrafterRecipe,
+    target: jaxspec.Target,
+    records: Span[IllustratedRecords[dict[str, Any]]],
+    held_out: int,
+) -> None:
     """Raises ValueError where a batch cannot be filled, or images are needed that are not there."""
     source = recipe.conversations or recipe.answers_dir
     if len(records) - held_out < recipe.batch_size:
@@ -280,7 +295,9 @@ def start_from(drafter: nnx.Module, folder: str, target: jaxspec.Target) -> None
     nnx.update(drafter, nnx.state(trained))
 
 
-def teach(target, batch, key, tap_layers: tuple[int, ...] = ()) -> Teacher:
+def teach(
+    target: VisionLanguageModel, batch: Mapping[str, Any], key: jax.Array, tap_layers: Sequence[int] = ()
+) -> Teacher:
     """One pass of the target over a batch of `jaxspec.data.pipeline`; no gradient goes into it."""
     prompts, answer = batch["prompts"], batch["loss_mask"]
     features, _, embeds, vision = jax.lax.stop_gradient(read_prompts(target, prompts, tap_layers))

@@ -74,7 +74,7 @@ class EagleRecipe(DrafterRecipe):
     def trains(self, path: tuple[Any, ...]) -> bool:
         return path[-1] != "ids"  # of the draft vocabulary
 
-    def new_drafter(self, target: Target) -> EagleHead:
+    def new_drafter(self, target: Target) -> EagleHead[EagleConfig]:
         """A head of the target's shape, or that of `init_from` with what it lacks."""
         config = self.head_config(dataclasses.replace(target.config.text, num_layers=1, tie_word_embeddings=False))
         head = cast(EagleHead, METHODS[self.method].module(config, rngs=nnx.Rngs(self.seed)))
@@ -88,7 +88,7 @@ class EagleRecipe(DrafterRecipe):
         return head
 
     def loss(
-        self, drafter: EagleHead, target: VisionLanguageModel, teacher: Teacher, key: jax.Array
+        self, drafter: EagleHead[EagleConfig], target: VisionLanguageModel, teacher: Teacher, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The recipe's loss and, per draft position, how often the head's first choice is the target's."""
         context, answer = teacher

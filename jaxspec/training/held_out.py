@@ -1,33 +1,37 @@
 """Which records of a set are learned from, and which only judged by."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
 
 from jaxspec.data.pipeline import Pipeline
+from jaxspec.data.records import Encoder, QuestionEncoder, Records
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.training.recipe import Recipe
 
+Source = TypeVar("Source", bound=Records[dict[str, Any]], covariant=True)
 
-class Span:
+
+class Span(Generic[Source]):
     """Records `start` to `stop` of a random-access source."""
 
-    def __init__(self, source: Sequence, start: int, stop: int):
+    def __init__(self, source: Source, start: int, stop: int) -> None:
         self.source, self.start, self.stop = source, start, stop
 
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
         return self.source[self.start + index]
 
 
-def held_out_of(wanted: int, records: Sequence) -> int:
+def held_out_of(wanted: int, records: Records[Any]) -> int:
     """How many of the first records are held out: never more than half."""
     return min(wanted, len(records) // 2)
 
 
 def pipelines(
-    recipe: Recipe, records: Sequence, held_out: int, encoder, answer_run: int = 1
+    recipe: Recipe, records: Records[dict[str, Any]], held_out: int, encoder: Encoder, answer_run: int = 1
 ) -> tuple[Pipeline, Callable[[], Iterator[dict]]]:
     """The batches to train on, and up to `eval_batches` of the first `held_out` records (the last one may go round).
     `answer_run` is what the loss needs of an answer (`Pipeline`). Raises ValueError where nothing can be learned from
@@ -47,17 +51,20 @@ def pipelines(
 
     training = pipeline(Span(records, held_out, len(records)), True)
     training.check()
-    validation = pipeline(Span(records, 0, held_out), False) if held_out else None
-    if validation is not None:
-        try:
-            validation.check()
-        except ValueError as error:
-            raise ValueError(f"validation on the first {held_out} records: {error}") from error
+    if not held_out:
+        return training, lambda: iter(())
+    validation = pipeline(Span(records, 0, held_out), False)
+    try:
+        validation.check()
+    except ValueError as error:
+        raise ValueError(f"validation on the first {held_out} records: {error}") from error
     count = min(recipe.eval_batches * recipe.accumulate, -(-held_out // recipe.rows))
     return training, lambda: (validation[index] for index in range(count))
 
 
-def first_questions(records: Sequence[dict], encoder, count: int, room: int) -> list[tuple[EncodedPrompt, int]]:
+def first_questions(
+    records: Records[dict[str, Any]], encoder: QuestionEncoder, count: int, room: int
+) -> list[tuple[EncodedPrompt, int]]:
     """The first `count` questions of up to `room` tokens, each with the length of its answer. A record that has none,
     or cannot be encoded, is left out with a warning that names it."""
     questions = []

@@ -30,11 +30,12 @@ def lacking_answers(recipe: Recipe) -> Iterator[str]:
     answers = getattr(recipe, "answers_dir", None)
     if answers is None or getattr(recipe, "conversations", None) is not None or Path(answers, ABOUT).exists():
         return
-    if recipe.target in (*EMBEDDED_TARGET, *EMBEDDED_TARGET.values()):
-        command = SCENES.format(target=recipe.target, output=answers)
+    target = getattr(recipe, "target", None)
+    if target in (*EMBEDDED_TARGET, *EMBEDDED_TARGET.values()):
+        command = SCENES.format(target=target, output=answers)
         about = f"about {MINUTES} minutes on two CPU cores"
     else:
-        command = f"python -m jaxspec distill --data PROMPTS --target {recipe.target} --output {answers}"
+        command = f"python -m jaxspec distill --data PROMPTS --target {target} --output {answers}"
         own = packaged_recipes().get(recipe.name)
         about = f"with the prompts and limits that {own} names" if own else "PROMPTS are yours to choose"
     yield f"its target's answers in {answers}, made by `{command}` ({about})"
@@ -44,7 +45,9 @@ def lacking_folders(recipe: Recipe) -> Iterator[str]:
     packaged = packaged_recipes()
     for field in FOLDERS:
         folder = getattr(recipe, field, None)
-        if folder is None or (field == "lm" and recipe.init_from is not None):  # which then takes its place
+        if field == "lm" and getattr(recipe, "init_from", None) is not None:  # which then takes its place
+            continue
+        if folder is None:
             continue
         path = Path(folder)
         if path.name == "export" and path.parent.name in packaged and not path.is_dir():

@@ -14,6 +14,7 @@ from jaxspec.data.answers import AnswerSource
 from jaxspec.data.pipeline import Example
 from jaxspec.speculation.loop import read_prompts
 from jaxspec.targets.contract import TargetConfig
+from jaxspec.targets.processors import load_tokenizer
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.registry import family_of, read_config, save_model
 from jaxspec.targets.text import TextModel, TextTargetConfig
@@ -36,7 +37,7 @@ class SmallLanguageModelRecipe(Recipe):
     num_heads: int = 4
     save_dtype: str = "float16"
 
-    def hf_config(self, tokenizer) -> transformers.LlamaConfig:
+    def hf_config(self, tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.LlamaConfig:
         return transformers.LlamaConfig(
             architectures=["LlamaForCausalLM"],
             vocab_size=len(tokenizer),
@@ -55,7 +56,7 @@ class SmallLanguageModelRecipe(Recipe):
 class TextEncoder:
     """Records of an `AnswerSource` without their pictures: image tokens are left out, the answer is what to learn."""
 
-    def __init__(self, config: TextTargetConfig, target_config: TargetConfig):
+    def __init__(self, config: TextTargetConfig, target_config: TargetConfig) -> None:
         self.config, self.target_config = config, target_config
 
     def length(self, record: dict) -> int:
@@ -73,7 +74,7 @@ def language_model_task(recipe: SmallLanguageModelRecipe) -> Task:
     """The text of self-distilled answers, and a fresh Llama."""
     folder = resolve_folder(recipe.target)
     target_config = read_config(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     hf_config = recipe.hf_config(tokenizer)
     config = TextTargetConfig.from_hf(hf_config)
     graph, params = nnx.split(TextModel(config, rngs=nnx.Rngs(recipe.seed)))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -37,14 +38,15 @@ class Log:
         start: int,
         alone: bool = True,
         writing: Callable[[], AbstractContextManager] = nullcontext,
-    ):
+    ) -> None:
         self.folder, self.console, self.recipe, self.start, self.writing = folder, console, recipe, start, writing
         self.label = "" if alone else f"{recipe.name}  "
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         self.bar = Progress(
             *columns, TextColumn("{task.fields[rate]}"), console=console, disable=not (alone and console.is_terminal)
         )
-        self.flops = self.peak = None
+        self.flops: float | None = None
+        self.peak: float | None = None
         self.since_step: int | None = None
         self.tokens = 0
 
@@ -60,7 +62,7 @@ class Log:
         self.row = self.bar.add_task(self.recipe.name, total=self.recipe.steps, completed=self.start, rate="")
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.bar.stop()
         self.file.close()
         if self.tensorboard:
@@ -75,12 +77,12 @@ class Log:
         except ValueError:
             return False
 
-    def open_tensorboard(self):
+    def open_tensorboard(self) -> Any:
         """Events that a stopped run wrote of steps that are now run again are void."""
         writer = optional("tensorboardX", "tensorboard").SummaryWriter
         return writer(logdir=str(self.folder / "tensorboard"), purge_step=self.start + 1 if self.start else None)
 
-    def open_wandb(self):
+    def open_wandb(self) -> Any:
         """A resumed run goes on under the id it began with."""
         wandb, path = optional("wandb", "wandb"), self.folder / "wandb_id"
         if not path.exists():
@@ -121,7 +123,7 @@ class Log:
 
     def speed(self, step: int) -> dict[str, float]:
         """Since the last `restart`; nothing where no step was timed."""
-        if step == self.since_step:
+        if self.since_step is None or step == self.since_step:
             return {}
         seconds = (time.perf_counter() - self.since) / (step - self.since_step)
         values = {"seconds_per_step": seconds}
@@ -186,7 +188,7 @@ def flat(split: str, values: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in scalars.items() if value is not None}
 
 
-def optional(module: str, field: str):
+def optional(module: str, field: str) -> ModuleType:
     """A library of the extra `logging`, imported only for recipes that ask for it."""
     try:
         return import_module(module)

@@ -6,7 +6,7 @@ losses share are passed once, so XLA computes once what all of them compute, the
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +27,10 @@ COMMON = (
 )
 """Fields of `Recipe` that recipes trained together share."""
 
+Metrics = list[dict[str, jax.Array]]
+Step = Callable[[list[TrainState], list[jax.Array], dict[str, Any]], tuple[list[TrainState], Metrics]]
+Losses = Callable[[list[Any], list[jax.Array], dict[str, Any]], Metrics]
+
 
 class Running(NamedTuple):
     """A step that the device may still be busy with."""
@@ -39,7 +43,7 @@ class Running(NamedTuple):
 class Constants:
     """What the losses of tasks read but do not train, as a flat list that holds every array once."""
 
-    def __init__(self, tasks: Sequence[Task]):
+    def __init__(self, tasks: Sequence[Task]) -> None:
         leaves, self.structure = jax.tree.flatten([task.constants for task in tasks])
         unique = {id(leaf): leaf for leaf in leaves}
         places = {name: place for place, name in enumerate(unique)}
@@ -49,7 +53,9 @@ class Constants:
         return jax.tree.unflatten(self.structure, [arrays[place] for place in self.places])
 
 
-def make_step(recipes: Sequence[Recipe], tasks: Sequence[Task], constants: Constants, shardings=None):
+def make_step(
+    recipes: Sequence[Recipe], tasks: Sequence[Task], constants: Constants, shardings: Any = None
+) -> jax.stages.Wrapped:
     """`step(states, constants.arrays, batch) -> (states, metrics)`, a list each; states are donated, and lie as
     `shardings` say where they are given."""
     optimizers = [optimizer(recipe) for recipe in recipes]
@@ -71,7 +77,7 @@ def make_step(recipes: Sequence[Recipe], tasks: Sequence[Task], constants: Const
     return step
 
 
-def make_losses(recipes: Sequence[Recipe], tasks: Sequence[Task], constants: Constants):
+def make_losses(recipes: Sequence[Recipe], tasks: Sequence[Task], constants: Constants) -> Losses:
     """`losses(params, constants.arrays, batch) -> metrics`, a list each; the key is fixed, so runs are comparable."""
 
     @jax.jit
@@ -86,7 +92,7 @@ def make_losses(recipes: Sequence[Recipe], tasks: Sequence[Task], constants: Con
 
 
 def update(
-    members: Sequence[Member], step, constants: Constants, parts: Sequence[dict], mesh: Mesh | None
+    members: Sequence[Member], step: Step, constants: Constants, parts: Sequence[dict], mesh: Mesh | None
 ) -> list[dict]:
     """One step of all members on the parts of a batch; returns their metrics, means over the parts."""
     found = []
@@ -98,7 +104,7 @@ def update(
     return found[0] if len(found) == 1 else jax.tree.map(lambda *each: sum(each) / len(each), *found)
 
 
-def evaluate(members: Sequence[Member], losses, constants: Constants, step: int, mesh: Mesh | None) -> None:
+def evaluate(members: Sequence[Member], losses: Losses, constants: Constants, step: int, mesh: Mesh | None) -> None:
     """The mean metrics over the validation batches, and what the data that all of them read has lacked."""
     totals: list[dict[str, float]] = [{} for _ in members]
     count = 0

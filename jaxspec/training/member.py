@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 from functools import partial
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +36,7 @@ class Member:
     Raises ValueError for the folder of another recipe, OSError where something cannot be written.
     """
 
-    def __init__(self, recipe: Recipe, task: Task, console: Console):
+    def __init__(self, recipe: Recipe, task: Task, console: Console) -> None:
         self.recipe, self.task, self.console = recipe, task, console
         self.about: dict | None = None  # of the last measurement of this run
         self.idle = False  # whether a step without a gradient has been told
@@ -54,7 +55,9 @@ class Member:
             self.stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stack.__exit__(kind, error, trace)
 
     def saved_steps(self) -> set[int]:
@@ -98,6 +101,7 @@ class Member:
 
     def measure(self, step: int) -> None:
         """What the state accepts; the best so far is kept."""
+        assert self.task.acceptance is not None  # `measures_at` has said so
         accepted = self.task.acceptance.measure(self.state.params)
         self.log.acceptance(step, accepted)
         self.about = summary(step, accepted)
@@ -124,6 +128,7 @@ class Member:
             about = self.about
             if acceptance.export == "best":
                 params, about = self.checkpoints.best_params(params), self.checkpoints.best_about()
+        assert about is not None  # from a measurement of this run or of one that it goes on from
         with self.checkpoints.writing("the export", OSError):
             self.task.export(params, self.recipe.export_folder, about)
         self.console.print(f"{self.recipe.name}: exported step {about['step']} to {self.recipe.export_folder}")

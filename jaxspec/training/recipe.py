@@ -63,7 +63,7 @@ class Recipe:
     """Fields that may be others when a run goes on: nothing that is learned depends on them (up to the order of sums on
     other devices)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulate", "fsdp", "tensor", "sequence_length", "log_every")
         for field in (*counts, "eval_every", "checkpoint_every"):
             if getattr(self, field) < 1:
@@ -168,7 +168,7 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     return optax.MultiSteps(transformation, recipe.accumulate).gradient_transformation()
 
 
-def is_vision(path) -> bool:
+def is_vision(path: Sequence[Any]) -> bool:
     """Whether a parameter's path lies in a vision tower or the projector behind it."""
     names = ("vision_tower", "multi_modal_projector", "projector")
     return any(str(getattr(key, "key", "")) in names for key in path)

@@ -1,6 +1,7 @@
 """Training a target from scratch: next-token cross-entropy on the assistant's tokens of image conversations."""
 
 import dataclasses
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from flax import nnx
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.data.conversations import ConversationEncoder
 from jaxspec.data.pipeline import Pipeline
+from jaxspec.data.records import Records
 from jaxspec.data.scenes import load_scenes
 from jaxspec.demo.generation import conversation_of
 from jaxspec.demo.language import inventory
@@ -47,7 +49,7 @@ class TargetRecipe(Recipe):
     """A trained target of the same widths with fewer layers; the added layers start as the identity."""
     save_dtype: str = "float16"
 
-    def hf_config(self, tokenizer) -> transformers.LlavaConfig:
+    def hf_config(self, tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.LlavaConfig:
         vision = transformers.CLIPVisionConfig(
             hidden_size=self.vision_hidden_size,
             intermediate_size=self.vision_intermediate_size,
@@ -72,7 +74,7 @@ class TargetRecipe(Recipe):
         return transformers.LlavaConfig(
             vision_config=vision,
             text_config=text,
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            image_token_index=cast(int, tokenizer.convert_tokens_to_ids("<image>")),
             image_seq_length=(self.image_size // self.patch_size) ** 2,
             architectures=["LlavaForConditionalGeneration"],
         )
@@ -82,7 +84,7 @@ class SingleQuestions:
     """Scenes with one question each: the first of the record (later answers could be copied from earlier ones,
     unseen), or for a share of the scenes the list of all places, which teaches to look."""
 
-    def __init__(self, source, inventory_share: float):
+    def __init__(self, source: Records[dict[str, Any]], inventory_share: float) -> None:
         self.source, self.inventory_share = source, inventory_share
 
     def __len__(self) -> int:
@@ -105,7 +107,7 @@ def target_task(recipe: TargetRecipe) -> Task:
     if recipe.vision_from is not None:
         model.vision_tower = load_tower(model.vision_tower, resolve_folder(recipe.vision_from))
     if recipe.init_from is not None:
-        model = grow(model, load_model(resolve_folder(recipe.init_from)))
+        model = grow(model, cast(Llava, load_model(resolve_folder(recipe.init_from))))  # which looks whether it is
     graph, params = nnx.split(model)
     encoder = ConversationEncoder(processor, config)
 
