@@ -1,4 +1,4 @@
-# make demo | test | lint | bench: each makes what it needs, in $(VENV), once.
+# make demo | test | test-full | test-core | lint | bench: each makes what it needs, in $(VENV), once.
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
@@ -6,13 +6,25 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --editable
 
-.PHONY: demo test lint bench clean
+# What has to hold on every Python and JAX, in a few minutes and without torch: decoding, sampling and trees, loading,
+# training and resuming, the commands.
+CORE := $(addprefix tests/,speculation/test_families.py speculation/test_tree.py drafters/test_medusa.py \
+	test_compilations.py training/test_loop.py training/test_together.py training/test_medusa.py data/test_unusable.py \
+	cli/test_generate.py)
+
+.PHONY: demo test test-full test-core lint bench clean
 
 demo: $(VENV)/installed  ## answer a question about a picture with the embedded model
 	$(BIN)/python -m jaxspec generate
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-full: $(VENV)/installed-test  ## every combination, where `test` has every pair of values
+	$(BIN)/python -m pytest --full $(PYTEST_ARGS)
+
+test-core: $(VENV)/installed-test-core
+	$(BIN)/python -m pytest $(CORE) $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -35,6 +47,10 @@ $(VENV)/installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/installed-test: pyproject.toml | $(BIN)/python
 	$(INSTALL) '.[test,plot]'
+	touch $@
+
+$(VENV)/installed-test-core: pyproject.toml | $(BIN)/python
+	$(INSTALL) '.[test-core]'
 	touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python

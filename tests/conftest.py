@@ -1,14 +1,91 @@
-"""Models shared by the whole session: what is compiled for one test serves the next."""
+"""How the suite runs, and models shared by the whole session: what is compiled for one test serves the next.
+
+Nearly all the time goes into compiling. So programs compile quickly and run slower, in the same arithmetic but for the
+order of additions; and what one process has compiled no other compiles again, subprocesses included. Environment
+variables say so, which JAX reads when it is imported.
+"""
 
 import functools
+import itertools
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 
-import jax
-import numpy as np
-import pytest
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+OWN_CACHE = None if CACHE in os.environ else tempfile.mkdtemp(prefix="jaxspec-tests-")  # workers have it from the first
+QUICK = ["--xla_cpu_parallel_codegen_split_count=1"]  # there are as many workers as cores
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+    QUICK.append("--xla_cpu_use_fusion_emitters=false")  # later ones have nothing else, and refuse what they don't know
+if OWN_CACHE is not None:
+    os.environ[CACHE] = OWN_CACHE
+os.environ |= {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.02",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK]).strip(),
+}
 
-from jaxspec import Generator, Target
-from tests.drafting import DRAFTERS, linked_target
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from xdist.remote import Producer  # noqa: E402
+from xdist.scheduler import LoadScopeScheduling  # noqa: E402
+
+from jaxspec import Generator, Target  # noqa: E402
+from tests.drafting import DRAFTERS, linked_target  # noqa: E402
+from tests.pairwise import pairwise  # noqa: E402
+
+SPLIT = ("tests/speculation/test_equality.py", "tests/speculation/test_families.py")
+"""Modules whose tests may run apart, by the value of their first parameter."""
+FIRST = (
+    *("tests/training/test_runs.py", "tests/training/test_devices.py", "tests/cli/test_bench.py", *SPLIT),
+    *("tests/test_sharding.py", "tests/drafters/test_eagle.py", "tests/drafters/test_massv.py"),
+    *("tests/targets/test_llava_parity.py", "tests/speculation/test_edges.py"),
+)
+"""The modules that take longest: a worker that began one last would work alone at the end."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="every combination of values, where else every pair of them occurs"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "combinations(name=values, ..): one test for each of them with --full, else for every pair of values"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for mark in metafunc.definition.iter_markers("combinations"):
+        values = [list(each) for each in mark.kwargs.values()]
+        chosen = itertools.product(*values) if metafunc.config.getoption("full") else pairwise(*values)
+        metafunc.parametrize(list(mark.kwargs), list(chosen))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {module: place for place, module in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(FIRST)))
+
+
+class Groups(LoadScopeScheduling):
+    """Tests of a module share its fixtures, so they run on one worker; those of `SPLIT` with the same drafter or family
+    do. (xdist's own groups are marks that it puts into the names of tests, which pytest 9 no longer lets it change.)"""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module, _, test = nodeid.partition("::")
+        value = test.partition("[")[2].rstrip("]").partition("-")[0] if module in SPLIT else ""
+        return f"{module}[{value}]"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
+    return Groups(config, log)
+
+
+def pytest_unconfigure() -> None:
+    if OWN_CACHE is not None:
+        shutil.rmtree(OWN_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -43,15 +120,3 @@ def requests(pictures) -> list[tuple[str, list[np.ndarray]]]:
         ("How many shapes are there?", pictures[:1]),
         ("Compare the two.", pictures[1:]),
     ]
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Programs compile in a fraction of the time and run slower; their arithmetic is the same but for the order of
-    additions."""
-    plain, jit = jax.config.read("jax_disable_most_optimizations"), jax.jit
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.jit = functools.partial(jit, compiler_options={"xla_cpu_use_fusion_emitters": False})
-    yield
-    jax.jit = jit
-    jax.config.update("jax_disable_most_optimizations", plain)

@@ -23,7 +23,6 @@ from tests.folders import relative_error, write_random
 from tests.helpers import config_for
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time here
 MESH = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 WHOLE, ROWS, SECOND = (NamedSharding(MESH, PartitionSpec(*axes)) for axes in ((), ("data",), (None, "data")))
 PICTURES = [np.random.default_rng(7).integers(0, 256, shape, np.uint8) for shape in ((40, 60, 3), (60, 40, 3))]

@@ -59,14 +59,12 @@ def clone(tmp_path_factory) -> Iterator[Path]:
     for name in ("train.py", "configs", "jaxspec"):
         (folder / name).symlink_to(ROOT / name)
     write_files(folder)
-    cache, plain = jax.config.jax_compilation_cache_dir, jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time here
+    cache = jax.config.jax_compilation_cache_dir
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         yield folder
     jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_disable_most_optimizations", plain)
 
 
 def write_files(folder: Path) -> None:

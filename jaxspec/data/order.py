@@ -7,7 +7,8 @@ would hold without it: every record once, before any comes again.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import grain
 import numpy as np
@@ -55,6 +56,10 @@ class Order:
                 if len(self._made) > 4:
                     del self._made[next(iter(self._made))]
             return self._made[window][step - window.start]
+
+    def epoch(self) -> Iterator[int]:
+        """The records of the first epoch, as they come where batches are made without lengths."""
+        return (cast(int, self._stream[position]) for position in range(self._count))
 
     def _records(self, steps: range) -> np.ndarray:
         positions = range(steps.start * self._batch_size, steps.stop * self._batch_size)

@@ -26,6 +26,7 @@ from jaxspec.sharding import place_parameters
 from jaxspec.speculation.loop import DrafterContext, context_of, read_prompts, taps_of
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.contract import VisionLanguageModel
+from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.training.acceptance import Measurement, measured_acceptance
 from jaxspec.training.held_out import Span, first_questions, held_out_of, pipelines
 from jaxspec.training.recipe import Recipe, Task, check_same, recipe_hash
@@ -78,6 +79,8 @@ class DrafterRecipe(Recipe):
     """Export the parameters with the highest mean acceptance length, or the last ones."""
     save_dtype: str = "float16"
 
+    answer_run: ClassVar[int] = 1
+    """How many of an answer's tokens in a row the loss needs to learn anything."""
     changeable: ClassVar[tuple[str, ...]] = (
         *Recipe.changeable,
         *("acceptance_every", "export_checkpoint", "save_dtype"),
@@ -118,8 +121,9 @@ class DrafterRecipe(Recipe):
         raise NotImplementedError(f"{type(self).__name__} must implement loss")
 
 
-def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None) -> Task:
-    """Records, the frozen target (loaded if not given), and a fresh or continued drafter.
+def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None, answer_run: int | None = None) -> Task:
+    """Records, the frozen target (loaded if not given), and a fresh or continued drafter. `answer_run` is the recipe's
+    own if not given.
 
     Raises ValueError, before anything is compiled, for what does not fit together.
     """
@@ -132,7 +136,7 @@ def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None) ->
     records, encoder = records_and_encoder(recipe, target)
     held_out = held_out_of(recipe.validation_records, records)
     check_records(recipe, target, records, held_out)
-    training, validation = pipelines(recipe, records, held_out, encoder)
+    training, validation = pipelines(recipe, records, held_out, encoder, answer_run or recipe.answer_run)
 
     def loss(params, constants, batch, key):
         rest, target_params = constants
@@ -148,8 +152,7 @@ def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None) ->
         return Drafter(model(*in_dtype((params, rest), target.model.dtype)), recipe.tree, recipe.method, {})
 
     positions = target.config.text.max_position_embeddings
-    room = min(recipe.sequence_length, positions) - 1
-    questions = first_questions(Span(records, 0, held_out), encoder, recipe.acceptance_prompts, room)
+    questions = questions_of(recipe, target, Span(records, 0, held_out), encoder)
     prompts = [prompt for prompt, _ in questions]
     limit = min(max((tokens for _, tokens in questions), default=1), recipe.sequence_length)
     generator = jaxspec.Generator(target, served(params), max_length=min(recipe.sequence_length + limit, positions))
@@ -173,7 +176,7 @@ def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None) ->
         validation=validation,
         export=export,
         acceptance=Measurement(measure, recipe.acceptance_every, recipe.export_checkpoint) if questions else None,
-        shortfall=lambda: {"truncated": training.truncated, "skipped": training.skipped},
+        shortfall=training.shortfall,
     )
 
 
@@ -189,7 +192,8 @@ def drafter_tasks(recipes: Sequence[DrafterRecipe]) -> list[Task]:
             raise ValueError(f"only recipes of drafters can be trained together, {recipe.name} is none")
     check_same(recipes, COMMON)
     target = load_teacher(recipes[0])
-    return [drafter_task(recipe, target) for recipe in recipes]
+    answer_run = max(recipe.answer_run for recipe in recipes)  # none of them gets a batch that teaches it nothing
+    return [drafter_task(recipe, target, answer_run) for recipe in recipes]
 
 
 def split_drafter(
@@ -259,6 +263,21 @@ def check_records(
     known = records.source.has_images
     if known is False or not (known or any(len(records[index]["images"]) for index in range(len(records)))):
         raise ValueError(f"method {recipe.method} learns from images, but no record of {source} has one")
+
+
+def questions_of(
+    recipe: DrafterRecipe, target: jaxspec.Target, held_out: Span, encoder: Any
+) -> list[tuple[EncodedPrompt, int]]:
+    """What acceptance is measured on, each question with the length of its answer. Raises ValueError where all are too
+    long."""
+    room = min(recipe.sequence_length, target.config.text.max_position_embeddings) - 1
+    questions = first_questions(held_out, encoder, recipe.acceptance_prompts, room)
+    if len(held_out) and recipe.acceptance_prompts and not questions:
+        raise ValueError(
+            f"acceptance_prompts is {recipe.acceptance_prompts}, but none of the {len(held_out)} records held out has "
+            f"a question of up to {room} tokens: raise sequence_length, or set acceptance_prompts to 0"
+        )
+    return questions
 
 
 def start_from(drafter: nnx.Module, folder: str, target: jaxspec.Target) -> None:

@@ -38,6 +38,7 @@ class EagleRecipe(DrafterRecipe):
 
     methods: ClassVar[tuple[str, ...]] = ("eagle2", "eaglevlm")
     """Those that the recipe trains."""
+    answer_run: ClassVar[int] = 2  # a row drafts the token after the next, and both must be the answer's
     method: str = "eagle2"
     tap_layers: tuple[int, ...] = ()
     """Layers of the target whose outputs the head reads beside the final features (ours)."""

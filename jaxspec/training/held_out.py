@@ -31,9 +31,11 @@ def held_out_of(wanted: int, records: Records[Any]) -> int:
 
 
 def pipelines(
-    recipe: Recipe, records: Records[dict[str, Any]], held_out: int, encoder: Encoder
+    recipe: Recipe, records: Records[dict[str, Any]], held_out: int, encoder: Encoder, answer_run: int = 1
 ) -> tuple[Pipeline, Callable[[], Iterator[dict]]]:
-    """The batches to train on, and up to `eval_batches` of the first `held_out` records (the last one may go round)."""
+    """The batches to train on, and up to `eval_batches` of the first `held_out` records (the last one may go round).
+    `answer_run` is what the loss needs of an answer (`Pipeline`). Raises ValueError where nothing can be learned from
+    the records, or from those held out."""
 
     def pipeline(span: Span, shuffle: bool) -> Pipeline:
         return Pipeline(
@@ -44,10 +46,18 @@ def pipelines(
             seed=recipe.seed,
             shuffle=shuffle,
             length_buckets=recipe.length_buckets,
+            answer_run=answer_run,
         )
 
     training = pipeline(Span(records, held_out, len(records)), True)
-    validation = pipeline(Span(records, 0, held_out), False) if held_out else []
+    training.check()
+    if not held_out:
+        return training, lambda: iter(())
+    validation = pipeline(Span(records, 0, held_out), False)
+    try:
+        validation.check()
+    except ValueError as error:
+        raise ValueError(f"validation on the first {held_out} records: {error}") from error
     count = min(recipe.eval_batches * recipe.accumulate, -(-held_out // recipe.rows))
     return training, lambda: (validation[index] for index in range(count))
 

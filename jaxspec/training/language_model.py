@@ -99,4 +99,5 @@ def language_model_task(recipe: SmallLanguageModelRecipe) -> Task:
         batches=training.batches,
         validation=validation,
         export=export,
+        shortfall=training.shortfall,
     )

@@ -64,7 +64,7 @@ def make_step(
         (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state.params, own, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     @partial(jax.jit, donate_argnums=0, out_shardings=shardings and (shardings, None))

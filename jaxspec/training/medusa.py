@@ -3,6 +3,7 @@ labels instead of the tokens of a corpus.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxspec.training.losses import by_columns, masked_mean, soft_cross_entropy
 class MedusaRecipe(DrafterRecipe):
     """Heads that share the target's LM head."""
 
+    answer_run: ClassVar[int] = 2  # a draft begins behind a token of the answer
     method: str = "medusa"
     num_heads: int = 5
     head_decay: float = 0.8

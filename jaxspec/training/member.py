@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -38,6 +39,7 @@ class Member:
     def __init__(self, recipe: Recipe, task: Task, console: Console) -> None:
         self.recipe, self.task, self.console = recipe, task, console
         self.about: dict | None = None  # of the last measurement of this run
+        self.idle = False  # whether a step without a gradient has been told
 
     def __enter__(self) -> "Member":
         self.recipe.folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +81,10 @@ class Member:
         if not all(np.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
             kept = self.checkpoints.finish()
             raise FloatingPointError(describe(self.recipe.name, step, metrics, parts, kept))
+        if not self.idle and metrics["grad_norm"] == 0:
+            self.idle = True
+            about = f"the gradient of step {step}{records_of(parts)} is 0: nothing was learned from it"
+            self.console.print(f"warning: {self.recipe.name}: {about}; more may follow", style="yellow", markup=False)
         self.log.step(step, metrics, sum(map(tokens_of, parts)))
 
     def evaluated(self, step: int, metrics: dict[str, float], shortfall: dict[str, int]) -> None:
@@ -105,8 +111,14 @@ class Member:
         self.checkpoints.save(step, self.state)
 
     def finish(self) -> Any:
-        """Export what the recipe wants and return the last parameters."""
+        """Export what the recipe wants and return the last parameters. Raises ValueError where no step has ever had a
+        gradient: what was never trained is not exported."""
         self.checkpoints.finish()
+        if not has_learned(self.state):
+            raise ValueError(
+                f"{self.recipe.name}: the gradient was 0 in every step, nothing was learned and nothing is exported; "
+                "do the batches hold anything that the loss counts?"
+            )
         params, acceptance = self.state.params, self.task.acceptance
         if acceptance is None:
             about = {"step": self.recipe.steps}
@@ -123,6 +135,18 @@ class Member:
         return self.state.params
 
 
+def has_learned(state: TrainState) -> bool:
+    """Whether any gradient so far was not 0, in this run or in those that it goes on from: Adam keeps their squares."""
+    squares = optax.tree.get_all_with_path(state.opt_state, "nu")
+    return any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves([value for _, value in squares]))
+
+
+def records_of(parts: Sequence[dict]) -> str:
+    """The records of a batch by name, as a remark; nothing where they have none."""
+    ids = [str(each) for part in parts for each in part.get("ids", ())]
+    return f" (records {', '.join(ids)})" if ids else ""
+
+
 def tokens_of(batch: dict) -> int:
     """Tokens of prompts and answers, without padding; 0 for batches that hold none."""
     return int(np.sum(batch["prompts"].lengths)) if "prompts" in batch else 0
@@ -131,7 +155,5 @@ def tokens_of(batch: dict) -> int:
 def describe(name: str, step: int, metrics: dict, parts: Sequence[dict], kept: int | None) -> str:
     """Why a run that went astray ends."""
     values = ", ".join(f"{key} {float(value):g}" for key, value in metrics.items())
-    ids = [str(each) for part in parts for each in part.get("ids", ())]
-    records = f" (records {', '.join(ids)})" if ids else ""
     checkpoint = "no checkpoint was saved yet" if kept is None else f"the checkpoint of step {kept} is kept"
-    return f"{name}: not finite at step {step}{records}: {values}; {checkpoint}"
+    return f"{name}: not finite at step {step}{records_of(parts)}: {values}; {checkpoint}"

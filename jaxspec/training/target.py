@@ -126,6 +126,8 @@ def target_task(recipe: TargetRecipe) -> Task:
         )
 
     training, validation = pipeline("train", True), pipeline("validation", False)
+    for each in (training, validation):
+        each.check()
 
     def loss(params, constants, batch, key):
         model = nnx.merge(graph, params)
@@ -138,6 +140,7 @@ def target_task(recipe: TargetRecipe) -> Task:
         loss=loss,
         batches=training.batches,
         validation=lambda: (validation[index] for index in range(recipe.eval_batches * recipe.accumulate)),
+        shortfall=training.shortfall,
         export=lambda params, folder, about: save_model(
             nnx.merge(graph, params), hf_config, recipe.processor_folder, folder, recipe.save_dtype
         ),

@@ -40,12 +40,10 @@ def write_models(folder: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="package", autouse=True)
 def jax_settings():
-    """Quick compilation; and the commands' setting of the compilation cache is undone."""
-    cache, plain = jax.config.jax_compilation_cache_dir, jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    """The commands' setting of the compilation cache is undone."""
+    cache = jax.config.jax_compilation_cache_dir
     yield
     jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_disable_most_optimizations", plain)
 
 
 @pytest.fixture(scope="package")

@@ -43,7 +43,7 @@ def question(index: int) -> str:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def generator(models, quick_compilation):
+def generator(models):
     """The autoregressive one, which all runs share: what is compiled for one serves the next."""
     shared = jaxspec.Generator(jaxspec.load_target(models[0]), max_length=256)
     with pytest.MonkeyPatch.context() as patch:

@@ -158,8 +158,9 @@ def rows_with_loss(encoder, batch) -> list[int]:
     return [int(encoder.tokenizer.decode(ids[mask]).split()[0]) for ids, mask in rows]
 
 
-def test_a_batch_without_any_good_record_stops(encoder):
-    with pytest.raises(ValueError, match="no record of step 0 can be encoded; the first, record r5: image 1 cannot be"):
+def test_a_set_without_any_good_record_stops(encoder):
+    message = "none of 4 records can be learned from; the first, record r5: image 1 cannot be read"
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match=message):
         _ = pipeline(encoder, [BROKEN] * 4)[0]
 
 

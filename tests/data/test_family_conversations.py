@@ -218,7 +218,6 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(encoders, monkeypatch
         encoder([], [question("One?"), ANSWER, question("Two?"), ANSWER])
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_rows_of_a_mixed_batch_equal_each_alone(request, family):
     """Rows with no, one and two images of different sizes, and only text, long and short."""

@@ -121,5 +121,5 @@ def test_cutting_warns_once_and_is_counted(source, encoder):
 def test_bad_sizes_are_named(source, encoder):
     with pytest.raises(ValueError, match="multiple of process_count 2; got 3"):
         Pipeline(source, encoder, sequence_length=448, batch_size=3, process_count=2)
-    with pytest.raises(ValueError, match="cuts image tokens"):
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="cuts image tokens"):
         _ = Pipeline(source, encoder, sequence_length=24, batch_size=2)[0]

@@ -24,8 +24,6 @@ from jaxspec.targets.prompts import stack_prompts
 from tests.drafting import NARROW, TREE, linked_head
 from tests.helpers import GivenNoise
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def rounds(target, head, requests, temperature: float) -> list[list[int]]:
     """How many tokens each round of each request emitted."""

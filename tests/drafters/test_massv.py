@@ -36,7 +36,6 @@ from tests.folders import write_random
 from tests.helpers import GivenNoise
 from tests.targets.published import CONFIGS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 REFERENCE = Path(__file__).parent.parent / "reference"
 LMS = {"llava_next": "llama", "qwen2_5_vl": "qwen2", "gemma3": "gemma3_text", "llama": "llama", "qwen2": "qwen2"}
 LMS["gemma3_text"] = "gemma3_text"

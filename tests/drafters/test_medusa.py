@@ -17,7 +17,6 @@ from jaxspec.drafters.medusa import MedusaConfig, MedusaHeads
 from jaxspec.speculation.sampling import BatchSampling
 from tests.helpers import GivenNoise, randomized, tiny_llava
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 VOCABULARY, WIDTH, HEADS, BATCH = 11, 16, 3, 2
 
 

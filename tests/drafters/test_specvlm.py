@@ -22,7 +22,6 @@ from jaxspec.training import EagleRecipe, SpecVLMRecipe
 from jaxspec.training.drafter import Teacher
 from tests.helpers import randomized, tiny_llava
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TARGET = tiny_llava(vocab_size=53, hidden_size=16, image_token_id=52)
 TEXT = dataclasses.replace(TARGET.config.text, num_layers=1)
 SMALL = CompressorConfig(pruning_ratio=4, pooling_ratio=5, convolution_ratio=3, num_queries=2, gate_hidden_size=8)

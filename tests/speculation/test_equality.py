@@ -10,12 +10,14 @@ from jaxspec.metrics import Acceptance
 from tests.drafting import DRAFTERS
 
 NEW_TOKENS = (32, 24, 29)
-FILTERS = {"unfiltered": {}, "top_p": {"top_p": 0.9}, "top_k": {"top_k": 20}}
+TEMPERATURES = (0.0, 0.7, 1.0)
+FILTERS = {"unfiltered": {}, "top_p": {"top_p": 0.9}, "top_k": {"top_k": 20}, "min_p": {"min_p": 0.05}}
 SETTINGS = {
     f"{temperature}-{name}": {"temperature": temperature, **options}
-    for temperature in (0.0, 0.7, 1.0)
+    for temperature in TEMPERATURES
     for name, options in FILTERS.items()
-} | {"1.0-min_p": {"temperature": 1.0, "min_p": 0.05}}
+}
+everywhere = pytest.mark.combinations(name=DRAFTERS, temperature=TEMPERATURES, filters=FILTERS, batch=(1, 3))
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +41,9 @@ def tokens_of(results):
     return [result.tokens.tolist() for result in results]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", DRAFTERS)
-def test_speculative_equals_autoregressive(answers, name, setting, batch):
+@everywhere
+def test_speculative_equals_autoregressive(answers, name, temperature, filters, batch):
+    setting = f"{temperature}-{filters}"
     expected, results = answers("autoregressive", setting, batch), answers(name, setting, batch)
     assert tokens_of(results) == tokens_of(expected)
     assert [result.text for result in results] == [result.text for result in expected]
@@ -65,13 +66,9 @@ def test_speculative_equals_autoregressive(answers, name, setting, batch):
 )
 def test_drafts_are_accepted_at_every_temperature(answers, name, least):
     """Without this, the equalities above might be shown on rejections only."""
-    for temperature in ("0.0", "0.7", "1.0"):
-        results = [
-            result
-            for filters in FILTERS
-            for batch in (1, 3)
-            for result in answers(name, f"{temperature}-{filters}", batch)
-        ]
+    for temperature in TEMPERATURES:
+        settings = [f"{temperature}-{filters}" for filters in ("unfiltered", "top_p")]
+        results = [result for setting in settings for result in answers(name, setting, 3)]
         emitted = sum(result.stats.emitted_tokens for result in results)
         rounds = sum(result.stats.rounds for result in results)
         assert emitted / rounds > least, temperature
@@ -87,28 +84,31 @@ def test_row_equals_the_request_alone(answers, name, setting):
     assert alone.stats.rounds == together.stats.rounds
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", [*DRAFTERS, "autoregressive"])
-def test_accepted_flags_tell_the_rounds(answers, generators, name, setting, batch):
+@everywhere
+def test_accepted_flags_tell_the_rounds(answers, generators, name, temperature, filters, batch):
     """The first token comes from the prefill; each round then emits accepted tokens and one of the target's own, but
     for a last round that the token limit cut among its accepted ones."""
-    width = generators(name).tree.max_depth + 1
-    for result in answers(name, setting, batch):
-        assert len(result.accepted) == len(result.tokens) == result.stats.generated_tokens
-        assert not result.accepted[0]
-        flags = result.accepted[1:]
-        cut = bool(result.accepted[-1])
-        assert result.stats.emitted_tokens == len(flags)
-        assert flags.sum() == len(flags) - result.stats.rounds + cut
-        ends = np.flatnonzero(~flags) + 1
-        if cut:
-            ends = np.append(ends, len(flags))
-        lengths = np.diff(ends, prepend=0)
-        told = Acceptance.from_histogram(np.bincount(lengths - 1, minlength=width))
-        assert told.rounds == result.stats.rounds
-        assert told.acceptance_at_position == result.stats.acceptance_at_position
-        assert told.mean_acceptance_length == result.stats.mean_acceptance_length
+    for arm in (name, "autoregressive"):
+        width = generators(arm).tree.max_depth + 1
+        for result in answers(arm, f"{temperature}-{filters}", batch):
+            check_flags(result, width)
+
+
+def check_flags(result, width: int) -> None:
+    assert len(result.accepted) == len(result.tokens) == result.stats.generated_tokens
+    assert not result.accepted[0]
+    flags = result.accepted[1:]
+    cut = bool(result.accepted[-1])
+    assert result.stats.emitted_tokens == len(flags)
+    assert flags.sum() == len(flags) - result.stats.rounds + cut
+    ends = np.flatnonzero(~flags) + 1
+    if cut:
+        ends = np.append(ends, len(flags))
+    lengths = np.diff(ends, prepend=0)
+    told = Acceptance.from_histogram(np.bincount(lengths - 1, minlength=width))
+    assert told.rounds == result.stats.rounds
+    assert told.acceptance_at_position == result.stats.acceptance_at_position
+    assert told.mean_acceptance_length == result.stats.mean_acceptance_length
 
 
 @pytest.mark.parametrize("name", ["autoregressive", "self"])

@@ -13,7 +13,6 @@ from jaxspec.drafters.compressor import MODES
 from jaxspec.drafters.drafter import Drafter
 from tests.drafting import TREE, linked_head
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 NEW_TOKENS = (24, 18, 21)
 
 

@@ -11,7 +11,6 @@ from jaxspec.targets.registry import FAMILIES
 from tests.folders import padded, relative_error, torch_pair
 from tests.greedy import check_greedy
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 VOCAB, IMAGE, START, END = 99, 96, 97, 98
 TOLERANCE = FAMILIES["gemma3"].tolerance
 FULL, LOCAL = "full_attention", "sliding_attention"

@@ -12,7 +12,6 @@ from jaxspec.targets.registry import FAMILIES
 from tests.folders import padded, relative_error, torch_pair
 from tests.greedy import check_greedy
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 VOCAB, IMAGE_TOKEN, TILE, PATCH = 99, 98, 24, 6
 TOLERANCE = FAMILIES["llava_next"].tolerance
 WIDE = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]

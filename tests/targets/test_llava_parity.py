@@ -15,7 +15,6 @@ from jaxspec.targets.target import Target
 from tests.folders import batch_of, llava_config, relative_error, torch_llava, torch_logits
 from tests.greedy import check_greedy
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TOLERANCE = FAMILIES["llava"].tolerance
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}

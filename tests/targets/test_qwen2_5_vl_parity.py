@@ -15,7 +15,6 @@ from jaxspec.targets.registry import FAMILIES
 from tests.folders import padded, relative_error, torch_pair
 from tests.greedy import check_greedy
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 VOCAB, IMAGE, VIDEO, START, END = 99, 95, 96, 97, 98
 TOLERANCE = FAMILIES["qwen2_5_vl"].tolerance
 CONFIGS = {

@@ -9,7 +9,6 @@ from jaxspec.targets.registry import FAMILIES, load_model
 from tests.folders import relative_error, torch_pair
 from tests.greedy import check_greedy
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXT = {
     "vocab_size": 99,
     "hidden_size": 32,

@@ -26,7 +26,6 @@ from jaxspec.training.drafter import Teacher
 from tests.families import FAMILIES, family_target
 from tests.helpers import randomized, tiny_llava
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 WIDTH, VOCAB, LENGTH = 16, 23, 14
 TARGET = tiny_llava(vocab_size=VOCAB, hidden_size=WIDTH, image_token_id=VOCAB - 1, layers=2)
 NARROW = np.flatnonzero(np.arange(VOCAB) % 3 > 0).astype(np.int32)

@@ -21,7 +21,6 @@ from jaxspec.training.checkpoints import LATEST, Checkpoints, manager
 from jaxspec.training.flops import PEAK_FLOPS, peak_flops
 
 WIDTH = 4
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def small_recipe(folder, **changes) -> Recipe:
@@ -203,6 +202,32 @@ def test_an_export_that_cannot_be_written_can_be_repeated(tmp_path):
     exported = []
     train(small_recipe(tmp_path), small_task(exported))
     assert exported[0][1] == {"step": 8}
+
+
+def test_a_run_without_any_gradient_is_not_exported(tmp_path, capsys):
+    """Nor when it goes on; one step that teaches is enough, in whichever run it was."""
+
+    def task(exported, teaching=()):
+        def batches(start):
+            for step in range(start, 100):
+                yield {"x": np.float32([step in teaching]), "ids": [f"record-{step}"]}
+
+        def loss(params, constants, batch, key):
+            return jnp.sum(params["w"] * batch["x"]), {}
+
+        return dataclasses.replace(small_task(exported), batches=batches, loss=loss)
+
+    exported, recipe = [], small_recipe(tmp_path, checkpoint_every=2)
+    validated = {"validation": lambda: iter([{"x": np.zeros(1, np.float32)}])}
+    for _ in range(2):
+        with pytest.raises(ValueError, match="small: the gradient was 0 in every step, nothing was learned"):
+            train(recipe, dataclasses.replace(task(exported), **validated))
+    assert "small: the gradient of step 1 (records record-0) is 0" in capsys.readouterr().out
+    assert exported == [] and not recipe.export_folder.exists()
+    for number, teaching in enumerate([(0,), (7,)]):
+        each = small_recipe(tmp_path / str(number), checkpoint_every=2, accumulate=2)
+        train(each, dataclasses.replace(task(exported, teaching), **validated))
+    assert len(exported) == 2
 
 
 # -- recipes ---------------------------------------------------------------------------------------------------------

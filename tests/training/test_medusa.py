@@ -16,8 +16,6 @@ from jaxspec.training import MedusaRecipe, run
 from jaxspec.training.drafter import Teacher
 from tests.helpers import answer_scenes, randomized, tiny_llava
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def softmax(logits):
     weights = np.exp(logits - logits.max())

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from jaxspec.data.answers import AnswerEncoder
+from jaxspec.layers import TextConfig
 from jaxspec.targets.prompts import EncodedPrompt
-from jaxspec.training import EagleRecipe, ViSpecRecipe
-from jaxspec.training.drafter import check_records
-from jaxspec.training.held_out import Span, first_questions
+from jaxspec.targets.text import TextTargetConfig
+from jaxspec.training import DrafterRecipe, EagleRecipe, MassvRecipe, MedusaRecipe, SpecVLMRecipe, ViSpecRecipe
+from jaxspec.training.drafter import check_records, questions_of
+from jaxspec.training.held_out import Span, first_questions, pipelines
 
 
 def test_a_draft_vocabulary_that_is_too_small_to_rank():
@@ -75,3 +78,54 @@ def test_questions_that_cannot_be_asked_are_left_out_by_name():
         "acceptance is measured without record a: image 1 cannot be read",
         "acceptance is measured without record b: its question has 9 tokens, of which 8 fit",
     ]
+
+
+TEXT = TextConfig(97, 32, 64, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8)
+ENCODER = AnswerEncoder(None, TextTargetConfig(TEXT))
+RECIPE = EagleRecipe(name="head", batch_size=2, sequence_length=16, validation_records=2)
+
+
+def answers(*sizes) -> list[dict]:
+    """Records with `(prompt, answer)` tokens."""
+    return [
+        {"id": f"r{number}", "prompt_ids": np.ones(prompt, int), "answer_ids": np.ones(answer, int), "images": []}
+        for number, (prompt, answer) in enumerate(sizes)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            [(4, 4), (4, 4), (20, 3), (15, 9)],
+            "^none of 2 records can be learned from; .* sequence_length 16",
+        ),
+        ([(20, 3), (15, 9), (4, 4), (4, 4)], "^validation on the first 2 records: none of 2 records can be learned"),
+    ],
+)
+def test_records_whose_answers_are_all_cut_away_are_refused_before_a_run_begins(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        pipelines(RECIPE, answers(*sizes), 2, ENCODER, RECIPE.answer_run)
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_one_usable_record_is_learned_from_in_every_step():
+    training, validation = pipelines(RECIPE, answers((20, 3), (4, 4), (20, 3), (4, 4), (20, 3)), 2, ENCODER, 2)
+    for batch in [*(training[step] for step in range(4)), *validation()]:
+        assert batch["loss_mask"].sum() == 4
+    assert training.shortfall()["skipped"] > 0
+
+
+@pytest.mark.parametrize("recipe", [EagleRecipe, ViSpecRecipe, SpecVLMRecipe, MedusaRecipe, MassvRecipe])
+def test_recipes_say_what_they_need_of_an_answer(recipe: type[DrafterRecipe]):
+    """Those whose loss counts a token only behind another one of the answer."""
+    assert recipe.answer_run == (1 if recipe is MassvRecipe else 2)
+
+
+def test_questions_that_are_all_too_long_are_an_error():
+    target = SimpleNamespace(config=SimpleNamespace(text=SimpleNamespace(max_position_embeddings=12)))
+    held_out = Span(answers((13, 2), (12, 4)), 0, 2)
+    message = "acceptance_prompts is 16, but none of the 2 records held out has a question of up to 11 tokens"
+    with pytest.warns(UserWarning, match="its question has 1. tokens"), pytest.raises(ValueError, match=message):
+        questions_of(RECIPE, target, held_out, ENCODER)

@@ -15,7 +15,6 @@ from jaxspec.training.member import initial_state
 
 WIDTH = 64
 TEACHER = np.random.default_rng(0).normal(size=(WIDTH, WIDTH)).astype(np.float32) / 8
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def recipe(folder, name: str, **changes) -> Recipe:
