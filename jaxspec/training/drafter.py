@@ -16,7 +16,7 @@ from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.checkpoints.names import parameter_paths
 from jaxspec.data.answers import AnswerEncoder, AnswerSource
 from jaxspec.data.conversations import ConversationEncoder
-from jaxspec.data.records import IllustratedRecords, QuestionEncoder
+from jaxspec.data.records import IllustratedRecords, QuestionEncoder, Records
 from jaxspec.data.sources import open_conversations
 from jaxspec.drafters.checkpoint import load_drafter_folder, save_drafter_folder
 from jaxspec.drafters.contract import DraftModel
@@ -266,7 +266,7 @@ def check_records(
 
 
 def questions_of(
-    recipe: DrafterRecipe, target: jaxspec.Target, held_out: Span, encoder: Any
+    recipe: DrafterRecipe, target: jaxspec.Target, held_out: Records[dict[str, Any]], encoder: QuestionEncoder
 ) -> list[tuple[EncodedPrompt, int]]:
     """What acceptance is measured on, each question with the length of its answer. Raises ValueError where all are too
     long."""
