@@ -81,7 +81,7 @@ def test_questions_that_cannot_be_asked_are_left_out_by_name():
 
 
 TEXT = TextConfig(97, 32, 64, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8)
-ENCODER = AnswerEncoder(None, TextTargetConfig(TEXT))
+ENCODER = AnswerEncoder(SimpleNamespace(tokenizer=None), TextTargetConfig(TEXT))
 RECIPE = EagleRecipe(name="head", batch_size=2, sequence_length=16, validation_records=2)
 
 
