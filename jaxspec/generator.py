@@ -250,11 +250,11 @@ class Generator:
 
 def check_drafter(drafter: Drafter, target: Target) -> None:
     """Raises ValueError for a drafter that was loaded for another target, or whose sizes are not this one's."""
-    recorded = getattr(drafter, "target_fingerprint", None)
-    ours = None if recorded is None or target.path is None else target.fingerprint()
+    theirs = drafter.target_fingerprint
+    ours = None if theirs is None else target.fingerprint()  # which reads the files
     if ours is not None:
-        if recorded != ours:
-            raise ValueError(f"the {drafter.method} drafter was loaded for the target {recorded}, not for {ours}")
+        if theirs != ours:
+            raise ValueError(f"the {drafter.method} drafter was loaded for the target {theirs}, not for {ours}")
         return
     method = METHODS.get(drafter.method)
     if method is not None and (problems := method.misfits(drafter.model.config, target.config)):

@@ -142,11 +142,10 @@ def test_a_drafter_of_another_target(target):
 
 def test_a_drafter_that_was_loaded_for_another_target(target):
     drafter = DRAFTERS["eagle2"](target)
-    object.__setattr__(drafter, "target_fingerprint", "0123456789abcdef")
+    other = dataclasses.replace(drafter, target_fingerprint="0123456789abcdef")
     with pytest.raises(ValueError, match="was loaded for the target 0123456789abcdef, not for " + target.fingerprint()):
-        Generator(target, drafter)
-    object.__setattr__(drafter, "target_fingerprint", target.fingerprint())
-    Generator(target, drafter)
+        Generator(target, other)
+    Generator(target, dataclasses.replace(drafter, target_fingerprint=target.fingerprint()))
 
 
 def warned(generator, requests, **options) -> list[str]:

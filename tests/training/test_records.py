@@ -8,6 +8,7 @@ import pytest
 
 from jaxspec.data.answers import AnswerEncoder
 from jaxspec.layers import TextConfig
+from jaxspec.targets.processors import TextProcessor
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.text import TextTargetConfig
 from jaxspec.training import DrafterRecipe, EagleRecipe, MassvRecipe, MedusaRecipe, SpecVLMRecipe, ViSpecRecipe
@@ -81,7 +82,7 @@ def test_questions_that_cannot_be_asked_are_left_out_by_name():
 
 
 TEXT = TextConfig(97, 32, 64, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8)
-ENCODER = AnswerEncoder(SimpleNamespace(tokenizer=None), TextTargetConfig(TEXT))
+ENCODER = AnswerEncoder(TextProcessor(None), TextTargetConfig(TEXT))  # without pictures and names of tokens
 RECIPE = EagleRecipe(name="head", batch_size=2, sequence_length=16, validation_records=2)
 
 
