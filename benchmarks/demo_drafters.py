@@ -11,8 +11,8 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 
-from jaxspec.recipe_files import load_recipe
 from jaxspec.training import Recipe, Stopped, run
+from jaxspec.training.recipe import load_recipe
 
 PRIMITIVES = ("pruning", "pooling", "convolution", "resampler", "text_only")
 

@@ -29,7 +29,7 @@ from jaxspec.drafters.registry import METHODS
 from jaxspec.drafters.vispec import ViSpecConfig
 from jaxspec.layers import RopeConfig, TextConfig
 from jaxspec.speculation import loop
-from jaxspec.speculation.sampling import BatchSampling, SamplingParams
+from jaxspec.speculation.params import BatchSampling, SamplingParams
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.clip import ClipVisionConfig
 from jaxspec.targets.llava import Llava, LlavaConfig

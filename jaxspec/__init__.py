@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxspec import demo
     from jaxspec.drafters.drafter import Drafter, load_drafter
     from jaxspec.generator import Generator, Piece, Result
-    from jaxspec.speculation.sampling import SamplingParams
+    from jaxspec.speculation.params import SamplingParams
     from jaxspec.speculation.tree import TreeConfig
     from jaxspec.targets.target import Target, load_target
     from jaxspec.video import Video
@@ -40,7 +40,7 @@ _HOMES = {
     "Generator": "generator",
     "Piece": "generator",
     "Result": "generator",
-    "SamplingParams": "speculation.sampling",
+    "SamplingParams": "speculation.params",
     "Target": "targets.target",
     "TreeConfig": "speculation.tree",
     "Video": "video",

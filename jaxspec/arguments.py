@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from jaxspec.media import ImageLike
-from jaxspec.speculation.sampling import SamplingParams
+from jaxspec.speculation.params import SamplingParams
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.video import Video
 

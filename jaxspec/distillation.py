@@ -21,7 +21,7 @@ from jaxspec.data.pictures import Pictures
 from jaxspec.data.prompts import Conversation, PromptSource, read_conversation, with_suffix
 from jaxspec.generator import Generator, Result
 from jaxspec.prompting import encode_prompt
-from jaxspec.speculation.sampling import SamplingParams
+from jaxspec.speculation.params import SamplingParams
 from jaxspec.stopping import Stopped
 from jaxspec.targets.prompts import EncodedPrompt
 

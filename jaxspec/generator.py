@@ -32,7 +32,7 @@ from jaxspec.drafters.registry import METHODS
 from jaxspec.metrics import AcceptanceWatch, GenerationStats, emitted_per_round
 from jaxspec.prompting import ImageLike, Prompt, encode_prompt
 from jaxspec.speculation import loop
-from jaxspec.speculation.sampling import BatchSampling, SamplingParams
+from jaxspec.speculation.params import BatchSampling, SamplingParams
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.prompts import EncodedPrompt, stack_prompts
 from jaxspec.targets.target import Target

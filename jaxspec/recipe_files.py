@@ -4,13 +4,8 @@ configs), by name, and anybody's own, by path.
 
 import ast
 import re
-import runpy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from jaxspec.training import Recipe
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -35,16 +30,6 @@ def find_recipe(name_or_path: str) -> Path:
         known = f"; the package has one of that name: {path.stem}" if path.stem in packaged else ""
         raise FileNotFoundError(f"no recipe file {name_or_path}{known}")
     return path
-
-
-def load_recipe(name_or_path: str) -> "Recipe":
-    """The recipe that a file holds as `recipe`. Raises FileNotFoundError, or ValueError where it holds none."""
-    from jaxspec.training import Recipe  # loads slowly, and names are listed without
-
-    recipe = runpy.run_path(str(find_recipe(name_or_path))).get("recipe")
-    if not isinstance(recipe, Recipe):
-        raise ValueError(f"{name_or_path}: `recipe` must be a recipe of jaxspec.training, got {type(recipe).__name__}")
-    return recipe
 
 
 def headline(path: Path) -> str:

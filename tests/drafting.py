@@ -29,7 +29,8 @@ from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.drafters.vocabulary import take_from_target
 from jaxspec.kernels.attention import LayerKV
 from jaxspec.prompting import encode_prompt
-from jaxspec.speculation.sampling import BatchSampling, Noise, choose
+from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.sampling import Noise, choose
 from jaxspec.speculation.tree import grow_tree
 from jaxspec.targets.llava import Llava, LlavaConfig
 from jaxspec.targets.registry import save_model

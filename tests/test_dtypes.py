@@ -19,7 +19,7 @@ from jaxspec import Drafter, Generator, SamplingParams, Target, TreeConfig, load
 from jaxspec.checkpoints.names import dotted_path
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation import loop
-from jaxspec.speculation.sampling import BatchSampling
+from jaxspec.speculation.params import BatchSampling
 from jaxspec.targets.prompts import stack_prompts
 from tests.drafting import DRAFTERS, NARROW, TREE, fresh_head
 from tests.families import FAMILIES, family_target

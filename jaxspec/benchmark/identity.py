@@ -10,7 +10,8 @@ import numpy as np
 from jaxspec.buckets import bucket
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.filters import warp
-from jaxspec.speculation.sampling import BatchSampling, SamplingParams, gumbel_noise
+from jaxspec.speculation.params import BatchSampling, SamplingParams
+from jaxspec.speculation.sampling import gumbel_noise
 from jaxspec.targets.images import stack_positions
 from jaxspec.targets.target import Target, full_logits
 

@@ -14,7 +14,7 @@ from jaxspec.buckets import bucket
 from jaxspec.generator import Generator, Result
 from jaxspec.metrics import GenerationStats
 from jaxspec.prompting import ImageLike, Prompt, encode_prompt
-from jaxspec.speculation.sampling import SamplingParams
+from jaxspec.speculation.params import SamplingParams
 from jaxspec.targets.target import Target
 from jaxspec.video import Video
 

@@ -31,7 +31,7 @@ from jaxspec.benchmark.measure import (
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.generator import Generator
 from jaxspec.metrics import Acceptance, acceptance_warning, pooled
-from jaxspec.speculation.sampling import SamplingParams
+from jaxspec.speculation.params import SamplingParams
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.target import Target
 

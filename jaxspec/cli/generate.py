@@ -26,7 +26,7 @@ from jaxspec.cli.options import ModelOptions, TreeOptions, load_named_drafter
 from jaxspec.cli.output import ACCEPTED_STYLE, TokenColours, coloured, show_warning, table, waiting
 from jaxspec.generator import Generator, Result
 from jaxspec.media import open_image
-from jaxspec.speculation.sampling import SamplingParams
+from jaxspec.speculation.params import SamplingParams
 from jaxspec.targets.target import Target
 from jaxspec.video import Video
 

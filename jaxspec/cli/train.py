@@ -10,7 +10,7 @@ from rich.console import Console
 
 import jaxspec.cli
 from jaxspec.cli.output import table
-from jaxspec.recipe_files import headline, load_recipe, packaged_recipes
+from jaxspec.recipe_files import headline, packaged_recipes
 
 if TYPE_CHECKING:
     from jaxspec.training import Recipe
@@ -51,6 +51,8 @@ def before_overrides(arguments: list[str]) -> list[str]:
 
 def resolved_recipes(names: Sequence[str], overrides: Sequence[str]) -> list["Recipe"]:
     """Recipes with fields from the command line. Exits, as tyro does, after --help and for unknown flags."""
+    from jaxspec.training.recipe import load_recipe  # loads slowly
+
     prog = f"{jaxspec.cli.program()} train {' '.join(names)}"
     recipes = [load_recipe(name) for name in names]
     return [tyro.cli(type(recipe), default=recipe, args=overrides, prog=prog) for recipe in recipes]

@@ -19,8 +19,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
 from jaxspec.data.pictures import Pictures
-from jaxspec.data.pipeline import Example
-from jaxspec.data.records import stored_records
+from jaxspec.data.records import Example, stored_records
 from jaxspec.media import ImageLike, open_images
 from jaxspec.targets.contract import TargetConfig
 from jaxspec.targets.prompts import EncodedPrompt

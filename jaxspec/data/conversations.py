@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from jaxspec.data.formats import MARK, ROLES, check_turns
-from jaxspec.data.pipeline import Example
+from jaxspec.data.records import Example
 from jaxspec.media import image_size, open_images
 from jaxspec.targets.contract import TargetConfig
 from jaxspec.targets.processors import adds_special, process, reader, render

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from jaxspec.data.order import Order
-from jaxspec.data.records import Encoder, Records
+from jaxspec.data.records import Encoder, Example, Records
 from jaxspec.targets.contract import TargetConfig
 from jaxspec.targets.prompts import EncodedPrompt, stack_prompts
 
@@ -24,14 +24,6 @@ PATIENCE = 1000
 """So many records in a row that cannot be used end a run: nobody wants to wait for a whole set to be tried in vain."""
 NAMED = 100
 """How many records that are left out are named; more are only counted."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One conversation on the host, as a target reads it."""
-
-    prompt: EncodedPrompt  # with its answers
-    loss_mask: np.ndarray  # bool [S], True on the assistant's tokens
 
 
 class Unusable(NamedTuple):

@@ -1,14 +1,14 @@
-"""Random access to records: what every source of them offers, and what tensorflow-datasets has stored."""
+"""Records: what every source of them offers, what an encoder makes of one, and what tensorflow-datasets has stored."""
 
+import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import tensorflow_datasets as tfds
 
-if TYPE_CHECKING:
-    from jaxspec.data.pipeline import Example
-    from jaxspec.targets.contract import TargetConfig
-    from jaxspec.targets.prompts import EncodedPrompt
+from jaxspec.targets.contract import TargetConfig
+from jaxspec.targets.prompts import EncodedPrompt
 
 Record = TypeVar("Record", covariant=True)
 
@@ -30,14 +30,22 @@ class IllustratedRecords(Records[Record], Protocol[Record]):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One conversation on the host, as a target reads it."""
+
+    prompt: EncodedPrompt  # with its answers
+    loss_mask: np.ndarray  # bool [S], True on the assistant's tokens
+
+
 class Encoder(Protocol):
     """Reads the records of some source as a target does, for `jaxspec.data.pipeline`. Its methods raise ValueError for
     a record that cannot be read."""
 
     @property
-    def config(self) -> "TargetConfig": ...
+    def config(self) -> TargetConfig: ...
 
-    def encode_record(self, record: dict[str, Any]) -> "Example":
+    def encode_record(self, record: dict[str, Any]) -> Example:
         """What is learned from the record."""
         ...
 
@@ -49,7 +57,7 @@ class Encoder(Protocol):
 class QuestionEncoder(Encoder, Protocol):
     """One that can also ask."""
 
-    def encode_question(self, record: dict[str, Any]) -> "tuple[EncodedPrompt, int]":
+    def encode_question(self, record: dict[str, Any]) -> tuple[EncodedPrompt, int]:
         """The record's first question, to be answered anew, and how many tokens its answer has."""
         ...
 

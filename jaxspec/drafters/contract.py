@@ -16,10 +16,30 @@ import jax
 import numpy as np
 
 from jaxspec.checkpoints.names import NameTable
-from jaxspec.speculation.loop import DrafterContext
-from jaxspec.speculation.sampling import BatchSampling, Noise
+from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.sampling import Noise
 from jaxspec.speculation.tree import Tree, TreeConfig
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
+from jaxspec.targets.prompts import static
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DrafterContext:
+    """All a drafter ever sees of the target's prefill; in training, of its pass over prompts with their answers."""
+
+    embeds: jax.Array  # [B, S, D], image features in place
+    features: jax.Array  # [B, S, (T + 1) * D], the drafter's tap layers before the final features
+    vision: jax.Array | None  # [R, Dv], the tower's features before the target's projector
+    vision_rows: jax.Array | None  # i32 [B, S], the row of `vision` at each image token
+    image_ids: jax.Array  # i32 [B, S], which image of its row a token belongs to, -1 for text
+    input_ids: jax.Array  # i32 [B, S]
+    lengths: jax.Array  # i32 [B]
+    prompt_lengths: jax.Array  # i32 [B], without the answers
+    seeds: jax.Array  # u32 [B], of the requests' sampling
+    root: jax.Array  # i32 [B], the first token the target chose
+    max_images: int = static(0)
+    min_image_tokens: int = static(0)
 
 
 class DraftModel(Protocol):

@@ -16,12 +16,12 @@ from flax import nnx
 
 from jaxspec import cache as caches
 from jaxspec.checkpoints.configs import llama_text_config, published_rope, published_text_fields
-from jaxspec.drafters.contract import Method, size_misfits
+from jaxspec.drafters.contract import DrafterContext, Method, size_misfits
 from jaxspec.drafters.vocabulary import DraftHead
 from jaxspec.kernels.attention import LayerKV, Segment
 from jaxspec.layers import DecoderLayer, TextConfig, causal_mask, linear, rope_tables
-from jaxspec.speculation.loop import DrafterContext
-from jaxspec.speculation.sampling import BatchSampling, Noise
+from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.sampling import Noise
 from jaxspec.speculation.tree import Tree, TreeConfig, grow_tree
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 

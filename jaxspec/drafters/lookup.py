@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspec.drafters.contract import Method
-from jaxspec.speculation.loop import DrafterContext, write_rows
-from jaxspec.speculation.sampling import BatchSampling, Noise
+from jaxspec.drafters.contract import DrafterContext, Method
+from jaxspec.speculation.loop import write_rows
+from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.sampling import Noise
 from jaxspec.speculation.tree import Tree, TreeConfig, build_tree
 from jaxspec.targets.contract import VisionLanguageModel
 

@@ -17,11 +17,11 @@ from flax import nnx
 from jaxspec import cache as caches
 from jaxspec.checkpoints.names import NameTable
 from jaxspec.checkpoints.tensors import read_json
-from jaxspec.drafters.contract import Method
+from jaxspec.drafters.contract import DrafterContext, Method
 from jaxspec.kernels.attention import LayerKV
 from jaxspec.layers import TextConfig, Uncommitted, causal_mask
-from jaxspec.speculation.loop import DrafterContext
-from jaxspec.speculation.sampling import BatchSampling, Noise
+from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.sampling import Noise
 from jaxspec.speculation.tree import Tree, TreeConfig, grow_tree
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 from jaxspec.targets.llava import Projector

@@ -15,10 +15,10 @@ import numpy as np
 from flax import nnx
 
 from jaxspec.checkpoints.names import NameTable
-from jaxspec.drafters.contract import Method, size_misfits
+from jaxspec.drafters.contract import DrafterContext, Method, size_misfits
 from jaxspec.layers import linear
-from jaxspec.speculation.loop import DrafterContext
-from jaxspec.speculation.sampling import BatchSampling, Noise
+from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.sampling import Noise
 from jaxspec.speculation.tree import Tree, TreeConfig, grow_tree
 from jaxspec.targets.contract import VisionLanguageModel
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxspec.speculation.loop import DrafterContext
+from jaxspec.drafters.contract import DrafterContext
 
 
 class ImageSpans(NamedTuple):

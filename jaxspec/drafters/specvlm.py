@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxspec.drafters.compressor import CompressorConfig, VisualCompressor
-from jaxspec.drafters.contract import Method
+from jaxspec.drafters.contract import DrafterContext, Method
 from jaxspec.drafters.eagle import (
     EagleConfig,
     EagleHead,
@@ -22,7 +22,6 @@ from jaxspec.drafters.eagle import (
     write_eagle_config,
 )
 from jaxspec.drafters.rows import fewest_image_rows, image_spans, row_order, take_rows
-from jaxspec.speculation.loop import DrafterContext
 from jaxspec.speculation.tree import TreeConfig
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspec.drafters.contract import Method
+from jaxspec.drafters.contract import DrafterContext, Method
 from jaxspec.drafters.eagle import (
     EagleConfig,
     EagleHead,
@@ -22,7 +22,6 @@ from jaxspec.drafters.eagle import (
 )
 from jaxspec.drafters.rows import fewest_image_rows, image_spans, row_order, take_rows
 from jaxspec.layers import TextConfig, linear
-from jaxspec.speculation.loop import DrafterContext
 from jaxspec.speculation.tree import TreeConfig
 
 

@@ -7,14 +7,12 @@ which `jaxspec.speculation.sampling.choose` does without: `warp` is for whoever 
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:
-    from jaxspec.speculation.sampling import BatchSampling
+from jaxspec.speculation.params import BatchSampling
 
 FEW = 64
 """Up to so many tokens a top-k filter is looked up in a partial sort (Gemma3's k), beyond it is searched for."""
@@ -24,7 +22,7 @@ _KEY_OF_MINUS_INFINITY = np.uint32(0x007FFFFF)
 _KEY_OF_INFINITY = np.uint32(0xFF800000)
 
 
-def warp(logits: jax.Array, sampling: "BatchSampling") -> jax.Array:
+def warp(logits: jax.Array, sampling: BatchSampling) -> jax.Array:
     """Temperature and filters: softmax of the result is the distribution that the row samples from.
 
     Equal to transformers' TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper in this order,
@@ -48,27 +46,27 @@ def warp(logits: jax.Array, sampling: "BatchSampling") -> jax.Array:
     return jax.lax.cond(any_sampled, _warp_sampled, lambda logits, _: logits, logits, sampling)
 
 
-def _warp_sampled(logits: jax.Array, sampling: "BatchSampling") -> jax.Array:
+def _warp_sampled(logits: jax.Array, sampling: BatchSampling) -> jax.Array:
     scaled = scale(logits, sampling)  # [B, N, V]
     top_k = top_k_floor(scaled, sampling)
     floor = jnp.maximum(jnp.maximum(top_k, min_p_floor(scaled, sampling)), _top_p_floor(scaled, top_k, sampling))
     return jnp.where(scaled >= floor[..., None], scaled, -jnp.inf)
 
 
-def scale(logits: jax.Array, sampling: "BatchSampling") -> jax.Array:
+def scale(logits: jax.Array, sampling: BatchSampling) -> jax.Array:
     """Logits f32 `[B, N, V]` over the temperature; those of greedy rows as they are."""
     return logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None, None]
 
 
-def uses_top_k(sampling: "BatchSampling") -> jax.Array:
+def uses_top_k(sampling: BatchSampling) -> jax.Array:
     return (sampling.temperature > 0) & (sampling.top_k > 0)
 
 
-def uses_top_p(sampling: "BatchSampling") -> jax.Array:
+def uses_top_p(sampling: BatchSampling) -> jax.Array:
     return (sampling.temperature > 0) & (sampling.top_p < 1)
 
 
-def uses_min_p(sampling: "BatchSampling") -> jax.Array:
+def uses_min_p(sampling: BatchSampling) -> jax.Array:
     return (sampling.temperature > 0) & (sampling.min_p > 0)
 
 
@@ -79,7 +77,7 @@ def _floor_of(rows: jax.Array, find: Callable[[], jax.Array], shape: tuple[int, 
     return jax.lax.cond(jnp.any(rows), lambda: jnp.where(rows[:, None], find(), nothing), lambda: nothing)
 
 
-def top_k_floor(scaled: jax.Array, sampling: "BatchSampling") -> jax.Array:
+def top_k_floor(scaled: jax.Array, sampling: BatchSampling) -> jax.Array:
     """The k-th largest value; -inf where V < k."""
     rows, top_k, size = uses_top_k(sampling), sampling.top_k[:, None], scaled.shape[-1]
     few = min(FEW, size)
@@ -101,7 +99,7 @@ def top_k_floor(scaled: jax.Array, sampling: "BatchSampling") -> jax.Array:
     return _floor_of(rows, find, scaled.shape[:-1])
 
 
-def top_p_mass(weights: jax.Array, sampling: "BatchSampling") -> jax.Array:
+def top_p_mass(weights: jax.Array, sampling: BatchSampling) -> jax.Array:
     """How much weight f32 `[B, N]` the tokens more probable than a kept one stay below; inf without the filter.
     `weights` are `[B, N, V]`, 0 where top-k removes."""
     # A product that underflows must still ask for more than nothing, or no token would stay.
@@ -109,7 +107,7 @@ def top_p_mass(weights: jax.Array, sampling: "BatchSampling") -> jax.Array:
     return jnp.where(uses_top_p(sampling)[:, None], mass, jnp.inf)
 
 
-def _top_p_floor(scaled: jax.Array, top_k: jax.Array, sampling: "BatchSampling") -> jax.Array:
+def _top_p_floor(scaled: jax.Array, top_k: jax.Array, sampling: BatchSampling) -> jax.Array:
     """The largest value v such that the tokens >= v hold top_p of the mass of those that top-k keeps."""
 
     def find() -> jax.Array:
@@ -125,7 +123,7 @@ def _top_p_floor(scaled: jax.Array, top_k: jax.Array, sampling: "BatchSampling")
     return _floor_of(uses_top_p(sampling), find, scaled.shape[:-1])
 
 
-def draft_floor(scaled: jax.Array, sampling: "BatchSampling") -> jax.Array:
+def draft_floor(scaled: jax.Array, sampling: BatchSampling) -> jax.Array:
     """What the filters keep of a drafter's own tokens, f32 `[B, N]`: those of `scaled` f32 `[B, N, V]` at or above it.
 
     Drafts need no exact filter, the target decides: where more than `FEW` tokens are kept by top-p, it removes none.
@@ -145,7 +143,7 @@ def draft_floor(scaled: jax.Array, sampling: "BatchSampling") -> jax.Array:
     return jnp.maximum(jnp.maximum(top_k, top_p), min_p_floor(scaled, sampling))
 
 
-def min_p_floor(scaled: jax.Array, sampling: "BatchSampling") -> jax.Array:
+def min_p_floor(scaled: jax.Array, sampling: BatchSampling) -> jax.Array:
     """probability >= min_p * (largest probability), as a bound on the logits; what other filters leave cancels in the
     ratio."""
 

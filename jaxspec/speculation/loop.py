@@ -10,23 +10,22 @@ or None for autoregressive decoding.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import cache as caches
+from jaxspec.drafters.contract import DrafterContext, DraftModel
 from jaxspec.kernels.attention import LayerKV
 from jaxspec.speculation.accept import accept
-from jaxspec.speculation.sampling import BatchSampling, Noise, choose
+from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.sampling import Noise, choose
 from jaxspec.speculation.tree import Tree, TreeConfig, root_only
+from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.images import Array
-from jaxspec.targets.prompts import PromptBatch, static
-
-if TYPE_CHECKING:
-    from jaxspec.drafters.contract import DraftModel
-    from jaxspec.targets.contract import VisionLanguageModel
+from jaxspec.targets.prompts import PromptBatch
 
 NO_TOKEN = -1
 """Stands in a tree for a draft token that shall not be accepted; the root is read in its place."""
@@ -40,25 +39,6 @@ class Request(Generic[Array]):
     sampling: BatchSampling
     max_new_tokens: Array  # i32 [B], at least 1
     stop_token_ids: Array  # i32 [B, K], -1 where unused
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DrafterContext:
-    """All a drafter ever sees of the target's prefill; in training, of its pass over prompts with their answers."""
-
-    embeds: jax.Array  # [B, S, D], image features in place
-    features: jax.Array  # [B, S, (T + 1) * D], the drafter's tap layers before the final features
-    vision: jax.Array | None  # [R, Dv], the tower's features before the target's projector
-    vision_rows: jax.Array | None  # i32 [B, S], the row of `vision` at each image token
-    image_ids: jax.Array  # i32 [B, S], which image of its row a token belongs to, -1 for text
-    input_ids: jax.Array  # i32 [B, S]
-    lengths: jax.Array  # i32 [B]
-    prompt_lengths: jax.Array  # i32 [B], without the answers
-    seeds: jax.Array  # u32 [B], of the requests' sampling
-    root: jax.Array  # i32 [B], the first token the target chose
-    max_images: int = static(0)
-    min_image_tokens: int = static(0)
 
 
 @jax.tree_util.register_dataclass
@@ -81,13 +61,13 @@ class DecodeState:
     rounds: jax.Array  # i32 [B], verification steps
 
 
-def taps_of(drafter: "DraftModel | None") -> tuple[int, ...]:
+def taps_of(drafter: DraftModel | None) -> tuple[int, ...]:
     """The layers of the target whose outputs a drafter reads beside the final features."""
     return getattr(drafter, "tap_layers", ())
 
 
 def read_prompts(
-    target: "VisionLanguageModel", prompt: PromptBatch[jax.Array], tap_layers: Sequence[int] = ()
+    target: VisionLanguageModel, prompt: PromptBatch[jax.Array], tap_layers: Sequence[int] = ()
 ) -> tuple[jax.Array, tuple[LayerKV, ...], jax.Array, jax.Array | None]:
     """The target's prefill: features `[B, S, (T + 1) * D]`, keys and values per layer, embeddings `[B, S, D]`, and what
     its tower saw (`[R, Dv]` or None)."""
@@ -98,8 +78,8 @@ def read_prompts(
 
 
 def prefill(
-    target: "VisionLanguageModel",
-    drafter: "DraftModel | None",
+    target: VisionLanguageModel,
+    drafter: DraftModel | None,
     tree: TreeConfig,
     prompt: PromptBatch[jax.Array],
     request: Request[jax.Array],
@@ -169,8 +149,8 @@ def context_of(
 
 
 def decode(
-    target: "VisionLanguageModel",
-    drafter: "DraftModel | None",
+    target: VisionLanguageModel,
+    drafter: DraftModel | None,
     tree: TreeConfig,
     state: DecodeState,
     max_rounds: jax.Array,
@@ -189,7 +169,7 @@ def decode(
 
 
 def decode_round(
-    target: "VisionLanguageModel", drafter: "DraftModel | None", config: TreeConfig, state: DecodeState
+    target: VisionLanguageModel, drafter: DraftModel | None, config: TreeConfig, state: DecodeState
 ) -> DecodeState:
     """One verification of one tree; rows that are done stay as they are.
 
@@ -253,7 +233,7 @@ def finish(state: DecodeState, rows: jax.Array | np.ndarray) -> DecodeState:
 
 
 def verify(
-    target: "VisionLanguageModel", tree: Tree, state: DecodeState, tap_layers: Sequence[int] = ()
+    target: VisionLanguageModel, tree: Tree, state: DecodeState, tap_layers: Sequence[int] = ()
 ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
     """The target on all nodes of the tree at once: features `[B, N, (T + 1) * D]`, keys and values per layer."""
     positions = (state.lengths + state.offset)[:, None] + tree.depths

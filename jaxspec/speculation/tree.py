@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.speculation.filters import draft_floor, largest, scale
-from jaxspec.speculation.sampling import BatchSampling, Noise
+from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.sampling import Noise
 
 Carry = TypeVar("Carry")
 

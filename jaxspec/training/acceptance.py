@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from jaxspec.generator import Generator
 from jaxspec.metrics import Acceptance, pooled
-from jaxspec.speculation.sampling import SamplingParams
+from jaxspec.speculation.params import SamplingParams
 from jaxspec.targets.prompts import EncodedPrompt
 
 

@@ -19,11 +19,11 @@ from jaxspec.data.conversations import ConversationEncoder
 from jaxspec.data.records import IllustratedRecords, QuestionEncoder, Records
 from jaxspec.data.sources import open_conversations
 from jaxspec.drafters.checkpoint import load_drafter_folder, save_drafter_folder
-from jaxspec.drafters.contract import DraftModel
+from jaxspec.drafters.contract import DrafterContext, DraftModel
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.metrics import Acceptance
 from jaxspec.sharding import place_parameters
-from jaxspec.speculation.loop import DrafterContext, context_of, read_prompts, taps_of
+from jaxspec.speculation.loop import context_of, read_prompts, taps_of
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.prompts import EncodedPrompt

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.data.answers import AnswerSource
-from jaxspec.data.pipeline import Example
+from jaxspec.data.records import Example
 from jaxspec.speculation.loop import read_prompts
 from jaxspec.targets.contract import TargetConfig
 from jaxspec.targets.processors import load_tokenizer

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import runpy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,6 +12,7 @@ import jax
 import optax
 
 from jaxspec.checkpoints.tensors import read_json
+from jaxspec.recipe_files import find_recipe
 from jaxspec.sharding import training_mesh
 from jaxspec.training.acceptance import Measurement
 
@@ -222,3 +224,12 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """The recipe that a file (`jaxspec.recipe_files.find_recipe`) holds as `recipe`. Raises FileNotFoundError, or
+    ValueError where it holds none."""
+    recipe = runpy.run_path(str(find_recipe(name_or_path))).get("recipe")
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{name_or_path}: `recipe` must be a recipe of jaxspec.training, got {type(recipe).__name__}")
+    return recipe

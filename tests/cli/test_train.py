@@ -12,8 +12,9 @@ from jaxspec.cli import main
 from jaxspec.cli.commands import COMMANDS, read_command
 from jaxspec.cli.train import differences, show
 from jaxspec.drafters.compressor import CompressorConfig
-from jaxspec.recipe_files import FOLDER, load_recipe, packaged_recipes
+from jaxspec.recipe_files import FOLDER, packaged_recipes
 from jaxspec.training import EagleRecipe, Recipe, SpecVLMRecipe, ViSpecRecipe
+from jaxspec.training.recipe import load_recipe
 
 
 @pytest.fixture

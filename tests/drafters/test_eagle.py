@@ -18,7 +18,7 @@ from jaxspec.drafters.vocabulary import DraftHead, most_frequent, take_from_targ
 from jaxspec.layers import causal_mask, rope_tables
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.loop import read_prompts
-from jaxspec.speculation.sampling import BatchSampling
+from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.tree import grow_tree
 from jaxspec.targets.prompts import stack_prompts
 from tests.drafting import NARROW, TREE, linked_head

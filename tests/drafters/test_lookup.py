@@ -9,9 +9,9 @@ import pytest
 
 from jaxspec import Generator, SamplingParams, TreeConfig, load_drafter
 from jaxspec.drafters.checkpoint import load_drafter_folder, save_drafter_folder
+from jaxspec.drafters.contract import DrafterContext
 from jaxspec.drafters.lookup import IMAGE, LookupConfig, PromptLookup, look_up
-from jaxspec.speculation.loop import DrafterContext
-from jaxspec.speculation.sampling import BatchSampling
+from jaxspec.speculation.params import BatchSampling
 
 CAPACITY = 24
 search = jax.jit(look_up, static_argnums=(2, 3))

@@ -20,12 +20,13 @@ from jaxspec import TreeConfig, load_drafter
 from jaxspec.checkpoints.names import abstract
 from jaxspec.checkpoints.tensors import read_file
 from jaxspec.drafters.checkpoint import load_drafter_folder, save_drafter_folder
+from jaxspec.drafters.contract import DrafterContext
 from jaxspec.drafters.eagle import EagleHead
 from jaxspec.drafters.massv import MASSV, MassvConfig, MassvDrafter, check_tokenizer
 from jaxspec.layers import causal_mask
 from jaxspec.prompting import encode_prompt
-from jaxspec.speculation.loop import DrafterContext, context_of, read_prompts
-from jaxspec.speculation.sampling import BatchSampling, SamplingParams
+from jaxspec.speculation.loop import context_of, read_prompts
+from jaxspec.speculation.params import BatchSampling, SamplingParams
 from jaxspec.targets.prompts import stack_prompts
 from jaxspec.targets.registry import family_of, load_model
 from jaxspec.training import MassvRecipe

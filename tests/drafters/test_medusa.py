@@ -14,7 +14,7 @@ from jaxspec import Generator, SamplingParams, TreeConfig
 from jaxspec.drafters.checkpoint import load_drafter_folder, save_drafter_folder
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.drafters.medusa import MedusaConfig, MedusaHeads
-from jaxspec.speculation.sampling import BatchSampling
+from jaxspec.speculation.params import BatchSampling
 from tests.helpers import GivenNoise, randomized, tiny_llava
 
 VOCABULARY, WIDTH, HEADS, BATCH = 11, 16, 3, 2

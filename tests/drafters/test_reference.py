@@ -10,8 +10,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from jaxspec.drafters.checkpoint import load_drafter_folder
-from jaxspec.speculation.loop import DrafterContext
-from jaxspec.speculation.sampling import BatchSampling, SamplingParams
+from jaxspec.drafters.contract import DrafterContext
+from jaxspec.speculation.params import BatchSampling, SamplingParams
 from tests.helpers import GivenNoise, tiny_llava
 
 REFERENCE = Path(__file__).parent.parent / "reference"

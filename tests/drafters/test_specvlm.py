@@ -13,11 +13,11 @@ from flax import nnx
 
 from jaxspec.drafters.checkpoint import load_drafter_folder, save_drafter_folder
 from jaxspec.drafters.compressor import MODES, PRIMITIVES, CompressorConfig
+from jaxspec.drafters.contract import DrafterContext
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
 from jaxspec.drafters.registry import METHODS
 from jaxspec.drafters.specvlm import SpecVLMConfig, SpecVLMHead
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
-from jaxspec.speculation.loop import DrafterContext
 from jaxspec.training import EagleRecipe, SpecVLMRecipe
 from jaxspec.training.drafter import Teacher
 from tests.helpers import randomized, tiny_llava

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as oracle
 
 from jaxspec.speculation.filters import draft_floor, scale, warp
-from jaxspec.speculation.sampling import BatchSampling, Noise, SamplingParams, choose, first_argmax, gumbel_noise
+from jaxspec.speculation.params import BatchSampling, SamplingParams
+from jaxspec.speculation.sampling import Noise, choose, first_argmax, gumbel_noise
 
 warp_jit = jax.jit(warp)
 choose_jit = jax.jit(lambda logits, noise, sampling: choose(logits, lambda: noise, sampling))

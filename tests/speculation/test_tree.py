@@ -11,7 +11,7 @@ import pytest
 from jaxspec import Generator, SamplingParams, TreeConfig
 from jaxspec.kernels.attention import LayerKV, Segment, attend
 from jaxspec.speculation.accept import accept
-from jaxspec.speculation.sampling import BatchSampling
+from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.tree import build_tree, grow_tree
 from tests.drafting import DRAFTERS
 from tests.helpers import GivenNoise

@@ -11,9 +11,9 @@ import tyro
 
 from jaxspec import TreeConfig
 from jaxspec.cli.commands import read_command
-from jaxspec.recipe_files import load_recipe, packaged_recipes
+from jaxspec.recipe_files import packaged_recipes
 from jaxspec.training import DrafterRecipe, EagleRecipe, MassvRecipe, Recipe, ViSpecRecipe
-from jaxspec.training.recipe import recipe_hash
+from jaxspec.training.recipe import load_recipe, recipe_hash
 
 CONFIGS = packaged_recipes()
 PUBLISHED = [name for name in CONFIGS if not name.startswith("demo_")]

@@ -16,10 +16,10 @@ import jaxspec
 from benchmarks.random_target import QWEN_TEMPLATE
 from jaxspec.checkpoints.names import parameter_paths
 from jaxspec.drafters.compressor import CompressorConfig
+from jaxspec.drafters.contract import DrafterContext
 from jaxspec.drafters.eagle import Rows
 from jaxspec.drafters.registry import METHODS
 from jaxspec.drafters.vocabulary import take_from_target
-from jaxspec.speculation.loop import DrafterContext
 from jaxspec.targets.registry import save_model
 from jaxspec.training import EagleRecipe, SpecVLMRecipe, ViSpecRecipe, run
 from jaxspec.training.drafter import Teacher
