@@ -155,7 +155,10 @@ class Generator:
     def with_drafter(self, drafter: Drafter) -> "Generator":
         """This generator with other parameters in its drafter: compiled programs and tree are shared, so that a drafter
         can be measured again and again while it trains; it is not warned of. Raises ValueError for a drafter of another
-        structure."""
+        structure or of another target."""
+        if not isinstance(drafter, Drafter):
+            raise ValueError(f"with_drafter needs a Drafter, from load_drafter; got {type(drafter).__name__}")
+        check_drafter(drafter, self.target)
         graph, params = nnx.split((self.target.model, drafter.model))
         if graph != self._graph:
             raise ValueError(f"with_drafter needs a drafter of the same method and config, got a {drafter.method} one")
@@ -250,11 +253,11 @@ class Generator:
 
 def check_drafter(drafter: Drafter, target: Target) -> None:
     """Raises ValueError for a drafter that was loaded for another target, or whose sizes are not this one's."""
-    recorded = getattr(drafter, "target_fingerprint", None)
-    ours = None if recorded is None or target.path is None else target.fingerprint()
+    theirs = drafter.target_fingerprint
+    ours = None if theirs is None else target.fingerprint()
     if ours is not None:
-        if recorded != ours:
-            raise ValueError(f"the {drafter.method} drafter was loaded for the target {recorded}, not for {ours}")
+        if theirs != ours:
+            raise ValueError(f"the {drafter.method} drafter was loaded for the target {theirs}, not for {ours}")
         return
     method = METHODS.get(drafter.method)
     if method is not None and (problems := method.misfits(drafter.model.config, target.config)):

@@ -116,6 +116,13 @@ def foreign_files(folder: Path) -> str | None:
     return None
 
 
+def foreign_file(path: Path) -> str:
+    """A sentence for a file that is given where a folder is wanted, naming its format where that is not ours."""
+    formats = [name for pattern, name in FORMATS if path.match(pattern) and path.suffix != ".safetensors"]
+    said = f" ({formats[0]})" if formats else ""
+    return f"{path} is a file{said}; what is read is a folder with config.json and model.safetensors or its shards"
+
+
 def adapter(folder: Path) -> str | None:
     """A sentence for a folder of a PEFT adapter, which changes another folder's weights."""
     path = folder / "adapter_config.json"
