@@ -3,10 +3,10 @@
 import textwrap
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from jaxspec.checkpoints.foreign import foreign_file
+from jaxspec.checkpoints.foreign import foreign_file, foreign_weights
 
 EMBEDDED = "demo"
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja")
@@ -20,7 +20,7 @@ def resolve_folder(path_or_repo_id: str | Path) -> Path:
     demo is "./demo".
 
     Raises FileNotFoundError where there is no such folder or repository, or no such embedded drafter; ValueError for a
-    file, naming its format.
+    file, and for a repository whose weights have another format, naming it.
     """
     name, colon, method = str(path_or_repo_id).partition(":")
     if name == EMBEDDED and isinstance(path_or_repo_id, str):
@@ -35,9 +35,14 @@ def resolve_folder(path_or_repo_id: str | Path) -> Path:
     if path.is_absolute() or str(path_or_repo_id).count("/") != 1 or str(path_or_repo_id).startswith("."):
         raise FileNotFoundError(f"no folder {path_or_repo_id} (and it is no hub repo id of the form owner/name)")
     try:
-        return Path(snapshot_download(str(path_or_repo_id), allow_patterns=list(PATTERNS)))
+        folder = Path(snapshot_download(str(path_or_repo_id), allow_patterns=list(PATTERNS)))
+        # Weights that cannot be read are not downloaded only to be refused.
+        names = [] if any(folder.glob("*.safetensors")) else list_repo_files(str(path_or_repo_id))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" ..")
         raise FileNotFoundError(
             f"no folder {path_or_repo_id}, and the hub does not give it as a repository: {reason}"
         ) from error
+    if there := foreign_weights((name for name in names if "/" not in name), f"repository {path_or_repo_id}"):
+        raise ValueError(there)
+    return folder

@@ -74,6 +74,19 @@ def test_what_the_hub_does_not_give(monkeypatch):
         resolve_folder("runs/hed")
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "medusa_lm_head.pt", "model-Q4_K_M.gguf"])
+def test_weights_that_the_hub_has_in_another_format(name, tmp_path, monkeypatch):
+    """Most published heads: they are named without being downloaded."""
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("jaxspec.checkpoints.hub.snapshot_download", lambda repo, allow_patterns: tmp_path)
+    listed = ["config.json", "onnx/model.onnx", name, "training_args.bin"]
+    monkeypatch.setattr("jaxspec.checkpoints.hub.list_repo_files", lambda repo: listed)
+    with pytest.raises(ValueError, match=f"^repository owner/head holds its weights as {name} \\(.*safetensors$"):
+        resolve_folder("owner/head")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert resolve_folder("owner/head") == tmp_path
+
+
 def test_the_embedded_model_stands_wherever_a_folder_can():
     target = jaxspec.load_target("demo")
     assert jaxspec.load_drafter("demo:vispec", target).method == "vispec"
