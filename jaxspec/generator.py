@@ -155,7 +155,10 @@ class Generator:
     def with_drafter(self, drafter: Drafter) -> "Generator":
         """This generator with other parameters in its drafter: compiled programs and tree are shared, so that a drafter
         can be measured again and again while it trains; it is not warned of. Raises ValueError for a drafter of another
-        structure."""
+        structure or of another target."""
+        if not isinstance(drafter, Drafter):
+            raise ValueError(f"with_drafter needs a Drafter, from load_drafter; got {type(drafter).__name__}")
+        check_drafter(drafter, self.target)
         graph, params = nnx.split((self.target.model, drafter.model))
         if graph != self._graph:
             raise ValueError(f"with_drafter needs a drafter of the same method and config, got a {drafter.method} one")

@@ -141,11 +141,13 @@ def test_a_drafter_of_another_target(target):
 
 
 def test_a_drafter_that_was_loaded_for_another_target(target):
-    drafter = DRAFTERS["eagle2"](target)
-    other = dataclasses.replace(drafter, target_fingerprint="0123456789abcdef")
-    with pytest.raises(ValueError, match="was loaded for the target 0123456789abcdef, not for " + target.fingerprint()):
-        Generator(target, other)
-    Generator(target, dataclasses.replace(drafter, target_fingerprint=target.fingerprint()))
+    foreign = dataclasses.replace(DRAFTERS["eagle2"](target), target_fingerprint="0123456789abcdef")
+    own = Generator(target, dataclasses.replace(foreign, target_fingerprint=target.fingerprint()))
+    for take in (lambda drafter: Generator(target, drafter), own.with_drafter):
+        with pytest.raises(ValueError, match=f"loaded for the target 0123456789abcdef, not for {target.fingerprint()}"):
+            take(foreign)
+    with pytest.raises(ValueError, match="with_drafter needs a Drafter, from load_drafter; got NoneType"):
+        own.with_drafter(None)
 
 
 def warned(generator, requests, **options) -> list[str]:

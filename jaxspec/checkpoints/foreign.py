@@ -4,6 +4,7 @@ adapters, pipelines, draft heads, other file formats.
 What a config says of itself comes first. Where it says nothing, names of tensors and of files tell.
 """
 
+import fnmatch
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -106,14 +107,28 @@ def foreign_files(folder: Path) -> str | None:
     shards = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
     if shards:
         return f"{folder} holds shards ({counted(shards, 2)}) without their model.safetensors.index.json"
+    return foreign_weights((path.name for path in folder.glob("*")), str(folder))
+
+
+def foreign_weights(names: Iterable[str], source: str) -> str | None:
+    """A sentence for names of files among which are weights in another format."""
+    names = sorted(name for name in names if not NO_WEIGHTS.fullmatch(name))
     for pattern, format_name in FORMATS:
-        found = sorted(path.name for path in folder.glob(pattern) if not NO_WEIGHTS.fullmatch(path.name))
-        if found:
+        if found := fnmatch.filter(names, pattern):
             return (
-                f"{folder} holds its weights as {counted(found, 2)} ({format_name}); only model.safetensors or its "
+                f"{source} holds its weights as {counted(found, 2)} ({format_name}); only model.safetensors or its "
                 "shards are read: save the model again from the library that reads this, as safetensors"
             )
     return None
+
+
+def foreign_file(path: Path) -> str:
+    """A sentence for a file that is given where a folder is wanted, naming its format where that is not ours."""
+    formats = [
+        name for pattern, name in FORMATS if fnmatch.fnmatch(path.name, pattern) and path.suffix != ".safetensors"
+    ]
+    said = f" ({formats[0]})" if formats else ""
+    return f"{path} is a file{said}; what is read is a folder with config.json and model.safetensors or its shards"
 
 
 def adapter(folder: Path) -> str | None:

@@ -1,8 +1,12 @@
 """Where a checkpoint is: in the package, in a local folder, or in a repository of the Hugging Face hub."""
 
+import textwrap
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from jaxspec.checkpoints.foreign import foreign_file, foreign_weights
 
 EMBEDDED = "demo"
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja")
@@ -15,7 +19,8 @@ def resolve_folder(path_or_repo_id: str | Path) -> Path:
     since recipes and records are read in other places than they were written in: a folder of your own that is called
     demo is "./demo".
 
-    Raises FileNotFoundError where there is no such folder, or no such embedded drafter.
+    Raises FileNotFoundError where there is no such folder or repository, or no such embedded drafter; ValueError for a
+    file, and for a repository whose weights have another format, naming it.
     """
     name, colon, method = str(path_or_repo_id).partition(":")
     if name == EMBEDDED and isinstance(path_or_repo_id, str):
@@ -25,6 +30,19 @@ def resolve_folder(path_or_repo_id: str | Path) -> Path:
     path = Path(path_or_repo_id).expanduser()
     if path.is_dir():
         return path
+    if path.is_file():
+        raise ValueError(foreign_file(path))
     if path.is_absolute() or str(path_or_repo_id).count("/") != 1 or str(path_or_repo_id).startswith("."):
         raise FileNotFoundError(f"no folder {path_or_repo_id} (and it is no hub repo id of the form owner/name)")
-    return Path(snapshot_download(str(path_or_repo_id), allow_patterns=list(PATTERNS)))
+    try:
+        folder = Path(snapshot_download(str(path_or_repo_id), allow_patterns=list(PATTERNS)))
+        # Weights that cannot be read are not downloaded only to be refused.
+        names = [] if any(folder.glob("*.safetensors")) else list_repo_files(str(path_or_repo_id))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" ..")
+        raise FileNotFoundError(
+            f"no folder {path_or_repo_id}, and the hub does not give it as a repository: {reason}"
+        ) from error
+    if there := foreign_weights((name for name in names if "/" not in name), f"repository {path_or_repo_id}"):
+        raise ValueError(there)
+    return folder

@@ -83,7 +83,8 @@ class GenerationDefaults:
         return cls(**values, others=others, source=source[0])
 
     def not_applied(self) -> dict[str, Any]:
-        """The settings that would change answers in transformers, with their values."""
+        """The settings that differ from those at which nothing changes, with their values; without `do_sample`
+        transformers applies those of sampling no more than we do."""
         said = {name: getattr(self, name) for name in NEUTRAL if hasattr(self, name)} | dict(self.others)
         return {name: value for name, value in said.items() if value is not None and value != NEUTRAL[name]}
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 import jaxspec
 from jaxspec import demo
@@ -37,6 +38,53 @@ def test_a_folder_called_demo_is_reached_by_its_path(tmp_path, monkeypatch):
 def test_what_is_no_folder_and_no_repo_id(name):
     with pytest.raises(FileNotFoundError, match=f"no folder {name} "):
         resolve_folder(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model-Q4_K_M.gguf", " (GGUF, llama.cpp's format)"),
+        ("pytorch_model.bin", " (PyTorch's format)"),
+        ("medusa_lm_head.pt", " (PyTorch's format)"),
+        ("model.safetensors", ""),
+        ("consolidated.safetensors", ""),
+    ],
+)
+def test_a_file_is_no_folder(name, said, tmp_path, monkeypatch):
+    """Not even where its path looks like a repo id."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / name).write_bytes(b"weights")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "models" / name, f"models/{name}"):
+        with pytest.raises(ValueError) as told:
+            resolve_folder(path)
+        assert str(told.value) == f"{path} is a file{said}; what is read is " + (
+            "a folder with config.json and model.safetensors or its shards"
+        )
+
+
+def test_what_the_hub_does_not_give(monkeypatch):
+    """A mistyped folder looks like a repo id: the sentence says which, whatever the hub's client says."""
+
+    def unreachable(*args, **options):
+        raise LocalEntryNotFoundError("Got: ConnectError: [Errno -2]\nAn error happened.")
+
+    monkeypatch.setattr("jaxspec.checkpoints.hub.snapshot_download", unreachable)
+    with pytest.raises(FileNotFoundError, match="^no folder runs/hed, and the hub .*: Got: ConnectError: .*happened.$"):
+        resolve_folder("runs/hed")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "medusa_lm_head.pt", "model-Q4_K_M.gguf"])
+def test_weights_that_the_hub_has_in_another_format(name, tmp_path, monkeypatch):
+    """Most published heads: they are named without being downloaded."""
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("jaxspec.checkpoints.hub.snapshot_download", lambda repo, allow_patterns: tmp_path)
+    listed = ["config.json", "onnx/model.onnx", name, "training_args.bin"]
+    monkeypatch.setattr("jaxspec.checkpoints.hub.list_repo_files", lambda repo: listed)
+    with pytest.raises(ValueError, match=f"^repository owner/head holds its weights as {name} \\(.*safetensors$"):
+        resolve_folder("owner/head")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert resolve_folder("owner/head") == tmp_path
 
 
 def test_the_embedded_model_stands_wherever_a_folder_can():
