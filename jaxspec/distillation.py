@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxspec.checks import encodable
 from jaxspec.data.answers import ABOUT, Answer, AnswerParts, Part, Refused, write_json
-from jaxspec.data.formats import encodable, name_of, printable
+from jaxspec.data.formats import name_of, printable
 from jaxspec.data.pictures import Pictures
 from jaxspec.data.prompts import Conversation, PromptSource, read_conversation, with_suffix
 from jaxspec.generator import Generator, Result

@@ -10,6 +10,7 @@ from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.drafters.checkpoint import load_drafter_folder, read_drafter_folder
 from jaxspec.drafters.registry import METHODS
 from jaxspec.speculation.tree import TreeConfig
+from jaxspec.targets.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +26,15 @@ class Drafter:
     """`Target.fingerprint()` of the target that it was loaded for; None where any target will do, or nobody knows."""
 
 
-def load_drafter(path_or_repo_id: str | Path, target) -> Drafter:
+def load_drafter(path_or_repo_id: str | Path, target: Target) -> Drafter:
     """A drafter for a loaded target, from a folder or from the hub; parameters in the target's dtype. A method without
     parameters ("lookup") is loaded by its name, unless a folder has that name.
 
     Raises FileNotFoundError, or ValueError where it was made for another target, its tensors do not fit or are not
     finite, or the folder holds something else (EAGLE-3, an adapter, other formats), by name.
     """
+    if not isinstance(target, Target):
+        raise ValueError(f"target must be a Target, from load_target; got {type(target).__name__}")
     method = METHODS.get(str(path_or_repo_id))
     if method and method.without_folder is not None and not Path(path_or_repo_id).is_dir():
         model = method.module(method.without_folder, rngs=nnx.Rngs(0))

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import validate_repo_id
 
 import jaxspec
 from jaxspec import demo
+from jaxspec.checkpoints import hub
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.demo import EMBEDDED_DRAFTERS
 from jaxspec.training import MassvRecipe, SmallLanguageModelRecipe, ViSpecRecipe
@@ -37,6 +39,33 @@ def test_a_folder_called_demo_is_reached_by_its_path(tmp_path, monkeypatch):
 def test_what_is_no_folder_and_no_repo_id(name):
     with pytest.raises(FileNotFoundError, match=f"no folder {name} "):
         resolve_folder(name)
+
+
+@pytest.mark.parametrize("name", [None, 5, b"demo", ["demo"], True])
+def test_what_is_no_path(name):
+    with pytest.raises(ValueError, match="a folder must be a path or a repo id, got"):
+        resolve_folder(name)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "\ud800"])
+def test_what_no_system_takes_for_a_path(name):
+    with pytest.raises(FileNotFoundError, match="no folder ") as told:
+        resolve_folder(name)
+    assert len(str(told.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["owner/no--name", "owner/missing"])
+def test_what_the_hub_does_not_give(name, monkeypatch):
+    """Its errors have several lines."""
+
+    def refuse(name, **options):
+        validate_repo_id(name)
+        raise OSError("404 Client Error\n\nRepository not found.")
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(FileNotFoundError, match=f"no folder {name}, and the hub does not give it: ") as told:
+        resolve_folder(name)
+    assert "\n" not in str(told.value)
 
 
 def test_the_embedded_model_stands_wherever_a_folder_can():
