@@ -1,6 +1,5 @@
 """What a request may be made of: every argument that cannot be meant is one sentence, before anything is compiled."""
 
-import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,25 +7,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jaxspec.checks import shown, whole_number
 from jaxspec.media import ImageLike
 from jaxspec.speculation.params import SamplingParams
-from jaxspec.targets.prompts import EncodedPrompt
+from jaxspec.targets.prompts import EncodedPrompt, check_tokens
 from jaxspec.video import Video
 
 DEFAULT_MAX_LENGTH = 4096
-
-
-def whole_number(name: str, value: Any, least: int) -> int:
-    """An integer (NumPy's and JAX's, too) of at least `least`; ValueError for anything else."""
-    try:
-        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
-    return number
 
 
 def length_limit(max_length: Any, positions: int) -> int:
@@ -41,7 +28,8 @@ def length_limit(max_length: Any, positions: int) -> int:
 
 def is_list(value: Any) -> bool:
     """Whether a value holds one entry per request, rather than being one itself."""
-    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes | bytearray)
+    several = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes | bytearray)
+    return several and getattr(value, "ndim", 1) > 0
 
 
 def one_each(name: str, values: Sequence, count: int) -> list:
@@ -70,6 +58,7 @@ def check_encoded(prompt: Any, name: str) -> None:
     """Raises ValueError for what `jaxspec.prompting.encode_prompt` has not made."""
     if not isinstance(prompt, EncodedPrompt):
         raise ValueError(f"{name} must be an EncodedPrompt, from encode_prompt; got {type(prompt).__name__}")
+    check_tokens(prompt.input_ids)
 
 
 def image_lists(images: Any, count: int) -> list[list[ImageLike]]:
@@ -108,12 +97,11 @@ def sampling_list(sampling: Any, count: int) -> list[SamplingParams]:
     entries = one_each("sampling", sampling, count) if is_list(sampling) else [sampling] * count
     for each in entries:
         if not isinstance(each, SamplingParams):
-            raise ValueError(f"sampling must be SamplingParams, got {type(each).__name__}: {str(each)[:60]}")
+            raise ValueError(f"sampling must be SamplingParams, got {type(each).__name__}: {shown(each)}")
     return entries
 
 
 def limit_list(max_new_tokens: Any, count: int) -> list[int]:
     """The token limit of every prompt; one for all may be given."""
-    several = is_list(max_new_tokens) and getattr(max_new_tokens, "ndim", 1) > 0
-    entries = one_each("max_new_tokens", max_new_tokens, count) if several else [max_new_tokens] * count
+    entries = one_each("max_new_tokens", max_new_tokens, count) if is_list(max_new_tokens) else [max_new_tokens] * count
     return [whole_number("max_new_tokens", each, 1) for each in entries]

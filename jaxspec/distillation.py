@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxspec.checks import encodable
 from jaxspec.data.answers import ABOUT, Answer, AnswerParts, Part, Refused, write_json
-from jaxspec.data.formats import encodable, name_of, printable
+from jaxspec.data.formats import name_of, printable
 from jaxspec.data.pictures import Pictures
 from jaxspec.data.prompts import Conversation, PromptSource, read_conversation, with_suffix
 from jaxspec.generator import Generator, Result

@@ -34,7 +34,7 @@ def open_image(image: ImageLike, name: str = "image 1") -> Image.Image:
     elif isinstance(image, str) and image.startswith("data:"):
         image = data_url_bytes(image, name)
     elif isinstance(image, str | Path):
-        name = f"{name} ({image})"
+        name = named(name, image)
         if not os.path.isfile(image):
             raise ValueError(f"{name} does not exist")
     elif not isinstance(image, Image.Image | bytes):
@@ -52,6 +52,12 @@ def open_image(image: ImageLike, name: str = "image 1") -> Image.Image:
         if opened.format == "EPS":
             raise ValueError(f"{name} is an EPS file, a program that Ghostscript would have to run")
         return rgb(opened, name)
+
+
+def named(what: str, path: str | Path) -> str:
+    """An image or video by its path, of which a sentence shows the end where it is long."""
+    text = str(path)
+    return f"{what} ({text if len(text) <= 200 else '..' + text[-200:]})"
 
 
 def rgb(image: Image.Image, name: str) -> Image.Image:

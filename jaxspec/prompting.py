@@ -5,18 +5,19 @@ input is one clear sentence before anything is compiled. Messages may be a stran
 they spell (jaxspec/targets/words.py), and they open no file unless the caller says so.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from jaxspec.arguments import check_prompt, image_list
+from jaxspec.checks import encodable
 from jaxspec.media import ImageLike, open_images
 from jaxspec.targets.processors import process, render
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.target import Target
-from jaxspec.targets.words import encodable, guard_messages
+from jaxspec.targets.words import guard_messages
 from jaxspec.video import Video, as_video
 
 Prompt = str | Sequence[dict]
@@ -70,15 +71,6 @@ def encode_prompt(
     return EncodedPrompt.of(target.config, ids, target.config.lay_out(inputs), target.processor.tokenizer)
 
 
-def image_list(images: Any) -> list[ImageLike | Video]:
-    """The images of one prompt. Raises ValueError for one image that is not in a list."""
-    if isinstance(images, str | bytes | Path | Image.Image | Video | np.ndarray | Mapping):
-        raise ValueError(f"images must be a list of images, got one {type(images).__name__}; put it in a list")
-    if not isinstance(images, Iterable):
-        raise ValueError(f"images must be a list of images, got {type(images).__name__}")
-    return list(images)
-
-
 def normalise_messages(
     prompt: Prompt, images: list[ImageLike | Video], allow_local_files: bool = False
 ) -> tuple[list[dict], list[ImageLike | Video]]:
@@ -89,8 +81,7 @@ def normalise_messages(
         encodable(prompt, "the prompt")
         content = [{"type": kind_of(image)} for image in images] + [{"type": "text", "text": prompt}]
         return [{"role": "user", "content": content}], images
-    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Sequence):
-        raise ValueError(f"a prompt must be a string or a list of messages, got {type(prompt).__name__}")
+    check_prompt(prompt, "the prompt")
     waiting, ordered, messages, empty = list(images), [], [], True
     for message in prompt:
         kept = []

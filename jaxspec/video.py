@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence
 
-from jaxspec.media import ImageLike, data_url_bytes, open_image, readable
+from jaxspec.checks import real_number, whole_number
+from jaxspec.media import ImageLike, data_url_bytes, named, open_image, readable
 
 FPS, MIN_FRAMES, MAX_FRAMES = 2.0, 4, 768
 """Frames taken per second and in all, as Qwen2.5-VL's published processor samples them."""
@@ -25,17 +27,21 @@ ONLY_VIDEO = {
 class Video:
     """Frames in order, `fps` of them per second. It can stand wherever an image can, for targets that read videos.
 
-    Raises ValueError where there is no frame or `fps` is not a positive number.
+    Raises ValueError where `frames` is no list of them or empty, or `fps` is not a positive number.
     """
 
     frames: Sequence[ImageLike]
     fps: float = FPS
 
     def __post_init__(self) -> None:
-        if not len(self.frames):
+        frames = self.frames
+        if isinstance(frames, str | bytes) or not isinstance(frames, Sequence | np.ndarray):
+            raise ValueError(f"a video's frames must be a list of images, got {type(frames).__name__}")
+        if isinstance(frames, np.ndarray) and frames.ndim < 4:
+            raise ValueError(f"a video's frames must be a list of images, got one array of shape {frames.shape}")
+        if not len(frames):
             raise ValueError("a video needs at least one frame, got none")
-        if not (math.isfinite(self.fps) and self.fps > 0):
-            raise ValueError(f"fps of a video must be a positive number, got {self.fps}")
+        check_rate(self.fps)
 
     @classmethod
     def open(cls, source: str | Path | bytes, fps: float = FPS, max_frames: int = MAX_FRAMES) -> "Video":
@@ -45,10 +51,12 @@ class Video:
         An even number of them, at least `MIN_FRAMES` and at most `max_frames` where the source has that many; the
         `fps` of the result is what came of it. Raises ValueError, naming the file, where it cannot be read.
         """
-        name = "video" if isinstance(source, bytes) else f"video ({source})"
-        if max_frames < 1:
-            raise ValueError(f"max_frames must be at least 1, got {max_frames}")
-        if not isinstance(source, bytes) and not Path(source).is_file():
+        if not isinstance(source, str | Path | bytes):
+            raise ValueError(f"a video is opened from a path or bytes, got {type(source).__name__}")
+        name = "video" if isinstance(source, bytes) else named("video", source)
+        max_frames = whole_number("max_frames", max_frames, 1)
+        check_rate(fps)
+        if not isinstance(source, bytes) and not os.path.isfile(source):
             raise ValueError(f"{name} does not exist")
         with readable(name):
             times, total = animation_times(source)
@@ -70,6 +78,12 @@ class Video:
                     f"frame 1 {opened[0].width} x {opened[0].height}"
                 )
         return opened
+
+
+def check_rate(fps: Any) -> None:
+    """Raises ValueError for what is no positive number of frames per second."""
+    if not 0 < real_number("fps of a video", fps) < math.inf:
+        raise ValueError(f"fps of a video must be a positive number, got {fps}")
 
 
 def as_video(source: Any) -> Video:

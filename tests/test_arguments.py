@@ -10,6 +10,7 @@ from PIL import Image
 
 from jaxspec import Generator, SamplingParams, TreeConfig, Video
 from jaxspec.metrics import AcceptanceWarning
+from jaxspec.targets.prompts import EncodedPrompt
 from tests.drafting import DRAFTERS, fresh_head
 
 PICTURE = np.zeros((8, 8, 3), np.uint8)
@@ -98,6 +99,14 @@ def test_pieces_and_encoded_prompts(generator):
     with pytest.raises(ValueError, match="prompt 0 must be an EncodedPrompt, from encode_prompt; got str"):
         generator.generate_encoded(["hi"])
     assert generator.compilations == 0
+
+
+@pytest.mark.parametrize(
+    "ids", [[5, 6], np.array([5.0, 6.0]), np.array([[5, 6]]), None, "ab", np.array(5), np.array([True, False])]
+)
+def test_tokens_that_are_no_array_of_integers(generator, ids):
+    with pytest.raises(ValueError, match=r"the tokens of a prompt must be an integer array \[S\], got"):
+        generator.generate_encoded([EncodedPrompt(ids, [])])
 
 
 def test_integers_of_all_kinds_and_lists_of_all_kinds(generator, pictures):

@@ -240,8 +240,8 @@ def test_empty_prompts(refuses):
 
 def test_prompts_of_another_type(refuses):
     for prompt in (7, None, b"Hello", {"role": "user", "content": "Hello"}):
-        refuses(f"a prompt must be a string or a list of messages, got {type(prompt).__name__}", prompt)
-    refuses("a raw prompt must be a string, got NoneType", None, raw=True)
+        refuses(f"the prompt must be a string or a list of chat messages, got {type(prompt).__name__}", prompt)
+    refuses("a raw prompt must be a string, got list", [user("text")], raw=True)
     refuses("a message's content must be a string or a list of parts, got NoneType", [{"role": "a", "content": None}])
     refuses("a message's content must be a string or a list of parts, got bytes", [{"role": "a", "content": b"a"}])
     refuses("a message's role must be a string, got NoneType", [{"role": None, "content": "a"}])
@@ -249,9 +249,11 @@ def test_prompts_of_another_type(refuses):
     refuses("a content part must be a dict with a type, got 'text'", [user("text")])
 
 
-def test_images_that_are_no_list(refuses):
+def test_images_that_are_no_list(refuses, target):
     for images in ("photo.jpg", PICTURE, np.zeros((8, 8, 3), np.uint8), encoded(), Video([PICTURE])):
-        refuses(f"images must be a list of images, got one {type(images).__name__}; put it in a list", images=images)
+        refuses("images must be a list of images, got", images=images)
+        with pytest.raises(ValueError, match="a single image is given as"):
+            encode_prompt(target, "Hello", images)
     refuses("images must be a list of images, got int", images=3)
 
 

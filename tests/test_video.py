@@ -188,3 +188,25 @@ def test_sizes_of_videos_come_from_the_folder(tmp_path, name, content):
     assert video_size_of(tmp_path) is None and VIDEO_SIZE["longest_edge"] == 602112
     (tmp_path / name).write_text(content)
     assert video_size_of(tmp_path) == {"shortest_edge": 64, "longest_edge": 128}
+
+
+@pytest.mark.parametrize("frames", [None, 5, "clip.mp4", b"clip", np.zeros((8, 9, 3), np.uint8), iter([])])
+def test_frames_that_are_no_list(frames):
+    with pytest.raises(ValueError, match="a video's frames must be a list of images, got"):
+        Video(frames)
+
+
+@pytest.mark.parametrize("fps", [None, "2", True, 0, -1, float("nan"), float("inf")])
+def test_rates_that_cannot_be(fps):
+    for make in (Video, Video.open):
+        source = [Image.new("RGB", (8, 8))] if make is Video else b""
+        with pytest.raises(ValueError, match="fps of a video must be a"):
+            make(source, fps)
+
+
+@pytest.mark.parametrize("source", [None, 5, [], Image.new("RGB", (8, 8))])
+def test_sources_that_are_no_file(source):
+    with pytest.raises(ValueError, match="a video is opened from a path or bytes, got"):
+        Video.open(source)
+    with pytest.raises(ValueError, match="max_frames must be an integer, got '8'"):
+        Video.open(b"", max_frames="8")

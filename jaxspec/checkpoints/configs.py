@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-import textwrap
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from jaxspec.checks import reason
 from jaxspec.layers import RopeConfig, TextConfig
 
 if TYPE_CHECKING:
@@ -57,11 +57,7 @@ def one_sentence(source: Path) -> Generator[None]:
     try:
         yield
     except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        text = textwrap.shorten(str(error), 300, placeholder=" ..")
-        if isinstance(error, KeyError):
-            text = f"{text} is missing"
-        elif isinstance(error, TypeError | AttributeError | ArithmeticError):
-            text = f"a value has the wrong type or size ({text})"
+        text = reason(error)
         raise ValueError(text if str(source) in text else f"{source}: {text}") from error
 
 

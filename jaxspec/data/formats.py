@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxspec.targets.words import encodable
+from jaxspec.checks import encodable
 
 ROLES = {
     "human": "user",

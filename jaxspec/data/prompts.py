@@ -13,7 +13,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from jaxspec.data.formats import MARK, encodable, image_paths, name_of, parse_json, read_turn
+from jaxspec.checks import encodable
+from jaxspec.data.formats import MARK, image_paths, name_of, parse_json, read_turn
 from jaxspec.data.pictures import SCENES, is_prepared, open_records
 from jaxspec.data.records import Records
 from jaxspec.data.scenes import JaxspecScenesConfig

@@ -34,6 +34,8 @@ def load_drafter(path_or_repo_id: str | Path, target: Target) -> Drafter:
     Raises FileNotFoundError, or ValueError where it was made for another target, its tensors do not fit or are not
     finite, or the folder holds something else (EAGLE-3, an adapter, other formats), by name.
     """
+    if not isinstance(target, Target):
+        raise ValueError(f"target must be a Target, from load_target; got {type(target).__name__}")
     method = METHODS.get(str(path_or_repo_id))
     if method and method.without_folder is not None and not Path(path_or_repo_id).is_dir():
         model = method.module(method.without_folder, rngs=nnx.Rngs(0))

@@ -1,14 +1,13 @@
 """How a request samples: the fields that callers set, and those of a whole batch as arrays."""
 
 import dataclasses
-import math
-import numbers
-import operator
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxspec.checks import encodable, real_number, shown, whole_number
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this one decode greedily: logits divided by less would overflow float32. vLLM's limit."""
@@ -40,21 +39,21 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        temperature = _number("temperature", self.temperature)
-        if not 0 <= temperature < math.inf:
+        temperature = real_number("temperature", self.temperature)
+        if not 0 <= temperature <= float(np.finfo(np.float32).max):
             raise ValueError(f"temperature must be finite and at least 0, got {temperature!r}")
-        top_p = _number("top_p", self.top_p)
+        top_p = real_number("top_p", self.top_p)
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be greater than 0 and at most 1, got {top_p!r}")
-        min_p = _number("min_p", self.min_p)
+        min_p = real_number("min_p", self.min_p)
         if not 0 <= min_p <= 1:
             raise ValueError(f"min_p must be between 0 and 1, got {min_p!r}")
         checked = {
             "temperature": 0.0 if temperature < GREEDY_TEMPERATURE else temperature,
             "top_p": top_p,
-            "top_k": _integer("top_k", self.top_k, 2**31 - 1),
+            "top_k": whole_number("top_k", self.top_k, 0, 2**31 - 1),
             "min_p": min_p,
-            "seed": _integer("seed", self.seed, 2**32 - 1),
+            "seed": whole_number("seed", self.seed, 0, 2**32 - 1),
             "stop": _stop_strings(self.stop),
             "stop_token_ids": _stop_token_ids(self.stop_token_ids),
         }
@@ -91,36 +90,21 @@ class BatchSampling:
         )
 
 
-def _number(name: str, value) -> float:
-    if not isinstance(value, numbers.Real):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    return float(value)
-
-
-def _integer(name: str, value, largest: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an integer, got {value!r}") from None
-    if not 0 <= number <= largest:
-        raise ValueError(f"{name} must be between 0 and {largest}, got {number}")
-    return number
-
-
 def _stop_strings(stop) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else _sequence("stop", stop)
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise ValueError(f"stop must hold non-empty strings, got {string!r}")
+            raise ValueError(f"stop must hold non-empty strings, got {shown(string)}")
+        encodable(string, "a stop string")
     return strings
 
 
 def _stop_token_ids(ids) -> tuple[int, ...]:
-    return tuple(_integer("stop_token_ids", token, 2**31 - 1) for token in _sequence("stop_token_ids", ids))
+    return tuple(whole_number("stop_token_ids", token, 0, 2**31 - 1) for token in _sequence("stop_token_ids", ids))
 
 
 def _sequence(name: str, value) -> tuple:
     try:
         return tuple(value)
     except TypeError:
-        raise ValueError(f"{name} must be a sequence, got {value!r}") from None
+        raise ValueError(f"{name} must be a sequence, got {shown(value)}") from None

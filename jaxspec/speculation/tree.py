@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jaxspec.checks import real_number, whole_number
 from jaxspec.speculation.filters import draft_floor, largest, scale
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.sampling import Noise
@@ -38,11 +39,10 @@ class TreeConfig:
     noise_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.depth < 0:
-            raise ValueError(f"depth must be at least 0, got {self.depth}")
-        if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if not 1 <= self.total_tokens <= self.num_candidates + 1:
+        for name, least in (("depth", 0), ("top_k", 1), ("total_tokens", 1)):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
+        object.__setattr__(self, "noise_weight", real_number("noise_weight", self.noise_weight))
+        if self.total_tokens > self.num_candidates + 1:
             raise ValueError(
                 f"total_tokens must lie in 1..{self.num_candidates + 1}, all that a tree of depth {self.depth} and "
                 f"top_k {self.top_k} can hold, got {self.total_tokens}"
@@ -53,8 +53,7 @@ class TreeConfig:
     @classmethod
     def chain(cls, num_speculative_tokens: int, **options: float) -> "TreeConfig":
         """A chain of that many draft tokens (the root not counted)."""
-        if num_speculative_tokens < 1:
-            raise ValueError(f"a chain needs at least 1 speculative token, got {num_speculative_tokens}")
+        num_speculative_tokens = whole_number("num_speculative_tokens", num_speculative_tokens, 1)
         return cls(num_speculative_tokens - 1, 1, num_speculative_tokens + 1, **options)
 
     @classmethod

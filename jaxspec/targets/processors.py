@@ -7,7 +7,7 @@ videos only where there are some.
 
 import contextlib
 import copy
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, SupportsInt
 
@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase
 
 from jaxspec.checkpoints.tensors import read_json
+from jaxspec.checks import reason
 from jaxspec.targets.contract import TargetConfig
 from jaxspec.targets.prompts import check_prompt
 from jaxspec.targets.words import GUARD, GuardedTokenizer, control_tokens
@@ -24,6 +25,15 @@ from jaxspec.targets.words import GUARD, GuardedTokenizer, control_tokens
 VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 """Pixels of a video's frame where a folder does not say, as in Qwen's own utilities."""
 MAX_VIDEO_TOKENS = 128_000
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+MORE_FILES = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.json", "video_preprocessor_config.json"),
+)
+"""Read where they are there."""
+FROM_FOLDER = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is downloaded, no code of a folder is run (nor is it asked for at the terminal)."""
 
 
 def render(processor: Any, messages: Sequence[dict], prompt: bool = True) -> str:
@@ -61,12 +71,11 @@ def reader(processor: Any, text: str) -> Any:
 
 @contextlib.contextmanager
 def refusing(sentence: str) -> Generator[None]:
-    """Whatever a folder's own template or processor raises becomes a ValueError of one line."""
+    """Whatever a folder's own template, processor or their files raise becomes a ValueError of one line."""
     try:
         yield
     except Exception as error:
-        lines = str(error).replace(GUARD, "").strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{sentence}: {lines[0]}") from error
+        raise ValueError(f"{sentence}: {reason(error).replace(GUARD, '')}") from error
 
 
 def adds_special(tokenizer: PreTrainedTokenizerBase | GuardedTokenizer, text: str) -> bool:
@@ -121,7 +130,7 @@ class QwenProcessor:
 
     @classmethod
     def load(cls, folder: Path) -> "QwenProcessor":
-        image_processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        image_processor = transformers.AutoImageProcessor.from_pretrained(folder, **FROM_FOLDER)
         return cls(load_tokenizer(folder), image_processor, chat_template_of(folder), video_size_of(folder))
 
     def apply_chat_template(
@@ -207,12 +216,32 @@ def chat_template_of(folder: Path) -> str | None:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, by transformers."""
     # Declared as perhaps None, which is never returned.
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)  # pyrefly: ignore[bad-return]
+    return transformers.AutoTokenizer.from_pretrained(folder, **FROM_FOLDER)  # pyrefly: ignore[bad-return]
 
 
 def load_processor(folder: Path) -> Any:
     """The processor of a folder, by transformers."""
-    return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    return transformers.AutoProcessor.from_pretrained(folder, **FROM_FOLDER)
+
+
+def read_processor(load: Callable[[Path], Any], folder: Path, images: bool) -> Any:
+    """The processor of a folder, by the loader of its family, which reads `images` or not.
+
+    Raises FileNotFoundError where a folder has no tokenizer or no image processor, and ValueError, naming file or
+    folder, where their files are broken.
+    """
+    for name in {*TOKENIZER_FILES, *PROCESSOR_FILES, *MORE_FILES}:
+        if name.endswith(".json") and (folder / name).is_file():
+            read_json(folder / name)
+    for noun, names in (("tokenizer", TOKENIZER_FILES), ("image processor", PROCESSOR_FILES if images else ())):
+        if names and not any((folder / name).is_file() for name in names):
+            raise FileNotFoundError(f"{folder} has no {noun}: none of {', '.join(names)}")
+    with refusing(f"the processor of {folder} cannot be loaded"):
+        processor = load(folder)
+    for part in ("tokenizer", "image_processor") if images else ("tokenizer",):
+        if not hasattr(processor, part):
+            raise ValueError(f"the processor of {folder} is a {type(processor).__name__}, which has no {part}")
+    return processor
 
 
 def check_processor(processor: Any, config: TargetConfig) -> None:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxspec.buckets import bucket_below
+from jaxspec.checks import shown
 from jaxspec.targets.contract import TargetConfig
 from jaxspec.targets.images import Array, ImageLayout, Images, check_images, stack_positions
 
@@ -30,11 +31,19 @@ class EncodedPrompt:
         return cls(ids, images, config.position_ids(ids, images))
 
 
+def check_tokens(input_ids: Any) -> None:
+    """Raises ValueError for what is no integer array `[S]`."""
+    flat = isinstance(input_ids, np.ndarray) and input_ids.ndim == 1
+    if not flat or (len(input_ids) and input_ids.dtype.kind not in "iu"):
+        raise ValueError(f"the tokens of a prompt must be an integer array [S], got {shown(input_ids)}")
+
+
 def check_prompt(
     config: TargetConfig, input_ids: np.ndarray, images: Sequence[ImageLayout], tokenizer: Any = None
 ) -> None:
     """Raises ValueError for a prompt without tokens, a token that the embedding has no row for, and an image with
     another number of tokens than features. A `tokenizer` spells the token."""
+    check_tokens(input_ids)
     if not len(input_ids):
         raise ValueError("a prompt needs at least one token, it has none")
     rows, is_image = config.text.vocab_size, config.is_image(input_ids)

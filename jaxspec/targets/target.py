@@ -16,7 +16,7 @@ from jaxspec.quiet import quiet
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 from jaxspec.targets.generation import GenerationDefaults, stop_tokens
 from jaxspec.targets.images import Images, split_by_tokens, stack_positions
-from jaxspec.targets.processors import check_processor
+from jaxspec.targets.processors import check_processor, read_processor
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.registry import family_of, load_model, read_config
 
@@ -133,12 +133,15 @@ def load_target(path_or_repo_id: str | Path, dtype: str = "float32", mesh: jax.s
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if not isinstance(mesh, jax.sharding.Mesh | None):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
     path = resolve_folder(path_or_repo_id)
     hf_config = read_config(path)
     defaults = GenerationDefaults.read(path)
     model = load_model(path, jnp.dtype(dtype), mesh)
     with quiet("transformers"):  # it warns that torchvision is missing; its PIL image processors are the ones we want
-        processor = family_of(hf_config).load_processor(path)
+        family = family_of(hf_config)
+        processor = read_processor(family.load_processor, path, family.images)
         check_processor(processor, model.config)
     stop_token_ids = stop_tokens(path, hf_config, processor.tokenizer)
     if warning := defaults.warning():

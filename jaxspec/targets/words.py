@@ -27,17 +27,6 @@ BYTE = re.compile("<0x[0-9A-F]{2}>")
 """Tokens that stand for bytes: no control tokens, even where a tokenizer calls them special."""
 
 
-def encodable(text: str, what: str) -> str:
-    """The text itself. Raises ValueError where UTF-8 cannot hold it, as half of a surrogate pair, which JSON can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{what} cannot be written as UTF-8: character {error.start} is {text[error.start]!a}"
-        ) from None
-    return text
-
-
 def guard_messages(processor: Any, messages: Sequence[Mapping]) -> list[dict]:
     """Chat messages, whose content is a list of parts, with every control token in their roles and texts guarded."""
     words = [text for message in messages for text in (message["role"], *texts_of(message))]

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 import jaxspec
 from jaxspec import demo
+from jaxspec.checkpoints import hub
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.demo import EMBEDDED_DRAFTERS
 from jaxspec.training import MassvRecipe, SmallLanguageModelRecipe, ViSpecRecipe
@@ -85,6 +87,35 @@ def test_weights_that_the_hub_has_in_another_format(name, tmp_path, monkeypatch)
         resolve_folder("owner/head")
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert resolve_folder("owner/head") == tmp_path
+
+
+@pytest.mark.parametrize("name", [None, 5, b"demo", ["demo"], True])
+def test_what_is_no_path(name):
+    with pytest.raises(ValueError, match="a folder must be a path or a repo id, got"):
+        resolve_folder(name)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "\ud800"])
+def test_what_no_system_takes_for_a_path(name):
+    with pytest.raises(FileNotFoundError, match="no folder ") as told:
+        resolve_folder(name)
+    assert len(str(told.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["owner/no--name", "owner/missing"])
+def test_errors_of_the_hub_are_one_line(name, monkeypatch):
+    """Its errors have several lines."""
+
+    def refuse(name, **options):
+        validate_repo_id(name)
+        raise OSError("404 Client Error\n\nRepository not found.")
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(
+        FileNotFoundError, match=f"no folder {name}, and the hub does not give it as a repository: "
+    ) as told:
+        resolve_folder(name)
+    assert "\n" not in str(told.value)
 
 
 def test_the_embedded_model_stands_wherever_a_folder_can():

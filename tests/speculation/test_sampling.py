@@ -238,7 +238,7 @@ def test_noise_depends_on_seed_and_position_only():
     np.testing.assert_array_equal(together[1, 0], together[1, 1])
     assert len(np.unique(together[[0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]], axis=0)) == 8
     with jax.default_prng_impl("rbg"):
-        np.testing.assert_array_equal(gumbel_noise(seeds, positions, 33), together)
+        np.testing.assert_array_equal(noise_jit(seeds, positions, 33), together)
 
 
 def test_noise_is_standard_gumbel_and_independent_over_tokens_positions_and_seeds():
@@ -349,6 +349,8 @@ def test_defaults_are_greedy_and_values_are_normalised():
         ("temperature", -0.1, "temperature must be finite and at least 0, got -0.1"),
         ("temperature", float("nan"), "temperature must be finite and at least 0, got nan"),
         ("temperature", float("inf"), "temperature must be finite and at least 0, got inf"),
+        ("temperature", 1e39, "temperature must be finite and at least 0, got 1e+39"),
+        ("temperature", True, "temperature must be a number, got True"),
         ("temperature", "hot", "temperature must be a number, got 'hot'"),
         ("top_p", 0.0, "top_p must be greater than 0 and at most 1, got 0.0"),
         ("top_p", 1.1, "top_p must be greater than 0 and at most 1, got 1.1"),
@@ -360,6 +362,7 @@ def test_defaults_are_greedy_and_values_are_normalised():
         ("seed", 2**32, "seed must be between 0 and 4294967295, got 4294967296"),
         ("seed", None, "seed must be an integer, got None"),
         ("stop", ("",), "stop must hold non-empty strings, got ''"),
+        ("stop", "\ud800", "a stop string cannot be written as UTF-8: character 0 is '\\ud800'"),
         ("stop", 3, "stop must be a sequence, got 3"),
         ("stop_token_ids", ("x",), "stop_token_ids must be an integer, got 'x'"),
         ("stop_token_ids", (-3,), "stop_token_ids must be between 0 and 2147483647, got -3"),

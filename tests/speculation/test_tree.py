@@ -27,7 +27,12 @@ VOCABULARY, STATES, BATCH = 13, 1009, 4
         ((-1, 2, 2), "depth must be at least 0, got -1"),
         ((1, 0, 2), "top_k must be at least 1, got 0"),
         ((2, 3, 23), "total_tokens must lie in 1..22, all that a tree of depth 2 and top_k 3 can hold, got 23"),
-        ((2, 3, 0), "total_tokens must lie in 1..22, all that a tree of depth 2 and top_k 3 can hold, got 0"),
+        ((2, 3, 0), "total_tokens must be at least 1, got 0"),
+        ((1.5, 2, 2), "depth must be an integer, got 1.5"),
+        ((1, "2", 2), "top_k must be an integer, got '2'"),
+        ((1, 2, None), "total_tokens must be an integer, got None"),
+        ((1, 2, True), "total_tokens must be an integer, got True"),
+        ((1, 2, 2, "much"), "noise_weight must be a number, got 'much'"),
     ],
 )
 def test_impossible_trees_are_refused(values, message):
@@ -36,7 +41,7 @@ def test_impossible_trees_are_refused(values, message):
 
 
 def test_impossible_options_are_refused():
-    with pytest.raises(ValueError, match="a chain needs at least 1 speculative token, got 0"):
+    with pytest.raises(ValueError, match="num_speculative_tokens must be at least 1, got 0"):
         TreeConfig.chain(0)
     with pytest.raises(ValueError, match=r"noise_weight must lie in 0..1, got 1.5"):
         TreeConfig(2, 3, 8, noise_weight=1.5)

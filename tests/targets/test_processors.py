@@ -11,7 +11,7 @@ from PIL import Image
 import jaxspec
 from jaxspec.demo import target_path
 from jaxspec.prompting import encode_prompt
-from jaxspec.targets.processors import check_processor
+from jaxspec.targets.processors import check_processor, load_processor, read_processor
 from tests.families import family_target
 
 
@@ -100,7 +100,7 @@ def test_every_family_is_checked(family):
     ("template", "sentence"),
     [
         ("{{ raise_exception('alternate') }}", "the chat template refuses the messages: alternate"),
-        ("{{ messages[0]['content'] + 1 }}", "the chat template refuses the messages: can only concatenate list"),
+        ("{{ messages[0]['content'] + 1 }}", "the chat template refuses the messages: a value has the wrong type"),
         ("{% for message in messages %}", "the chat template refuses the messages: Unexpected end of template"),
         ("{{ nothing.there }}", "the chat template refuses the messages: 'nothing' is undefined"),
         ("no images", "the prompt has 0 <image> marks but 1 images were given"),
@@ -117,6 +117,43 @@ def test_templates_that_fail(template, sentence):
 def test_whatever_a_processor_raises_is_a_sentence(monkeypatch):
     target = family_target("llava_next")
     monkeypatch.setattr(target.processor, "replace_image_token", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ValueError, match="the processor refuses the prompt: division by zero") as caught:
+    with pytest.raises(ValueError, match=r"the processor refuses the prompt: .*\(division by zero\)") as caught:
         encode_prompt(target, "What?", [Image.new("RGB", (20, 30))])
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+BROKEN = {
+    "processor_config.json": (
+        "{",
+        "[]",
+        '{"image_processor": 5}',
+        b"\xff\xfe",
+    ),
+    "tokenizer.json": ("", "{}", "[]", b"\xff\xfe"),
+    "tokenizer_config.json": ("null", '"x"', b"\xff\xfe"),
+    "chat_template.jinja": (b"\xff\xfe",),
+    "special_tokens_map.json": ("[",),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, content) for name in BROKEN for content in BROKEN[name]])
+def test_files_of_a_processor_that_are_broken(folder, name, content):
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(str(folder))) as told:
+        read_processor(load_processor, folder, images=True)
+    assert len(str(told.value)) < 500 and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "noun"), [("tokenizer.json", "tokenizer"), ("processor_config.json", "image processor")]
+)
+def test_files_of_a_processor_that_are_missing(folder, name, noun):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"has no {noun}: none of {name}, "):
+        jaxspec.load_target(folder)
+
+
+def test_a_processor_without_its_parts(folder):
+    edit(folder / "processor_config.json", processor_class="Unknown")
+    with pytest.raises(ValueError, match=re.escape(f"the processor of {folder} is a ")):
+        jaxspec.load_target(folder)
