@@ -3,7 +3,7 @@
 import math
 import numbers
 import operator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def real_number(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:  # an integer that no float can hold
-        return math.inf if int(value) > 0 else -math.inf
+        return math.inf if cast(int, value) > 0 else -math.inf
 
 
 def encodable(text: str, what: str) -> str:
