@@ -5,9 +5,12 @@ configs), by name, and anybody's own, by path.
 import ast
 import re
 import runpy
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from jaxspec.checks import one_line
 
 if TYPE_CHECKING:
     from jaxspec.training import Recipe
@@ -38,10 +41,17 @@ def find_recipe(name_or_path: str) -> Path:
 
 
 def load_recipe(name_or_path: str) -> "Recipe":
-    """The recipe that a file holds as `recipe`. Raises FileNotFoundError, or ValueError where it holds none."""
+    """The recipe that a file holds as `recipe`. Raises FileNotFoundError, or ValueError where it holds none or
+    fails, with the line."""
     from jaxspec.training import Recipe  # loads slowly, and names are listed without
 
-    recipe = runpy.run_path(str(find_recipe(name_or_path))).get("recipe")
+    path = str(find_recipe(name_or_path))
+    try:
+        recipe = runpy.run_path(path).get("recipe")
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"line {lines[-1]}: " if lines else ""
+        raise ValueError(f"{path} cannot be run: {where}{type(error).__name__}: {one_line(str(error))}") from error
     if not isinstance(recipe, Recipe):
         raise ValueError(f"{name_or_path}: `recipe` must be a recipe of jaxspec.training, got {type(recipe).__name__}")
     return recipe
