@@ -152,7 +152,8 @@ def image_url(part: Mapping) -> str:
 
 def refuse_files(media: Any, kind: str) -> None:
     """Raises ValueError for a path as what an `image` or `video` part carries, also as a frame of a video."""
-    for each in media if isinstance(media, list | tuple) else [media]:
+    frames = media.frames if isinstance(media, Video) else media
+    for each in frames if isinstance(frames, Sequence) and not isinstance(frames, str | bytes) else [frames]:
         if isinstance(each, Path) or (isinstance(each, str) and not each.startswith("data:")):
             raise ValueError(
                 f"a message's {kind} names a file, {str(each)[:40]!r}: a message opens none without allow_local_files; "

@@ -270,7 +270,7 @@ def test_a_message_opens_no_local_file_unless_allowed(refuses, target, tmp_path,
     path = tmp_path / "picture.png"
     path.write_bytes(encoded())
     sources = [str(path), path, "/etc/passwd", "file:///etc/passwd", "https://example.org/cat.png", ""]
-    sources += [[source] for source in sources] + [(PICTURE, path)]
+    sources += [[source] for source in sources] + [(PICTURE, path), Video([PICTURE, str(path)])]
     for source in sources if kind == "video" else sources[:6]:
         refuses(f"a message's {kind} names a file, ", [user({"type": kind, kind: source}, text("What?"))])
     if kind == "image":

@@ -29,12 +29,12 @@ def resolve_folder(path_or_repo_id: str | Path) -> Path:
         from jaxspec import demo  # the only thing below it that knows of the demo
 
         return demo.drafter_path(method) if colon else demo.target_path()
-    path = Path(os.path.expanduser(path_or_repo_id))
+    path = os.path.expanduser(path_or_repo_id)
     if os.path.isdir(path):  # also of what no system takes for a path, where Path's own would raise
-        return path
+        return Path(path)
     if os.path.isfile(path):
-        raise ValueError(foreign_file(path))
-    if path.is_absolute() or str(path_or_repo_id).count("/") != 1 or str(path_or_repo_id).startswith("."):
+        raise ValueError(foreign_file(Path(path)))
+    if os.path.isabs(path) or str(path_or_repo_id).count("/") != 1 or str(path_or_repo_id).startswith("."):
         name = one_line(str(path_or_repo_id), 200)
         raise FileNotFoundError(f"no folder {name} (and it is no hub repo id of the form owner/name)")
     try:

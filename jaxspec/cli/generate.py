@@ -81,7 +81,7 @@ class Generate:
     def run(self, console: Console, arguments: list[str]) -> None:
         del arguments
         sampling = SamplingParams(self.temperature, self.top_p, self.top_k, self.min_p, self.seed, self.stop)
-        name = self.drafter or ("vispec" if self.model.embedded else None)
+        name = ("vispec" if self.model.embedded else None) if self.drafter is None else self.drafter
         if name is None and self.tree.given:
             raise ValueError("a tree needs a drafter: give --drafter")
         paths = self.image or self.default_images()
@@ -91,7 +91,7 @@ class Generate:
         question = Question(default if self.prompt is None else self.prompt, images)
         with waiting(console, "loading ..."):
             target = self.model.load()
-            drafter = load_named_drafter(name, target) if name else None
+            drafter = load_named_drafter(name, target) if name is not None else None
             generator = Generator(target, max_length=self.model.max_length)
             arms = [self.arm(AUTOREGRESSIVE, generator)]
             if drafter:

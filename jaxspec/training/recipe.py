@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import runpy
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,6 +13,7 @@ import jax
 import optax
 
 from jaxspec.checkpoints.tensors import read_json
+from jaxspec.checks import one_line
 from jaxspec.recipe_files import find_recipe
 from jaxspec.sharding import training_mesh
 from jaxspec.training.acceptance import Measurement
@@ -228,8 +230,14 @@ def write_text(path: Path, text: str) -> None:
 
 def load_recipe(name_or_path: str) -> Recipe:
     """The recipe that a file (`jaxspec.recipe_files.find_recipe`) holds as `recipe`. Raises FileNotFoundError, or
-    ValueError where it holds none."""
-    recipe = runpy.run_path(str(find_recipe(name_or_path))).get("recipe")
+    ValueError where it holds none or fails, with the line."""
+    path = str(find_recipe(name_or_path))
+    try:
+        recipe = runpy.run_path(path).get("recipe")
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"line {lines[-1]}: " if lines else ""
+        raise ValueError(f"{path} cannot be run: {where}{type(error).__name__}: {one_line(str(error))}") from error
     if not isinstance(recipe, Recipe):
         raise ValueError(f"{name_or_path}: `recipe` must be a recipe of jaxspec.training, got {type(recipe).__name__}")
     return recipe

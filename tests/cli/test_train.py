@@ -56,11 +56,15 @@ def test_a_file_does_not_hide_a_name(tmp_path, monkeypatch, trained):
     [
         (["demo_nothing"], "no recipe demo_nothing: neither a .py file nor one of the package's: demo_eagle2, "),
         (["configs/demo_vispec.py"], "no recipe file configs/demo_vispec.py; the package has one of that name: "),
+        (["fails.py"], "fails.py cannot be run: line 2: ZeroDivisionError: division by zero"),
+        (["syntax.py"], "syntax.py cannot be run: SyntaxError: "),
         (["none.py"], "none.py: `recipe` must be a recipe of jaxspec.training, got NoneType"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, sentence):
     (tmp_path / "none.py").write_text("")
+    (tmp_path / "fails.py").write_text("a = 0\nb = 1 / a\n")
+    (tmp_path / "syntax.py").write_text("def\n")
     monkeypatch.chdir(tmp_path)
     assert main(["train", *arguments]) == 2
     told = capsys.readouterr().err

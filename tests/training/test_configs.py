@@ -10,6 +10,7 @@ import pytest
 import tyro
 
 from jaxspec import TreeConfig
+from jaxspec.arguments import DEFAULT_MAX_LENGTH
 from jaxspec.cli.commands import read_command
 from jaxspec.recipe_files import packaged_recipes
 from jaxspec.training import DrafterRecipe, EagleRecipe, MassvRecipe, Recipe, ViSpecRecipe
@@ -68,7 +69,9 @@ def test_a_config_tells_how_its_answers_are_made(name):
     recipe = recipe_of(name)
     distill = read_command(command_of(name, "-m jaxspec"), "jaxspec")
     assert (str(distill.output), distill.model.target) == (recipe.answers_dir, recipe.target)
-    assert distill.model.max_length == recipe.sequence_length  # of nothing that was answered is a part left out
+    assert (
+        distill.model.max_length or DEFAULT_MAX_LENGTH
+    ) == recipe.sequence_length  # of nothing that was answered is a part left out
     assert distill.settings.suffix == ("" if isinstance(recipe, MassvRecipe) else "vispec")
 
 
