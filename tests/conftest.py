@@ -10,12 +10,12 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 OWN_CACHE = None if CACHE in os.environ else tempfile.mkdtemp(prefix="jaxspec-tests-")  # workers have it from the first
-QUICK = ["--xla_cpu_parallel_codegen_split_count=1"]  # there are as many workers as cores
+QUICK = ["--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_multi_thread_eigen=false"]  # a worker has one core
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
     QUICK.append("--xla_cpu_use_fusion_emitters=false")  # later ones have nothing else, and refuse what they don't know
 if OWN_CACHE is not None:
@@ -23,9 +23,11 @@ if OWN_CACHE is not None:
 os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.02",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "OMP_NUM_THREADS": "1",  # torch's threads would only wait for one another
     "XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK]).strip(),
 }
 
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from xdist.remote import Producer  # noqa: E402
@@ -86,6 +88,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
 def pytest_unconfigure() -> None:
     if OWN_CACHE is not None:
         shutil.rmtree(OWN_CACHE, ignore_errors=True)
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """For models large enough that programs take longer to run than to compile."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")
