@@ -26,7 +26,7 @@ from tests.families import FAMILIES, family_target
 from tests.folders import relative_error
 
 BATCH, CAPACITY, NEW = 2, 160, 16
-FLOAT32 = re.compile(r"(?<!\w)(norm|rope|attention|mean|tree|logits)(?!\w)")
+FLOAT32 = re.compile(r"(?<!\w)(norm|rope|attention|mean|tree|logits|choice)(?!\w)")
 """Scopes that compute in float32 and give back what they were given."""
 
 

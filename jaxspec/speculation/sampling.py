@@ -78,6 +78,7 @@ class Noise:
         return gumbel_noise(self.seed, positions, self.vocab_size)
 
 
+@jax.named_scope("choice")
 def choose(logits: jax.Array, noise: Callable[[], jax.Array], sampling: BatchSampling) -> jax.Array:
     """The tokens: argmax of the logits where the temperature is 0, argmax of scaled logits plus noise, among what the
     filters keep, elsewhere. The same tokens as the argmax of `warp(logits, sampling) + noise()`.

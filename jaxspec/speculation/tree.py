@@ -104,6 +104,7 @@ def root_only(root: jax.Array) -> Tree:
     return Tree(root[:, None], zeros, zeros, jnp.ones((root.shape[0], 1, 1), bool))
 
 
+@jax.named_scope("choice")
 def draft_children(
     config: TreeConfig,
     logits: jax.Array,
