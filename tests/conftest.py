@@ -41,8 +41,8 @@ SPLIT = ("tests/speculation/test_equality.py", "tests/speculation/test_families.
 """Modules whose tests may run apart, by the value of their first parameter."""
 FIRST = (
     *("tests/training/test_runs.py", "tests/training/test_devices.py", "tests/cli/test_bench.py", *SPLIT),
-    *("tests/test_sharding.py", "tests/drafters/test_eagle.py", "tests/drafters/test_massv.py"),
-    *("tests/targets/test_llava_parity.py", "tests/speculation/test_edges.py"),
+    *("tests/demo/test_weights.py", "tests/test_readme.py", "tests/test_sharding.py", "tests/drafters/test_eagle.py"),
+    *("tests/drafters/test_massv.py", "tests/targets/test_llava_parity.py", "tests/speculation/test_edges.py"),
 )
 """The modules that take longest: a worker that began one last would work alone at the end."""
 
