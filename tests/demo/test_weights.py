@@ -31,7 +31,7 @@ def autoregressive(target):
 @pytest.mark.usefixtures("optimized")
 def test_transformers_gives_the_same_greedy_tokens(target, autoregressive):
     model = LlavaForConditionalGeneration.from_pretrained(demo.target_path(), dtype=torch.float32).eval()
-    examples = example_prompts(10, seed=0)
+    examples = example_prompts(20, seed=0)
     assert {example.kind for example in examples} == {"describe", "count", "compare", "locate", "read"}
     for example in examples:
         ours = autoregressive.generate(example.question, [example.image], max_new_tokens=LIMIT)
