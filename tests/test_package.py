@@ -148,4 +148,4 @@ def test_the_version_is_that_of_the_distribution(monkeypatch, capsys):
     monkeypatch.setattr(distribution, "version", missing)
     assert distribution.installed_version() == "0+unknown"
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"jaxspec {jaxspec.__version__}\n"
+    assert capsys.readouterr().out == "jaxspec 0+unknown\n"
