@@ -3,35 +3,24 @@
 import functools
 import json
 import shutil
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from jaxspec.drafters.checkpoint import load_drafter_folder
 from jaxspec.targets.registry import config_from, load_model
+from tests.broken_folders import REFERENCE, assert_names, edit_config, edit_tensors, error_of
 from tests.families import FAMILIES
-from tests.folders import llava_config, write_llava
+from tests.folders import llava_config
 from tests.helpers import tiny_llava
 
-REFERENCE = Path(__file__).parent.parent / "reference"
 QUERY = "language_model.model.layers.0.self_attn.q_proj.weight"
 PATCHES = "vision_tower.vision_model.embeddings.patch_embedding.weight"
 NORM = "language_model.model.norm.weight"
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    return write_llava(tmp_path_factory.mktemp("llava") / "original")
-
-
-@pytest.fixture
-def folder(original, tmp_path):
-    return shutil.copytree(original, tmp_path / "llava")
 
 
 @pytest.fixture(params=["eagle2", "vispec"])
@@ -50,29 +39,6 @@ def target(model, drafter_folder):
     embedding = load_file(drafter_folder / "model.safetensors")["embed_tokens.weight"]
     model.language_model.embed_tokens.embedding[...] = jnp.asarray(embedding)
     return model
-
-
-def edit_tensors(folder, edit):
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
-def edit_config(folder, section=None, **values):
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    (config if section is None else config[section]).update(values)
-    path.write_text(json.dumps(config))
-
-
-def error_of(load, kind=ValueError) -> str:
-    with pytest.raises(kind) as caught:
-        load()
-    return str(caught.value)
-
-
-def assert_names(message: str, *parts):
-    assert not [part for part in map(str, parts) if part not in message], message
 
 
 # Tensors

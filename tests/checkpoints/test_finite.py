@@ -16,7 +16,7 @@ from jaxspec.checkpoints.finite import cast, is_finite
 from jaxspec.checkpoints.tensors import INDEX, SINGLE
 from jaxspec.drafters.checkpoint import load_drafter_folder
 from jaxspec.targets.registry import load_model
-from tests.checkpoints.test_errors import REFERENCE, assert_names, edit_tensors, error_of
+from tests.broken_folders import REFERENCE, assert_names, edit_tensors, error_of
 from tests.folders import write_llava
 
 QUERY = "language_model.model.layers.0.self_attn.q_proj.weight"

@@ -10,18 +10,7 @@ from safetensors.numpy import load_file, save_file
 from jaxspec.checkpoints.tensors import SINGLE
 from jaxspec.drafters.checkpoint import load_drafter_folder
 from jaxspec.targets.registry import load_model
-from tests.checkpoints.test_errors import REFERENCE, assert_names, edit_config, edit_tensors
-from tests.folders import write_llava
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    return write_llava(tmp_path_factory.mktemp("llava") / "original")
-
-
-@pytest.fixture
-def folder(original, tmp_path):
-    return shutil.copytree(original, tmp_path / "llava")
+from tests.broken_folders import REFERENCE, assert_names, edit_config, edit_tensors
 
 
 @pytest.fixture
