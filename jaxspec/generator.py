@@ -1,6 +1,7 @@
 """`Generator`: prompts in, text and statistics out, over the jitted decode loop.
 
-Shapes are bucketed, so a service compiles a handful of programs: one per (batch, prompt bucket, cache bucket, images).
+Shapes are bucketed and prompts are read in programs of their own (jaxspec/programs.py), so a service compiles a handful:
+for every shape of the vision tower, every size of prompt and every size of cache, not for each of their combinations.
 """
 
 import copy
@@ -25,20 +26,23 @@ from jaxspec.arguments import (
     sampling_list,
     whole_number,
 )
-from jaxspec.buckets import bucket
+from jaxspec.buckets import capacity_bucket
 from jaxspec.detokenizer import Detokenizer, TokenReader
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.drafters.registry import METHODS
 from jaxspec.metrics import AcceptanceWatch, GenerationStats, emitted_per_round
+from jaxspec.programs import Programs
 from jaxspec.prompting import ImageLike, Prompt, encode_prompt
 from jaxspec.speculation import loop
 from jaxspec.speculation.params import BatchSampling, SamplingParams
 from jaxspec.speculation.tree import TreeConfig
-from jaxspec.targets.prompts import EncodedPrompt, stack_prompts
+from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.target import Target
 
 ROUNDS_PER_SLICE = 4
 """Verification steps between two looks of the host, when streaming or watching for stop strings."""
+STOP_TOKENS = 8
+"""Stop tokens that a state has room for, or a multiple: a few more rarely mean another program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,24 +122,14 @@ class Generator:
             own = tree == drafter.tree
             self._watch = AcceptanceWatch(drafter.about.get("mean_acceptance_length") if own else None)
         self.allow_local_files = allow_local_files
-        graph, self._params = nnx.split((target.model, drafter.model if drafter else None))
-        self._graph, self._traced = graph, []
-
-        def counted(function):
-            def traced(params, *args, **kwargs):
-                self._traced.append(function)  # runs when jit traces, that is once per compiled program
-                model, head = nnx.merge(graph, params)
-                return function(model, head, tree, *args, **kwargs)
-
-            return traced
-
-        self._prefill = jax.jit(counted(loop.prefill), static_argnames=("capacity", "max_new"))
-        self._decode = jax.jit(counted(loop.decode), donate_argnums=1)
+        model = drafter.model if drafter else None
+        self.programs = Programs(target.model, model, tree)
+        self._params = self.programs.params_of(target.model, model)
 
     @property
     def compilations(self) -> int:
         """Programs compiled so far, by this generator and all that share its programs."""
-        return len(self._traced)
+        return self.programs.compilations
 
     @property
     def acceptance_warning(self) -> str | None:
@@ -159,9 +153,11 @@ class Generator:
         if not isinstance(drafter, Drafter):
             raise ValueError(f"with_drafter needs a Drafter, from load_drafter; got {type(drafter).__name__}")
         check_drafter(drafter, self.target)
-        graph, params = nnx.split((self.target.model, drafter.model))
-        if graph != self._graph:
-            raise ValueError(f"with_drafter needs a drafter of the same method and config, got a {drafter.method} one")
+        try:
+            params = self.programs.params_of(self.target.model, drafter.model)
+        except ValueError:
+            problem = f"with_drafter needs a drafter of the same method and config, got a {drafter.method} one"
+            raise ValueError(problem) from None
         other = copy.copy(self)
         other.drafter, other._params, other._watch = drafter, params, None
         return other
@@ -273,12 +269,10 @@ class Batch:
         self.generator, self.prompts, self.sampling, self.limits = generator, prompts, sampling, limits
         self.prefill_seconds = self.decode_seconds = 0.0
         self.watching = any(params.stop for params in sampling)
-        longest = bucket(max(len(prompt.input_ids) for prompt in prompts))
-        self.max_new = bucket(max(limits))
-        self.capacity = max(longest, min(longest + self.max_new, generator.max_length))
-        self.prompt = stack_prompts(generator.target.config, prompts, longest)
+        needed = max(len(prompt.input_ids) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        self.capacity = min(capacity_bucket(needed), generator.max_length)
         stops = [(*generator.target.stop_token_ids, *params.stop_token_ids) for params in sampling]
-        width = -(-max(map(len, stops)) // 4) * 4  # in steps of 4: extra stop tokens rarely mean another program
+        width = -(-max(map(len, stops)) // STOP_TOKENS) * STOP_TOKENS
         self.request = loop.Request(
             sampling=BatchSampling.from_params(sampling),
             max_new_tokens=np.array(limits, np.int32),
@@ -316,9 +310,9 @@ class Batch:
 
     def start(self) -> loop.DecodeState:
         started = time.perf_counter()
-        state = self.generator._prefill(
-            self.generator._params, self.prompt, self.request, capacity=self.capacity, max_new=self.max_new
-        )
+        programs, params = self.generator.programs, self.generator._params
+        read = programs.read(params, self.prompts, self.capacity)
+        state = programs.begin(params, read, self.request, self.prompts)
         jax.block_until_ready(state.root)
         self.prefill_seconds = time.perf_counter() - started
         return self.watched(state)
@@ -326,7 +320,7 @@ class Batch:
     def advance(self, state: loop.DecodeState, rounds: int) -> loop.DecodeState:
         """Up to `rounds` more rounds; `state` is consumed."""
         started = time.perf_counter()
-        state = self.generator._decode(self.generator._params, state, jnp.int32(rounds))
+        state = self.generator.programs.decode(self.generator._params, state, jnp.int32(rounds))
         jax.block_until_ready(state.done)
         self.decode_seconds += time.perf_counter() - started
         return self.watched(state)

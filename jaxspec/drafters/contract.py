@@ -1,10 +1,17 @@
 """What a drafter must offer, and what there is to know of a method of drafting.
 
-All methods of a `DraftModel` are pure; its state is any pytree and belongs to it. Beside the target's embedding and LM
-head (frozen, shared), a drafter sees of the target only what `DrafterContext` holds. Some have more to say: one that
-cannot draft every tree has `check_tree(tree)`, which raises ValueError and which a `Generator` asks before anything is
-compiled; one that reads more of the target than its final features has `tap_layers`, a tuple of the layers whose
-outputs stand before these, in `DrafterContext` and in `advance`.
+All methods of a `DraftModel` are pure. Beside the target's embedding and LM head (frozen, shared), a drafter sees of the
+target only what `DrafterContext` holds. Its state is any pytree of arrays and belongs to it, on two conditions, so that
+rows can come and go between rounds:
+
+* every leaf leads with the batch, and no row of it depends on the rows beside it;
+* shapes depend on the capacity and the batch alone, not on the prompt: a row that was read with an image takes the place
+  of one that was read without.
+
+Some have more to say: one that cannot draft every tree has `check_tree(tree)`, which raises ValueError and which a
+`Generator` asks before anything is compiled; one that reads more of the target than its final features has
+`tap_layers`, a tuple of the layers whose outputs stand before these, in `DrafterContext` and in `advance`; one that
+reads what the tower saw before the target's projector has `reads_vision = True`.
 """
 
 import dataclasses
@@ -13,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.checkpoints.names import NameTable
@@ -38,8 +46,35 @@ class DrafterContext:
     prompt_lengths: jax.Array  # i32 [B], without the answers
     seeds: jax.Array  # u32 [B], of the requests' sampling
     root: jax.Array  # i32 [B], the first token the target chose
-    max_images: int = static(0)
-    min_image_tokens: int = static(0)
+    max_images: int = static(0)  # a bound of the images in a row
+    min_image_tokens: int = static(0)  # a bound from below of the image tokens in every row
+
+    @classmethod
+    def of(
+        cls,
+        embeds: jax.Array,
+        features: jax.Array,
+        lengths: jax.Array | None = None,
+        *,
+        image_ids: jax.Array | None = None,
+        input_ids: jax.Array | None = None,
+        root: jax.Array | None = None,
+        **others: Any,
+    ) -> "DrafterContext":
+        """From what a target made of prompts, `embeds` `[B, S, D]` and `features` `[B, S, (T + 1) * D]`; what is not
+        given says: rows of whole length, text only, tokens and seeds 0."""
+        batch, length, _ = embeds.shape
+        lengths = jnp.full((batch,), length, jnp.int32) if lengths is None else lengths
+        nothing: dict[str, Any] = {"vision": None, "vision_rows": None, "prompt_lengths": lengths}
+        return cls(
+            embeds=embeds,
+            features=features,
+            lengths=lengths,
+            image_ids=jnp.full((batch, length), -1, jnp.int32) if image_ids is None else image_ids,
+            input_ids=jnp.zeros((batch, length), jnp.int32) if input_ids is None else input_ids,
+            root=jnp.zeros((batch,), jnp.int32) if root is None else root,
+            **nothing | {"seeds": jnp.zeros((batch,), jnp.uint32)} | others,
+        )
 
 
 class DraftModel(Protocol):
@@ -49,7 +84,8 @@ class DraftModel(Protocol):
     """What it was built from, as of its `Method`."""
 
     def prefill(self, target: VisionLanguageModel, context: DrafterContext, capacity: int) -> Any:
-        """The state after the prompt and the first chosen token; caches hold `capacity` positions."""
+        """The state after the prompt and the first chosen token, for answers that end within `capacity` positions. The
+        context has room for S tokens, at most `capacity`."""
 
     def propose(
         self,

@@ -47,10 +47,14 @@ class SpecVLMHead(EagleHead[SpecVLMConfig]):
         def joined(text, image):
             return jnp.concatenate([text, image], axis=1)
 
+        # Images of a few tokens could become more rows than they had, which a prompt has no room for.
+        room = (spans.ids >= 0).sum(axis=1, keepdims=True)
+        kept = groups.valid & (jnp.cumsum(groups.valid, axis=1) <= room)
         positions = joined(rows.positions, groups.positions)
-        valid = joined(rows.valid & (spans.ids < 0), groups.valid)
-        slots = self.config.compressor.slots(next_embeds.shape[1], fewest_image_rows(context), context.max_images)
-        order = row_order(positions, valid, slots)
+        valid = joined(rows.valid & (spans.ids < 0), kept)
+        length = next_embeds.shape[1]
+        slots = self.config.compressor.slots(length, fewest_image_rows(context), context.max_images)
+        order = row_order(positions, valid, min(slots, length))
         return Rows(
             embeds=take_rows(joined(rows.embeds, groups.embeds), order),
             features=take_rows(joined(rows.features, groups.features), order),

@@ -51,6 +51,12 @@ class TargetConfig(Generic[Layout]):
         return 0
 
     @property
+    def reads_images_whole(self) -> bool:
+        """Whether the tokens of an image see each other in both directions, so that no chunk of a prompt may end within
+        an image."""
+        return False
+
+    @property
     def processor_settings(self) -> dict[str, Any]:
         """What the folder's processor (or the image processor in it) must be set to, so that it writes as many image
         tokens as there are features: attributes by the names that its files give them."""
@@ -94,9 +100,9 @@ class VisionLanguageModel(nnx.Module):
     def dtype(self) -> jnp.dtype:
         return self.language_model.embed_tokens.embedding.dtype
 
-    def encode_vision(self, images: Images) -> jax.Array:
-        """What the tower sees, `[R, Dv]` in the model's dtype: a row for each row of the table, as the projector reads
-        them; zeros in shared rows."""
+    def encode_vision(self, pixels: Any) -> jax.Array:
+        """What the tower sees in `pixels`, as `TargetConfig.collate` makes them: `[R, Dv]` in the model's dtype, a row
+        for each row of the table, as the projector reads them; zeros in shared rows."""
         raise NotImplementedError(f"{type(self).__name__} must implement encode_vision")
 
     def project(self, vision: jax.Array) -> jax.Array:
@@ -105,13 +111,18 @@ class VisionLanguageModel(nnx.Module):
 
     def embed(self, input_ids: jax.Array, images: Images | None = None, vision: jax.Array | None = None) -> jax.Array:
         """Token embeddings `[B, S, D]` of ids `[B, S]`, image features in place of the image tokens; `vision` is
-        `encode_vision(images)` where that is there already."""
-        embeds = self.language_model.embed(input_ids)
+        `encode_vision(images.pixels)` where that is there already."""
         if images is None:
-            return embeds
+            return self.language_model.embed(input_ids)
         with jax.named_scope("projector"):
-            table = self.project(self.encode_vision(images) if vision is None else vision)  # [R, D]
-        return jnp.where((images.ids >= 0)[..., None], table[images.rows], embeds)
+            table = self.project(self.encode_vision(images.pixels) if vision is None else vision)  # [R, D]
+        return self.splice(input_ids, table[images.rows], images.ids)
+
+    def splice(self, input_ids: jax.Array, features: jax.Array | None, image_ids: jax.Array) -> jax.Array:
+        """Token embeddings `[B, S, D]` of ids `[B, S]` with image features `[B, S, D]` (None: there are none) where
+        `image_ids` i32 `[B, S]` name an image."""
+        embeds = self.language_model.embed(input_ids)
+        return embeds if features is None else jnp.where((image_ids >= 0)[..., None], features, embeds)
 
     def forward(
         self,

@@ -93,6 +93,10 @@ class Gemma3Config(TargetConfig[ImageLayout]):
         return cls(text, vision, config.image_token_id, config.mm_tokens_per_image)
 
     @property
+    def reads_images_whole(self) -> bool:
+        return True
+
+    @property
     def processor_settings(self) -> dict[str, Any]:
         return {"image_seq_length": self.tokens_per_image}
 
@@ -262,9 +266,9 @@ class Gemma3(VisionLanguageModel):
         self.multi_modal_projector = GemmaProjector(config, rngs=rngs)
         self.language_model = GemmaLanguageModel(config.text, rngs=rngs)
 
-    def encode_vision(self, images: Images) -> jax.Array:
+    def encode_vision(self, pixels: jax.Array) -> jax.Array:
         with jax.named_scope("vision_tower"):
-            return self.multi_modal_projector.pool(self.vision_tower(images.pixels.astype(self.dtype)))
+            return self.multi_modal_projector.pool(self.vision_tower(pixels.astype(self.dtype)))
 
     def project(self, vision: jax.Array) -> jax.Array:
         return self.multi_modal_projector(vision)

@@ -14,7 +14,7 @@ from jaxspec.checkpoints.names import NameTable
 from jaxspec.layers import LanguageModel, TextConfig, linear
 from jaxspec.targets.clip import ClipVisionConfig, ClipVisionTower
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
-from jaxspec.targets.images import ImageLayout, Images, check_pixels
+from jaxspec.targets.images import ImageLayout, check_pixels
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -104,10 +104,10 @@ class Llava(VisionLanguageModel):
         )
         self.language_model = LanguageModel(config.text, rngs=rngs)
 
-    def encode_vision(self, images: Images) -> jax.Array:
+    def encode_vision(self, pixels: jax.Array) -> jax.Array:
         """Chosen hidden states `[T * M, Dv]` of the entries `[T, 3, H, W]`."""
         with jax.named_scope("vision_tower"):
-            states = self.vision_tower(images.pixels.astype(self.dtype), self.config.vision_feature_layers)
+            states = self.vision_tower(pixels.astype(self.dtype), self.config.vision_feature_layers)
         states = [state[:, 1:] if self.config.drop_class_token else state for state in states]
         return jnp.concatenate(states, axis=-1).reshape(-1, self.config.vision_width)
 

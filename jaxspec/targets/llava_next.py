@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from transformers.image_processing_utils import select_best_resolution
 
-from jaxspec.targets.images import ImageLayout, Images, check_pixels
+from jaxspec.targets.images import ImageLayout, check_pixels
 from jaxspec.targets.llava import Llava, LlavaConfig
 
 if TYPE_CHECKING:
@@ -94,9 +94,9 @@ class LlavaNext(Llava):
         width = config.text.hidden_size
         self.image_newline = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width,)))
 
-    def encode_vision(self, images: Images) -> jax.Array:
+    def encode_vision(self, pixels: jax.Array) -> jax.Array:
         """`[1 + T * M, Dv]` of the entries `[T, 3, H, W]`; the first row is the newline's, which no tower sees."""
-        return jnp.pad(super().encode_vision(images), ((1, 0), (0, 0)))
+        return jnp.pad(super().encode_vision(pixels), ((1, 0), (0, 0)))
 
     def project(self, vision: jax.Array) -> jax.Array:
         features = super().project(vision[1:])

@@ -21,7 +21,7 @@ from jaxspec.checkpoints.names import NameTable
 from jaxspec.kernels.attention import BLOCK, LONG, LayerKV, Segment, attend
 from jaxspec.layers import GatedMLP, LanguageModel, RMSNorm, TextConfig, apply_rope, linear
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
-from jaxspec.targets.images import ImageLayout, Images, check_pixels, image_runs
+from jaxspec.targets.images import ImageLayout, check_pixels, image_runs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -338,9 +338,9 @@ class Qwen2_5VL(VisionLanguageModel):
         self.visual = QwenVisionTower(config.vision, rngs=rngs)
         self.language_model = LanguageModel(config.text, rngs=rngs)
 
-    def encode_vision(self, images: Images) -> jax.Array:
+    def encode_vision(self, pixels: Mapping[str, jax.Array]) -> jax.Array:
         with jax.named_scope("vision_tower"):
-            return self.visual(images.pixels, self.dtype)
+            return self.visual(pixels, self.dtype)
 
     def project(self, vision: jax.Array) -> jax.Array:
         return self.visual.merger(vision)

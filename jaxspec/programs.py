@@ -1,0 +1,129 @@
+"""The compiled programs of a target with its drafter, and the host's part in running them.
+
+Programs are shared by everything that decodes with the same models: a generator, its copies with other parameters, an
+engine. Each is compiled once for every shape it meets: encoding per shape of the tower, reading per size of chunk and
+cache, decoding per batch and cache.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxspec.buckets import power_of_two
+from jaxspec.drafters.contract import DraftModel
+from jaxspec.speculation import loop, prefill
+from jaxspec.speculation.prefill import ImageFeatures, Read
+from jaxspec.speculation.tree import TreeConfig
+from jaxspec.targets.chunks import Step, images_of, position_offset, steps_of
+from jaxspec.targets.contract import VisionLanguageModel
+from jaxspec.targets.images import ImageLayout
+from jaxspec.targets.prompts import EncodedPrompt
+
+CHUNK = 512
+"""Tokens of a prompt that are read at a time."""
+
+
+class Programs:
+    """What is compiled for a target, a drafter (or None) and a tree; parameters are arguments, so that copies with
+    other ones share it.
+
+    Args:
+      target: the model.
+      drafter: a `DraftModel`, or None for autoregressive decoding.
+      tree: what it drafts.
+      chunk: tokens of a prompt that are read at a time, a power of two.
+    """
+
+    def __init__(
+        self, target: VisionLanguageModel, drafter: DraftModel | None, tree: TreeConfig, chunk: int = CHUNK
+    ) -> None:
+        self.config, self.chunk = target.config, chunk
+        self.graph, _ = nnx.split((target, drafter))
+        self.traced: list[str] = []
+
+        def compiled(function: Callable, with_tree: bool = False, **options: Any) -> Callable:
+            def run(params, *args, **kwargs):
+                self.traced.append(function.__name__)  # runs when jit traces, that is once per compiled program
+                models = nnx.merge(self.graph, params)
+                return function(*models, *([tree] if with_tree else []), *args, **kwargs)
+
+            return jax.jit(run, **options)
+
+        self._encode = compiled(prefill.encode_image)
+        self._place = jax.jit(self._counted(prefill.place), donate_argnums=0)
+        self._blank = compiled(prefill.nothing_read, static_argnames=("batch", "capacity"))
+        self._read = compiled(prefill.read_chunk, static_argnames="capacity", donate_argnums=1)
+        self._begin = compiled(loop.begin, static_argnames="max_images")
+        self.decode = compiled(loop.decode, with_tree=True, donate_argnums=1)
+        self.insert = jax.jit(self._counted(loop.insert), donate_argnums=0)
+
+    def _counted(self, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def run(*args):
+            self.traced.append(function.__name__)
+            return function(*args)
+
+        return run
+
+    @property
+    def compilations(self) -> int:
+        """Programs compiled so far."""
+        return len(self.traced)
+
+    def params_of(self, target: VisionLanguageModel, drafter: DraftModel | None) -> nnx.State:
+        """The parameters of models with the structure of these programs'. Raises ValueError for others."""
+        graph, params = nnx.split((target, drafter))
+        if graph != self.graph:
+            raise ValueError("the programs are of models with another structure")
+        return params
+
+    def encode(self, params: Any, layout: ImageLayout) -> ImageFeatures:
+        """The table of an image; good for every prompt that has the same image (`ImageLayout.key`)."""
+        return self._encode(params, self.config.collate([layout]))
+
+    def read(
+        self,
+        params: Any,
+        prompts: Sequence[EncodedPrompt],
+        capacity: int,
+        tables: Mapping[Hashable, ImageFeatures] | None = None,
+        past: Read | None = None,
+        starts: Sequence[int] | None = None,
+    ) -> Read:
+        """A batch of prompts in caches of `capacity` rows. Tables of images are taken from `tables` by their key, where
+        they are there. With `past` (of `capacity` rows; consumed) the first `starts[row]` tokens of each are in it
+        already."""
+        tables, images = dict(tables or {}), images_of(prompts)
+        steps = steps_of(self.config, prompts, self.chunk, capacity, starts)
+        for step in steps:
+            for key in step.placements:
+                if key not in tables:
+                    tables[key] = self.encode(params, images[key])
+        read = past
+        if read is None and len(steps) > 1:
+            read = self._blank(params, batch=len(prompts), capacity=capacity)
+        for step in steps:
+            read = self.read_step(params, read, step, tables, capacity)
+        assert read is not None  # there is at least one step
+        return read
+
+    def read_step(
+        self, params: Any, read: Read | None, step: Step, tables: Mapping[Hashable, ImageFeatures], capacity: int
+    ) -> Read:
+        """One chunk of it; `read` is consumed."""
+        images = None
+        for key, rows in step.placements.items():
+            images = self._place(images, tables[key], rows)
+        return self._read(params, read, step.chunk, images, capacity=capacity)
+
+    def begin(
+        self, params: Any, read: Read, request: loop.Request[np.ndarray], prompts: Sequence[EncodedPrompt]
+    ) -> loop.DecodeState:
+        """The state after the first token of each row."""
+        most = max(len(prompt.images) for prompt in prompts)
+        offsets = np.array([position_offset(prompt) for prompt in prompts], np.int32)
+        return self._begin(params, read, request, offsets, max_images=power_of_two(most) if most else 0)

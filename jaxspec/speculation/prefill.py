@@ -1,0 +1,178 @@
+"""Reading prompts before decoding, in programs that add up instead of multiplying.
+
+    table  = encode_image(target, pixels)                     # one per shape of the tower; kept for an image seen again
+    images = place(images, table, rows)                       # features of images at the tokens of a chunk
+    read   = read_chunk(target, read, chunk, images)          # again and again, until the prompts are in the cache
+    state  = jaxspec.speculation.loop.begin(target, drafter, read, request)    # drafter's prefill and the first token
+
+A prompt may be read in any number of chunks; what stands in `Read` of an earlier prompt that begins alike is gone on
+from (`rewind`). The drafter is given the whole prompt, so that a method which needs all of it has it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.cache import Cache, write_rows
+from jaxspec.drafters.contract import DrafterContext, DraftModel
+from jaxspec.targets.chunks import Chunk
+from jaxspec.targets.contract import VisionLanguageModel
+
+
+class ImageFeatures(NamedTuple):
+    """Features of images: a table with a row for each place of the tower, or a row for each token of a chunk."""
+
+    features: jax.Array  # [R, D] or [B, C, D], in the text model's width
+    vision: jax.Array | None  # [R, Dv] or [B, C, Dv], before the projector; None where no drafter reads them
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DraftInputs:
+    """What a drafter reads of prompts of up to R tokens."""
+
+    embeds: jax.Array  # [B, R, D], image features in place
+    features: jax.Array  # [B, R, (T + 1) * D], as `VisionLanguageModel.prefill` gives them
+    vision: jax.Array | None  # [B, R, Dv], what the tower saw at each token
+    input_ids: jax.Array  # i32 [B, R]
+    image_ids: jax.Array  # i32 [B, R], -1 for text
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """Prompts as far as they have been read. Every leaf leads with the batch."""
+
+    cache: Cache
+    last: jax.Array  # [B, (T + 1) * D], features of the last token read
+    inputs: DraftInputs | None  # None without a drafter
+
+
+def taps_of(drafter: DraftModel | None) -> tuple[int, ...]:
+    """The layers of the target whose outputs a drafter reads beside the final features."""
+    return getattr(drafter, "tap_layers", ())
+
+
+def reads_vision(drafter: DraftModel | None) -> bool:
+    """Whether a drafter reads what the tower saw before the target's projector."""
+    return getattr(drafter, "reads_vision", False)
+
+
+def encode_image(target: VisionLanguageModel, drafter: DraftModel | None, pixels: Any) -> ImageFeatures:
+    """The table of one image (or of several, collated): `pixels` as `TargetConfig.collate` makes them; R is padded to a
+    power of two, so that tables of many shapes share the programs behind them."""
+    vision = target.encode_vision(pixels)
+    with jax.named_scope("projector"):
+        features = target.project(vision)
+
+    def padded(x):
+        size = 1 << (x.shape[0] - 1).bit_length()
+        return jnp.pad(x, ((0, size - x.shape[0]), (0, 0)))
+
+    return ImageFeatures(padded(features), padded(vision) if reads_vision(drafter) else None)
+
+
+def place(images: ImageFeatures | None, table: ImageFeatures, rows: jax.Array) -> ImageFeatures:
+    """`images` `[B, C, ..]` (None: nothing yet) with rows `rows` i32 `[B, C]` of a table in place; those at -1 stay."""
+    here = (rows >= 0)[..., None]
+
+    def placed(old, new):
+        return jnp.where(here, new[jnp.maximum(rows, 0)], 0 if old is None else old).astype(new.dtype)
+
+    old = images or ImageFeatures(None, None)
+    vision = None if table.vision is None else placed(old.vision, table.vision)
+    return ImageFeatures(placed(old.features, table.features), vision)
+
+
+def nothing_read(
+    target: VisionLanguageModel, drafter: DraftModel | None, batch: int, capacity: int
+) -> Read:
+    """Where prompts begin that take more than one chunk: room for `capacity` tokens in each row."""
+    text, dtype = target.config.text, target.dtype
+    width = text.hidden_size * (len(taps_of(drafter)) + 1)
+    inputs = None
+    if drafter is not None:
+        vision = jnp.zeros((batch, capacity, target.config.vision_width), dtype) if reads_vision(drafter) else None
+        inputs = DraftInputs(
+            embeds=jnp.zeros((batch, capacity, text.hidden_size), dtype),
+            features=jnp.zeros((batch, capacity, width), dtype),
+            vision=vision,
+            input_ids=jnp.zeros((batch, capacity), jnp.int32),
+            image_ids=jnp.full((batch, capacity), -1, jnp.int32),
+        )
+    cache = Cache.empty(text.num_layers, batch, text.num_kv_heads, capacity, text.head_dim, dtype)
+    return Read(cache, jnp.zeros((batch, width), dtype), inputs)
+
+
+def read_chunk(
+    target: VisionLanguageModel,
+    drafter: DraftModel | None,
+    read: Read | None,
+    chunk: Chunk[jax.Array],
+    images: ImageFeatures | None,
+    capacity: int,
+) -> Read:
+    """The prompts read on by a chunk; without `read` it is the whole of them, and goes into caches of `capacity` rows.
+
+    `images` are the features at the tokens of images, None where the chunk has none.
+    """
+    embeds = target.splice(chunk.input_ids, None if images is None else images.features, chunk.image_ids)
+    with jax.named_scope("prefill"):
+        features, new_kv = target.prefill(
+            embeds, chunk.count, chunk.image_ids, chunk.position_ids, taps_of(drafter), None if read is None else read.cache
+        )
+    at = jnp.maximum(chunk.count - 1, 0)[:, None, None]
+    last = jnp.take_along_axis(features, at, axis=1)[:, 0]
+    vision = None
+    if reads_vision(drafter):
+        vision = no_vision(target, embeds) if images is None else images.vision
+    inputs = None
+    if drafter is not None:
+        inputs = DraftInputs(embeds, features, vision, chunk.input_ids, chunk.image_ids)
+    if read is None:
+        return Read(Cache.of_prompt(new_kv, chunk.count, capacity), last, inputs)
+    if drafter is not None:
+        inputs = jax.tree.map(
+            lambda old, new: write_rows(old, new, read.cache.lengths, chunk.count), read.inputs, inputs
+        )
+    last = jnp.where((chunk.count > 0)[:, None], last, read.last)
+    return Read(read.cache.append(new_kv, chunk.count), last, inputs)
+
+
+def context_of(read: Read, seeds: jax.Array, root: jax.Array, max_images: int) -> DrafterContext:
+    """What a drafter sees of prompts that have been read; `seeds` u32 and `root` i32 `[B]`."""
+    inputs, lengths = read.inputs, read.cache.lengths
+    assert inputs is not None  # kept wherever there is a drafter
+    vision = rows = None
+    if inputs.vision is not None:
+        vision = inputs.vision.reshape(-1, inputs.vision.shape[-1])
+        rows = jnp.arange(vision.shape[0]).reshape(inputs.image_ids.shape)
+    # Behind the prompt there may be what an earlier one left.
+    image_ids = jnp.where(jnp.arange(inputs.image_ids.shape[1]) < lengths[:, None], inputs.image_ids, -1)
+    return DrafterContext(
+        embeds=inputs.embeds,
+        features=inputs.features,
+        vision=vision,
+        vision_rows=rows,
+        image_ids=image_ids,
+        input_ids=inputs.input_ids,
+        lengths=lengths,
+        prompt_lengths=lengths,
+        seeds=seeds,
+        root=root,
+        max_images=max_images,
+    )
+
+
+def no_vision(target: VisionLanguageModel, embeds: jax.Array) -> jax.Array:
+    """Zeros where a drafter would read what the tower saw."""
+    return jnp.zeros((*embeds.shape[:2], target.config.vision_width), embeds.dtype)
+
+
+def rewind(read: Read, lengths: jax.Array) -> Read:
+    """The first `lengths` i32 `[B]` tokens of prompts that have been read, to go on from with other ones. At least one
+    more token must be read before decoding begins. With bidirectional images none may be cut."""
+    return dataclasses.replace(read, cache=dataclasses.replace(read.cache, lengths=lengths))

@@ -1,0 +1,138 @@
+"""Rows come and go between rounds: a request's answer is the same alone, joined late, and beside rows that leave."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxspec import SamplingParams
+from jaxspec.prompting import encode_prompt
+from jaxspec.speculation import loop
+from jaxspec.speculation.params import BatchSampling
+from tests.drafting import DRAFTERS
+
+SLOTS, CAPACITY, STOPS = 3, 192, 8
+LIMITS = (24, 3, 17, 1, 20, 30)
+SAMPLING = [
+    SamplingParams(),
+    SamplingParams(temperature=1.0, seed=4),
+    SamplingParams(temperature=0.8, top_p=0.9, seed=5),
+    SamplingParams(temperature=1.0, seed=6),
+    SamplingParams(),
+    SamplingParams(temperature=1.0, top_k=12, seed=7),
+]
+events = st.one_of(
+    st.tuples(st.just("join"), st.integers(0, SLOTS - 1), st.integers(0, len(LIMITS) - 1)),
+    st.tuples(st.just("leave"), st.integers(0, SLOTS - 1), st.just(0)),
+    st.tuples(st.just("rounds"), st.just(0), st.integers(1, 3)),
+)
+
+
+class Service:
+    """A state with a few slots, and what the rows of it have to say."""
+
+    def __init__(self, generator, requests):
+        self.generator, self.programs, self.params = generator, generator.programs, generator._params
+        self.prompts = [encode_prompt(generator.target, *requests[index % len(requests)]) for index in range(len(LIMITS))]
+        self.stops = (*generator.target.stop_token_ids, *[-1] * STOPS)[:STOPS]
+
+    @functools.cached_property
+    def alone(self) -> list[list[int]]:
+        """The answers, each a batch of its own."""
+        generate = self.generator.generate_encoded
+        return [
+            generate([prompt], sampling, limit)[0].tokens.tolist()
+            for prompt, sampling, limit in zip(self.prompts, SAMPLING, LIMITS, strict=True)
+        ]
+
+    @functools.cache  # noqa: B019
+    def prefilled(self, request: int) -> loop.DecodeState:
+        prompts = [self.prompts[request]]
+        asked = loop.Request(
+            sampling=BatchSampling.from_params([SAMPLING[request]]),
+            max_new_tokens=np.array([LIMITS[request]], np.int32),
+            stop_token_ids=np.array([self.stops], np.int32),
+        )
+        read = self.programs.read(self.params, prompts, CAPACITY)
+        return self.programs.begin(self.params, read, asked, prompts)
+
+    def run(self, schedule) -> int:
+        """How many rows joined; asserts that each has said what it says alone, or its beginning if it was made to
+        leave."""
+        state = self.programs.idle(self.params, SLOTS, CAPACITY, STOPS)
+        rows, joined = [None] * SLOTS, 0
+
+        def check(slot, left=False):
+            if rows[slot] is None:
+                return
+            expected, count = self.alone[rows[slot]], int(state.counts[slot])
+            assert np.asarray(state.tokens)[slot, :count].tolist() == expected[:count]
+            assert left or count == len(expected)
+
+        for event, slot, value in [*schedule, ("rounds", 0, 100)]:
+            if event == "join":
+                check(slot, left=not bool(state.done[slot]))
+                state = self.programs.insert(state, jnp.array([slot]), self.prefilled(value))
+                rows[slot], joined = value, joined + 1
+            elif event == "leave":
+                state = loop.finish(state, np.arange(SLOTS) == slot)
+                check(slot, left=True)
+                rows[slot] = None
+            else:
+                state = self.programs.decode(self.params, state, jnp.int32(value))
+        assert bool(state.done.all())
+        for slot in range(SLOTS):
+            check(slot)
+        return joined
+
+
+@pytest.fixture(scope="module")
+def services(generators, requests):
+    return functools.cache(lambda name: Service(generators(name), requests))
+
+
+@pytest.mark.parametrize("name", [*DRAFTERS, "autoregressive"])
+def test_a_row_answers_as_if_it_were_alone(services, name):
+    service = services(name)
+    fixed = [("join", 1, 1), ("rounds", 0, 2), ("join", 0, 0), ("join", 2, 5), ("rounds", 0, 1), ("leave", 0, 0)]
+    assert service.run([*fixed, ("join", 0, 2), ("rounds", 0, 3), ("join", 1, 3), ("join", 1, 4)]) == 6
+
+    @settings(deadline=None, max_examples=6, suppress_health_check=list(HealthCheck))
+    @given(schedule=st.lists(events, min_size=4, max_size=12))
+    def any_schedule(schedule):
+        service.run(schedule)
+
+    any_schedule()
+
+
+def test_nothing_is_compiled_when_rows_come_and_go(services):
+    service = services("eagle2")
+    service.run([("join", 0, 0), ("join", 1, 1), ("join", 2, 2), ("rounds", 0, 2)])
+    before = service.programs.compilations
+    service.run([("join", slot, request) for request in range(len(LIMITS)) for slot in range(SLOTS)])
+    assert service.programs.compilations == before
+
+
+def test_a_state_without_rows_stays_as_it_is(services):
+    service = services("vispec")
+    idle = service.programs.idle(service.params, SLOTS, CAPACITY, STOPS)
+    after = service.programs.decode(service.params, jax.tree.map(jnp.copy, idle), jnp.int32(5))
+    assert bool(after.done.all()) and int(after.counts.sum()) == int(after.rounds.sum()) == 0
+
+
+def test_several_rows_join_at_once(services):
+    """Rows of another batch, in any order; a slot that does not exist takes none."""
+    service = services("medusa")
+    rows = [service.prefilled(request) for request in (0, 1, 2)]
+    batch = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
+    state = service.programs.idle(service.params, SLOTS, CAPACITY, STOPS)
+    state = service.programs.insert(state, jnp.array([2, SLOTS, 0]), batch)
+    assert np.asarray(state.done).tolist() == [False, True, False]
+    state = service.programs.decode(service.params, state, jnp.int32(100))
+    for slot, request in ((2, 0), (0, 2)):
+        count = int(state.counts[slot])
+        assert np.asarray(state.tokens)[slot, :count].tolist() == service.alone[request]
