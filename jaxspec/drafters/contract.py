@@ -28,7 +28,8 @@ from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.sampling import Noise
 from jaxspec.speculation.tree import Tree, TreeConfig
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
-from jaxspec.targets.prompts import static
+from jaxspec.targets.prompts import PromptBatch, static
+from jaxspec.targets.reading import PromptPass
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +75,31 @@ class DrafterContext:
             input_ids=jnp.zeros((batch, length), jnp.int32) if input_ids is None else input_ids,
             root=jnp.zeros((batch,), jnp.int32) if root is None else root,
             **nothing | {"seeds": jnp.zeros((batch,), jnp.uint32)} | others,
+        )
+
+    @classmethod
+    def of_pass(
+        cls,
+        prompts: PromptBatch[jax.Array],
+        read: PromptPass,
+        prompt_lengths: jax.Array,
+        seeds: jax.Array,
+        root: jax.Array,
+    ) -> "DrafterContext":
+        """From a target's pass over whole prompts (`jaxspec.targets.reading.read_prompts`)."""
+        return cls(
+            embeds=read.embeds,
+            features=read.features,
+            vision=read.vision,
+            vision_rows=None if prompts.images is None else prompts.images.rows,
+            image_ids=prompts.image_ids,
+            input_ids=prompts.input_ids,
+            lengths=prompts.lengths,
+            prompt_lengths=prompt_lengths,
+            seeds=seeds,
+            root=root,
+            max_images=prompts.max_images,
+            min_image_tokens=prompts.min_image_tokens,
         )
 
 

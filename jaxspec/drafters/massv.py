@@ -72,6 +72,10 @@ class MassvDrafter(nnx.Module):
         self.projector = Projector(config.vision_width, width, bias=True, rngs=rngs) if config.multimodal else None
         self.language_model = language_model(config.text, rngs=rngs)
 
+    @property
+    def reads_vision(self) -> bool:
+        return self.config.multimodal
+
     def embed(self, input_ids: jax.Array) -> jax.Array:
         """Embeddings `[.., D]` of the target's ids `[..]`; its vocabulary may be padded further than the drafter's."""
         return self.language_model.embed(jnp.minimum(input_ids, self.config.text.vocab_size - 1))
@@ -111,8 +115,6 @@ class MassvDrafter(nnx.Module):
         sequence = self.sequence(with_root(context))
         features, new_kv = self.forward(sequence)
         last = jnp.take_along_axis(features, (sequence.lengths - 1)[:, None, None], axis=1)[:, 0]
-        if not self.config.multimodal:
-            capacity -= context.min_image_tokens  # rows that are never used
         # With the root there may be one row more than the cache has, but never one more in use.
         cut = [LayerKV(*(part[:, :, :capacity] for part in kv)) for kv in new_kv]
         return MassvState(tuple(caches.extend(kv, capacity) for kv in cut), sequence.lengths, last)

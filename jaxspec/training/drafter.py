@@ -23,10 +23,11 @@ from jaxspec.drafters.contract import DrafterContext, DraftModel
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.metrics import Acceptance
 from jaxspec.sharding import place_parameters
-from jaxspec.speculation.loop import context_of, read_prompts, taps_of
+from jaxspec.speculation.prefill import taps_of
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.prompts import EncodedPrompt
+from jaxspec.targets.reading import read_prompts
 from jaxspec.training.acceptance import Measurement, measured_acceptance
 from jaxspec.training.held_out import Span, first_questions, held_out_of, pipelines
 from jaxspec.training.recipe import Recipe, Task, check_same, recipe_hash
@@ -300,14 +301,12 @@ def teach(
 ) -> Teacher:
     """One pass of the target over a batch of `jaxspec.data.pipeline`; no gradient goes into it."""
     prompts, answer = batch["prompts"], batch["loss_mask"]
-    features, _, embeds, vision = jax.lax.stop_gradient(read_prompts(target, prompts, tap_layers))
+    read = jax.lax.stop_gradient(read_prompts(target, prompts, tap_layers))
     count = prompts.lengths.shape[0]
     first = jnp.argmax(answer, axis=1)  # of the answer's tokens
-    context = context_of(
+    context = DrafterContext.of_pass(
         prompts,
-        features,
-        embeds,
-        vision,
+        read,
         prompt_lengths=jnp.where(answer.any(axis=1), first, prompts.lengths).astype(jnp.int32),
         seeds=jax.random.bits(key, (count,)),
         root=jnp.zeros((count,), jnp.int32),  # no token follows the last one; no loss looks there

@@ -12,10 +12,10 @@ from flax import nnx
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.data.answers import AnswerSource
 from jaxspec.data.records import Example
-from jaxspec.speculation.loop import read_prompts
 from jaxspec.targets.contract import TargetConfig
 from jaxspec.targets.processors import load_tokenizer
 from jaxspec.targets.prompts import EncodedPrompt
+from jaxspec.targets.reading import read_prompts
 from jaxspec.targets.registry import family_of, read_config, save_model
 from jaxspec.targets.text import TextModel, TextTargetConfig
 from jaxspec.training.held_out import held_out_of, pipelines
@@ -84,7 +84,7 @@ def language_model_task(recipe: SmallLanguageModelRecipe) -> Task:
 
     def loss(params, constants, batch, key):
         model = nnx.merge(graph, params)
-        features, *_ = read_prompts(model, batch["prompts"])
+        features = read_prompts(model, batch["prompts"]).features
         return next_token_loss(model.language_model, features, batch["prompts"].input_ids, batch["loss_mask"])
 
     def export(params, folder: Path, about: dict) -> None:

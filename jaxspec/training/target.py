@@ -17,8 +17,8 @@ from jaxspec.demo.generation import conversation_of
 from jaxspec.demo.language import inventory
 from jaxspec.demo.processor import IMAGE_SIZE, PATCH_SIZE, processor_at
 from jaxspec.demo.scenes import scene_from_json
-from jaxspec.speculation.loop import read_prompts
 from jaxspec.targets.llava import Llava, LlavaConfig
+from jaxspec.targets.reading import read_prompts
 from jaxspec.targets.registry import load_model, save_model
 from jaxspec.training.losses import next_token_loss
 from jaxspec.training.recipe import Recipe, Task
@@ -131,7 +131,7 @@ def target_task(recipe: TargetRecipe) -> Task:
 
     def loss(params, constants, batch, key):
         model = nnx.merge(graph, params)
-        features, *_ = read_prompts(model, batch["prompts"])
+        features = read_prompts(model, batch["prompts"]).features
         return next_token_loss(model.language_model, features, batch["prompts"].input_ids, batch["loss_mask"])
 
     return Task(
