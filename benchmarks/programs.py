@@ -2,9 +2,9 @@
 
     python benchmarks/programs.py                   # 600 requests to each family, a table as it goes
 
-Qwen2.5-VL with one to three pictures of 300 to 2,000 pixels and LLaVA-NeXT with one to three of any shape; prompts of 10
-to 4,500 tokens, answers of up to 64 to 1,024. Every request is encoded, read and decoded for one round, alone, with a
-ViSpec head. Counted is what JAX traces in `jaxspec.programs.Programs` and, beside it, what XLA compiles at all.
+Qwen2.5-VL and LLaVA-NeXT with up to three pictures of 300 to 2,000 pixels; prompts of 10 to 4,500 tokens, answers of up
+to 64 to 1,024. Every request is encoded, read and decoded for one round, alone, with a ViSpec head. Counted is what JAX
+traces in `jaxspec.programs.Programs` and, beside it, what XLA compiles at all.
 """
 
 import collections
@@ -90,7 +90,7 @@ class Count:
         programs = Programs(target, drafter, TREE)
         params = programs.params_of(target, drafter)
         rng, before = np.random.default_rng(self.seed), compiled.total()
-        towers, prompts, caches = set(), set(), set()
+        towers, caches = set(), set()
         for number in range(1, self.requests + 1):
             prompt, limit = self.request(rng, config, functools.partial(picture, config))
             limit = min(limit, MAX_LENGTH - len(prompt.input_ids))
@@ -109,7 +109,8 @@ class Count:
                 kinds = ", ".join(f"{count} {name}" for name, count in collections.Counter(programs.traced).items())
                 print(
                     f"{family}: {number} requests, {programs.compilations} programs ({kinds}), "
-                    f"{compiled.total() - before} XLA compilations; {len(towers)} tower shapes, {len(caches)} cache sizes",
+                    f"{compiled.total() - before} XLA compilations; "
+                    f"{len(towers)} tower shapes, {len(caches)} cache sizes",
                     flush=True,
                 )
 

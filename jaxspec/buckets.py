@@ -20,8 +20,8 @@ def capacity_bucket(size: int) -> int:
 
 def chunk_size(size: int, limit: int, alone: bool) -> int:
     """What a chunk of `size` tokens is padded to: `bucket(size)` if it is read `alone`, up to `limit` tokens; one of
-    `limit`, its half and its quarter where a prompt takes several chunks. An image that must be read whole may be longer
-    than `limit`."""
+    `limit`, its half and its quarter where a prompt takes several chunks. An image that must be read whole may be
+    longer than `limit`."""
     if size > limit:
         return bucket(size)
     if alone:

@@ -58,6 +58,7 @@ class Programs:
         self._blank = compiled(prefill.nothing_read, static_argnames=("batch", "capacity"))
         self._read = compiled(prefill.read_chunk, static_argnames="capacity", donate_argnums=1)
         self._begin = compiled(loop.begin, static_argnames="max_images")
+        self._idle = compiled(loop.idle, static_argnames=("batch", "capacity", "stop_tokens"))
         self.decode = compiled(loop.decode, with_tree=True, donate_argnums=1)
         self.insert = jax.jit(self._counted(loop.insert), donate_argnums=0)
 
@@ -68,6 +69,10 @@ class Programs:
             return function(*args)
 
         return run
+
+    def idle(self, params: Any, batch: int, capacity: int, stop_tokens: int) -> loop.DecodeState:
+        """As `loop.idle`."""
+        return self._idle(params, batch=batch, capacity=capacity, stop_tokens=stop_tokens)
 
     @property
     def compilations(self) -> int:

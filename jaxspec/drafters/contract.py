@@ -1,12 +1,12 @@
 """What a drafter must offer, and what there is to know of a method of drafting.
 
-All methods of a `DraftModel` are pure. Beside the target's embedding and LM head (frozen, shared), a drafter sees of the
-target only what `DrafterContext` holds. Its state is any pytree of arrays and belongs to it, on two conditions, so that
-rows can come and go between rounds:
+All methods of a `DraftModel` are pure. Beside the target's embedding and LM head (frozen, shared), a drafter sees of
+the target only what `DrafterContext` holds. Its state is any pytree of arrays and belongs to it, on two conditions, so
+that rows can come and go between rounds:
 
 * every leaf leads with the batch, and no row of it depends on the rows beside it;
-* shapes depend on the capacity and the batch alone, not on the prompt: a row that was read with an image takes the place
-  of one that was read without.
+* shapes depend on the capacity and the batch alone, not on the prompt: a row that was read with an image takes the
+  place of one that was read without.
 
 Some have more to say: one that cannot draft every tree has `check_tree(tree)`, which raises ValueError and which a
 `Generator` asks before anything is compiled; one that reads more of the target than its final features has

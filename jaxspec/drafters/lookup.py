@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxspec.cache import write_rows
 from jaxspec.drafters.contract import DrafterContext, Method
-from jaxspec.speculation.loop import write_rows
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.sampling import Noise
 from jaxspec.speculation.tree import Tree, TreeConfig, build_tree

@@ -1,11 +1,13 @@
-"""The decode loop: prefill, then rounds of propose, verify, accept, commit, all on the device.
+"""The decode loop: rounds of propose, verify, accept, commit, all on the device.
 
-    state = prefill(target, drafter, tree, prompt, request, capacity)
+    state = begin(target, drafter, read, request, offset)         # of prompts that prefill.py has read
     state = decode(target, drafter, tree, state, max_rounds)      # until all rows are done, or a slice for streaming
+    state = insert(state, slots, rows)                            # rows of another state take the place of some
+    state = finish(state, rows)                                   # and some are done because the host says so
 
-Both are pure and jitted by the caller; whole generation and streaming run the same round. Every row has its own length,
-seed, sampling parameters and stop state. The drafter is any object with the contract of `jaxspec.drafters.contract`,
-or None for autoregressive decoding.
+All are pure and jitted by the caller (jaxspec/programs.py); whole generation and streaming run the same round. Every row
+has its own length, seed, sampling parameters and stop state, and answers as if it were alone. The drafter is any object
+with the contract of `jaxspec.drafters.contract`, or None for autoregressive decoding.
 """
 
 import dataclasses
@@ -16,16 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import cache as caches
-from jaxspec.drafters.contract import DrafterContext, DraftModel
-from jaxspec.kernels.attention import LayerKV
+from jaxspec.cache import Cache, LayerKV, write_rows
+from jaxspec.drafters.contract import DraftModel
+from jaxspec.kernels.masks import Mask
 from jaxspec.speculation.accept import accept
-from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.params import BatchSampling, SamplingParams
+from jaxspec.speculation.prefill import Read, context_of, nothing_read, taps_of
 from jaxspec.speculation.sampling import Noise, choose
 from jaxspec.speculation.tree import Tree, TreeConfig, root_only
 from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.images import Array
-from jaxspec.targets.prompts import PromptBatch
 
 NO_TOKEN = -1
 """Stands in a tree for a draft token that shall not be accepted; the root is read in its place."""
@@ -44,76 +46,58 @@ class Request(Generic[Array]):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """The whole state of a batch between rounds."""
+    """The whole state of a batch between rounds: B slots, each a row of every leaf."""
 
-    cache: tuple[LayerKV, ...]
-    lengths: jax.Array  # i32 [B], committed rows
+    cache: Cache
     offset: jax.Array  # i32 [B], position of the root minus `lengths`: not 0 where images take fewer positions
     root: jax.Array  # i32 [B], last chosen token, not yet in the cache
     drafter: Any
     request: Request[jax.Array]
-    tokens: jax.Array  # i32 [B, T], generated tokens
-    from_draft: jax.Array  # bool [B, T], True where the drafter had proposed the token
+    tokens: jax.Array  # i32 [B, S], generated tokens; S is the capacity of the cache
+    from_draft: jax.Array  # bool [B, S], True where the drafter had proposed the token
     counts: jax.Array  # i32 [B], generated tokens so far
     done: jax.Array  # bool [B]
     alone: jax.Array  # bool [B], rows whose next round verifies the root without a draft (see `decode_round`)
     failed: jax.Array  # bool [B], rows that are done because the logits of their next token were not finite
     rounds: jax.Array  # i32 [B], verification steps
 
-
-def taps_of(drafter: DraftModel | None) -> tuple[int, ...]:
-    """The layers of the target whose outputs a drafter reads beside the final features."""
-    return getattr(drafter, "tap_layers", ())
-
-
-def read_prompts(
-    target: VisionLanguageModel, prompt: PromptBatch[jax.Array], tap_layers: Sequence[int] = ()
-) -> tuple[jax.Array, tuple[LayerKV, ...], jax.Array, jax.Array | None]:
-    """The target's prefill: features `[B, S, (T + 1) * D]`, keys and values per layer, embeddings `[B, S, D]`, and what
-    its tower saw (`[R, Dv]` or None)."""
-    vision = None if prompt.images is None else target.encode_vision(prompt.images)
-    embeds = target.embed(prompt.input_ids, prompt.images, vision)
-    features, new_kv = target.prefill(embeds, prompt.lengths, prompt.images, prompt.position_ids, tap_layers)
-    return features, new_kv, embeds, vision
+    @property
+    def lengths(self) -> jax.Array:
+        """Committed tokens, i32 `[B]`."""
+        return self.cache.lengths
 
 
-def prefill(
+def begin(
     target: VisionLanguageModel,
     drafter: DraftModel | None,
-    tree: TreeConfig,
-    prompt: PromptBatch[jax.Array],
+    read: Read,
     request: Request[jax.Array],
-    capacity: int,
-    max_new: int,
+    offset: jax.Array,
+    max_images: int = 0,
 ) -> DecodeState:
-    """Run the prompt, choose the first token, prepare the drafter.
+    """The state after the first token of prompts that have been read: it is chosen, the drafter prepared.
 
-    `capacity` rows hold the longest prompt plus its new tokens; `max_new` bounds `request.max_new_tokens`.
+    `offset` i32 `[B]` is the position of the first new token minus the length of its prompt, `max_images` a bound of
+    the images in a prompt. Shapes depend on the batch, the capacity of the caches and the width of `request` alone.
     """
-    batch = prompt.input_ids.shape[0]
-    with jax.named_scope("prefill"):
-        features, new_kv, embeds, vision = read_prompts(target, prompt, taps_of(drafter))
-    last = jnp.take_along_axis(features, (prompt.lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
-    sampling = request.sampling
-    logits = target.unembed(last)  # [B, 1, V]
+    lengths, sampling, capacity = read.cache.lengths, request.sampling, read.cache.capacity
+    batch = lengths.shape[0]
+    logits = target.unembed(read.last[:, None])  # [B, 1, V]
     failed = ~finite(logits)[:, 0]
-    noise = Noise(sampling.seed, prompt.lengths, logits.shape[-1])
+    noise = Noise(sampling.seed, lengths, logits.shape[-1])
     root = choose(logits, lambda: noise.levels(0, 1), sampling)[:, 0]
-    cache = tuple(caches.extend(kv, capacity) for kv in new_kv)
     drafter_state = None
     if drafter is not None:
-        context = context_of(prompt, features, embeds, vision, prompt.lengths, sampling.seed, root)
         with jax.named_scope("draft_prefill"):
-            drafter_state = drafter.prefill(target, context, capacity)
+            drafter_state = drafter.prefill(target, context_of(read, sampling.seed, root, max_images), capacity)
     return DecodeState(
-        cache=cache,
-        lengths=prompt.lengths,
-        offset=position_offset(prompt),
+        cache=read.cache,
+        offset=offset,
         root=root,
         drafter=drafter_state,
         request=request,
-        tokens=jnp.zeros((batch, max_new), jnp.int32).at[:, 0].set(root),
-        from_draft=jnp.zeros((batch, max_new), bool),
+        tokens=jnp.zeros((batch, capacity), jnp.int32).at[:, 0].set(root),
+        from_draft=jnp.zeros((batch, capacity), bool),
         counts=1 - failed.astype(jnp.int32),
         done=failed | is_stop(root[:, None], request)[:, 0] | (request.max_new_tokens <= 1),
         alone=jnp.zeros((batch,), bool),
@@ -122,30 +106,28 @@ def prefill(
     )
 
 
-def context_of(
-    prompt: PromptBatch[jax.Array],
-    features: jax.Array,
-    embeds: jax.Array,
-    vision: jax.Array | None,
-    prompt_lengths: jax.Array,
-    seeds: jax.Array,
-    root: jax.Array,
-) -> DrafterContext:
-    """What `read_prompts` gave, for the drafter."""
-    return DrafterContext(
-        embeds=embeds,
-        features=features,
-        vision=vision,
-        vision_rows=None if prompt.images is None else prompt.images.rows,
-        image_ids=prompt.image_ids,
-        input_ids=prompt.input_ids,
-        lengths=prompt.lengths,
-        prompt_lengths=prompt_lengths,
-        seeds=seeds,
-        root=root,
-        max_images=prompt.max_images,
-        min_image_tokens=prompt.min_image_tokens,
-    )
+def idle(
+    target: VisionLanguageModel, drafter: DraftModel | None, batch: int, capacity: int, stop_tokens: int
+) -> DecodeState:
+    """A state whose rows are all done: slots that wait for rows. `stop_tokens` is the width of the requests to come."""
+
+    def nothing() -> DecodeState:
+        request = Request(
+            BatchSampling.from_params([SamplingParams()] * batch),
+            jnp.ones((batch,), jnp.int32),
+            jnp.full((batch, stop_tokens), -1, jnp.int32),
+        )
+        read = nothing_read(target, drafter, batch, capacity)
+        return begin(target, drafter, read, request, jnp.zeros((batch,), jnp.int32))
+
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(nothing))
+    return dataclasses.replace(state, done=jnp.ones((batch,), bool))
+
+
+def insert(state: DecodeState, slots: jax.Array, rows: DecodeState) -> DecodeState:
+    """`state` with the n rows of another one in its `slots` i32 `[n]`, whatever stood there; a slot that is not there
+    takes none. Both have the same capacity and the same width of stop tokens."""
+    return jax.tree.map(lambda whole, new: whole.at[slots].set(new, mode="drop"), state, rows)
 
 
 def decode(
@@ -177,7 +159,7 @@ def decode_round(
     (its values reach its siblings through attention, where nothing times NaN is NaN), so the next round of that row
     verifies the root alone: what is still not finite is the target's own answer, and the row has failed.
     """
-    sampling, room = state.request.sampling, config.max_depth + 1
+    sampling, room = of_rows(state.request.sampling, ~state.done), config.max_depth + 1
     levels = jnp.arange(room)
     noise = Noise(sampling.seed, state.lengths + 1, target.config.text.vocab_size)
     drafter_state = state.drafter
@@ -197,10 +179,7 @@ def decode_round(
         whole = jnp.take_along_axis(finite(logits), accepted.path, axis=1)  # [B, P]
         broken = jnp.any(~whole & (levels < emit[:, None]), axis=1)  # [B]
         emit = jnp.where(broken, 0, emit)
-        cache = tuple(
-            caches.write(old, caches.take(new, accepted.path), state.lengths, emit)
-            for old, new in zip(state.cache, new_kv, strict=True)
-        )
+        cache = state.cache.append(new_kv, emit, accepted.path)
         if drafter is not None:
             path_features = jnp.take_along_axis(features, accepted.path[..., None], axis=1)  # [B, P, D]
             drafter_state = drafter.advance(target, drafter_state, accepted.tokens, path_features, emit)
@@ -212,7 +191,6 @@ def decode_round(
     drafted = levels < (accepted.length - 1)[:, None]
     return DecodeState(
         cache=cache,
-        lengths=state.lengths + emit,
         offset=state.offset,
         root=jnp.where(emit > 0, accepted.root, state.root),
         drafter=drafter_state,
@@ -232,22 +210,18 @@ def finish(state: DecodeState, rows: jax.Array | np.ndarray) -> DecodeState:
     return dataclasses.replace(state, done=state.done | rows)
 
 
+def of_rows(sampling: BatchSampling, rows: jax.Array) -> BatchSampling:
+    """What the rows bool `[B]` ask for; the others cost what greedy ones do."""
+    return dataclasses.replace(sampling, temperature=jnp.where(rows, sampling.temperature, 0.0))
+
+
 def verify(
     target: VisionLanguageModel, tree: Tree, state: DecodeState, tap_layers: Sequence[int] = ()
 ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
     """The target on all nodes of the tree at once: features `[B, N, (T + 1) * D]`, keys and values per layer."""
     positions = (state.lengths + state.offset)[:, None] + tree.depths
-    cache_mask = caches.filled(state.lengths, state.cache[0].keys.shape[2])
     embeds = target.embed(jnp.where(tree.tokens == NO_TOKEN, tree.tokens[:, :1], tree.tokens))
-    return target.forward(embeds, positions, tree.ancestors, state.cache, cache_mask, tap_layers)
-
-
-def position_offset(prompt: PromptBatch[jax.Array]) -> jax.Array:
-    """i32 `[B]`: how far the position of the first new token is from the length of the prompt."""
-    if prompt.position_ids is None:
-        return jnp.zeros_like(prompt.lengths)
-    used = jnp.arange(prompt.input_ids.shape[1]) < prompt.lengths[:, None]  # [B, S]
-    return jnp.max(jnp.where(used, prompt.position_ids, -1), axis=(0, 2)) + 1 - prompt.lengths
+    return target.forward(embeds, positions, Mask(ancestors=tree.ancestors), state.cache, tap_layers)
 
 
 def finite(logits: jax.Array) -> jax.Array:
@@ -271,10 +245,3 @@ def is_stop(tokens: jax.Array, request: Request[jax.Array]) -> jax.Array:
 def of_nodes(tree: Tree, levels: jax.Array) -> jax.Array:
     """What `levels` `[B, P, V]` hold for the depth of each node, `[B, N, V]`."""
     return jnp.take_along_axis(levels, tree.depths[..., None], axis=1)
-
-
-def write_rows(buffer: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
-    """`block` `[B, P]` written into `buffer` `[B, T]` at column `start` `[B]`; entries past T are dropped."""
-    columns = start[:, None] + jnp.arange(block.shape[1])
-    rows = jnp.arange(block.shape[0])[:, None]
-    return buffer.at[rows, columns].set(block.astype(buffer.dtype), mode="drop")

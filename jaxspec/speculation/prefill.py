@@ -10,7 +10,6 @@ from (`rewind`). The drafter is given the whole prompt, so that a method which n
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -78,18 +77,11 @@ def encode_image(target: VisionLanguageModel, drafter: DraftModel | None, pixels
 def place(images: ImageFeatures | None, table: ImageFeatures, rows: jax.Array) -> ImageFeatures:
     """`images` `[B, C, ..]` (None: nothing yet) with rows `rows` i32 `[B, C]` of a table in place; those at -1 stay."""
     here = (rows >= 0)[..., None]
-
-    def placed(old, new):
-        return jnp.where(here, new[jnp.maximum(rows, 0)], 0 if old is None else old).astype(new.dtype)
-
-    old = images or ImageFeatures(None, None)
-    vision = None if table.vision is None else placed(old.vision, table.vision)
-    return ImageFeatures(placed(old.features, table.features), vision)
+    placed = jax.tree.map(lambda new: jnp.where(here, new[jnp.maximum(rows, 0)], 0), table)
+    return placed if images is None else jax.tree.map(lambda new, old: jnp.where(here, new, old), placed, images)
 
 
-def nothing_read(
-    target: VisionLanguageModel, drafter: DraftModel | None, batch: int, capacity: int
-) -> Read:
+def nothing_read(target: VisionLanguageModel, drafter: DraftModel | None, batch: int, capacity: int) -> Read:
     """Where prompts begin that take more than one chunk: room for `capacity` tokens in each row."""
     text, dtype = target.config.text, target.dtype
     width = text.hidden_size * (len(taps_of(drafter)) + 1)
@@ -121,8 +113,9 @@ def read_chunk(
     """
     embeds = target.splice(chunk.input_ids, None if images is None else images.features, chunk.image_ids)
     with jax.named_scope("prefill"):
+        before = None if read is None else read.cache
         features, new_kv = target.prefill(
-            embeds, chunk.count, chunk.image_ids, chunk.position_ids, taps_of(drafter), None if read is None else read.cache
+            embeds, chunk.count, chunk.image_ids, chunk.position_ids, taps_of(drafter), before
         )
     at = jnp.maximum(chunk.count - 1, 0)[:, None, None]
     last = jnp.take_along_axis(features, at, axis=1)[:, 0]

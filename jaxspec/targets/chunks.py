@@ -1,7 +1,7 @@
 """Prompts cut into chunks of a few sizes, on the host: what a target reads at a time, and which images stand in it.
 
-A prompt that fits one chunk is read at once; a longer one takes several. Every row of a batch is cut for itself, so that
-rows may begin anywhere (what stands before is in the cache already) and end anywhere.
+A prompt that fits one chunk is read at once; a longer one takes several. Every row of a batch is cut for itself, so
+that rows may begin anywhere (what stands before is in the cache already) and end anywhere.
 """
 
 import dataclasses

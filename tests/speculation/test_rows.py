@@ -37,7 +37,8 @@ class Service:
 
     def __init__(self, generator, requests):
         self.generator, self.programs, self.params = generator, generator.programs, generator._params
-        self.prompts = [encode_prompt(generator.target, *requests[index % len(requests)]) for index in range(len(LIMITS))]
+        asked = (requests[index % len(requests)] for index in range(len(LIMITS)))
+        self.prompts = [encode_prompt(generator.target, *request) for request in asked]
         self.stops = (*generator.target.stop_token_ids, *[-1] * STOPS)[:STOPS]
 
     @functools.cached_property

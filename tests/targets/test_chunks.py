@@ -65,8 +65,9 @@ def test_chunks_hold_every_token_once(batch, limit, whole):
             features = np.where(rows >= 0, tables[key][np.maximum(rows, 0)], features)
         for row, count in enumerate(chunk.count):
             assert (chunk.image_ids[row, count:] == -1).all() and (features[row, count:] == -2).all()
-            read[row] += list(zip(chunk.input_ids[row, :count], chunk.image_ids[row, :count], features[row, :count]))
-            if whole and 0 < count:  # an image ends with the chunk that it begins in
+            parts = (chunk.input_ids[row, :count], chunk.image_ids[row, :count], features[row, :count])
+            read[row] += list(zip(*parts, strict=True))
+            if whole and count > 0:  # an image ends with the chunk that it begins in
                 here, rest = chunk.image_ids[row, :count], len(read[row])
                 last = here[-1]
                 following = batch[row].input_ids[rest] if rest < len(batch[row].input_ids) else None

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxspec
-from jaxspec.speculation.loop import context_of
+from jaxspec.drafters.contract import DrafterContext
 from jaxspec.targets.prompts import PromptBatch
 from jaxspec.training import MedusaRecipe, run
 from jaxspec.training.drafter import Teacher
@@ -44,7 +44,7 @@ def test_loss_is_its_definition():
     answer[0, 2:5] = answer[0, 7:12] = answer[1, 3:8] = True
     lengths = jnp.array([12, 8, 6])
     prompts = PromptBatch(jnp.zeros((batch, length), jnp.int32), lengths)
-    context = context_of(prompts, jnp.asarray(features), None, None, lengths, None, None)
+    context = DrafterContext.of(jnp.zeros_like(features), jnp.asarray(features), lengths)
     total, metrics = jax.jit(
         lambda heads: recipe.loss(heads, model, Teacher(context, jnp.asarray(answer)), jax.random.key(0))
     )(heads)
