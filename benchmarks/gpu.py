@@ -28,12 +28,13 @@ from jaxspec.drafters.eagle import EagleConfig
 from jaxspec.drafters.registry import METHODS
 from jaxspec.drafters.vispec import ViSpecConfig
 from jaxspec.layers import RopeConfig, TextConfig
+from jaxspec.programs import Programs
 from jaxspec.speculation import loop
 from jaxspec.speculation.params import BatchSampling, SamplingParams
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.clip import ClipVisionConfig
 from jaxspec.targets.llava import Llava, LlavaConfig
-from jaxspec.targets.prompts import EncodedPrompt, stack_prompts
+from jaxspec.targets.prompts import EncodedPrompt
 
 CLIP = ClipVisionConfig(1024, 4096, 24, 16, 336, 14)
 SMALL_CLIP = ClipVisionConfig(32, 64, 2, 2, 28, 14)
@@ -122,34 +123,28 @@ class Runner:
         ids[32 : 32 + config.tokens_per_image] = config.image_token_id
         pixels = rng.standard_normal((1, 3, config.vision.image_size, config.vision.image_size), np.float32)
         images = config.lay_out({"pixel_values": pixels})
-        self.prompt = jax.device_put(stack_prompts(config, [EncodedPrompt(ids, images)] * batch, len(ids)))
+        self.prompts = [EncodedPrompt(ids, images)] * batch
         limit = rounds * (tree.max_depth + 1) + 1
         self.request = loop.Request(
             BatchSampling.from_params([SamplingParams()] * batch), jnp.full((batch,), limit), jnp.full((batch, 1), -1)
         )
-        self.models, self.rounds = (target, drafter), rounds
-        self.prefill = jax.jit(partial(self.start, tree=tree, capacity=len(ids) + limit, limit=limit))
-        self.decode = jax.jit(partial(self.go_on, tree=tree), donate_argnums=1)
+        self.rounds, self.capacity = rounds, len(ids) + limit
+        self.programs = Programs(target, drafter, tree)
+        self.params = self.programs.params_of(target, drafter)
         self()
 
-    @staticmethod
-    def start(models, prompt, request, tree, capacity, limit):
-        return loop.prefill(*models, tree, prompt, request, capacity, limit)
-
-    @staticmethod
-    def go_on(models, state, rounds, tree):
-        return loop.decode(*models, tree, state, rounds)
-
     def __call__(self) -> tuple[float, float]:
+        programs, params = self.programs, self.params
         started = time.perf_counter()
-        state = jax.block_until_ready(self.prefill(self.models, self.prompt, self.request))
-        read = time.perf_counter()
-        state = jax.block_until_ready(self.decode(self.models, state, jnp.int32(self.rounds)))
+        read = programs.read(params, self.prompts, self.capacity)
+        state = jax.block_until_ready(programs.begin(params, read, self.request, self.prompts))
+        prefilled = time.perf_counter()
+        state = jax.block_until_ready(programs.decode(params, state, jnp.int32(self.rounds)))
         ended = time.perf_counter()
         done = int(np.asarray(state.rounds).min())
         if done != self.rounds:
             raise RuntimeError(f"{done} rounds were run instead of {self.rounds}")
-        return read - started, (ended - read) / self.rounds
+        return prefilled - started, (ended - prefilled) / self.rounds
 
 
 def random_module(build, dtype: str) -> nnx.Module:

@@ -31,7 +31,7 @@ from jaxspec.detokenizer import Detokenizer, TokenReader
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.drafters.registry import METHODS
 from jaxspec.metrics import AcceptanceWatch, GenerationStats, emitted_per_round
-from jaxspec.programs import Programs
+from jaxspec.programs import CHUNK, Programs
 from jaxspec.prompting import ImageLike, Prompt, encode_prompt
 from jaxspec.speculation import loop
 from jaxspec.speculation.params import BatchSampling, SamplingParams
@@ -84,6 +84,8 @@ class Generator:
       tree: the drafter's own tree by default.
       max_length: most tokens of prompt and answer together; by default all of the target's positions up to 4096.
       allow_local_files: whether paths within messages are opened; those in `images` always are.
+      prefill_chunk: tokens of a prompt that are read at a time, a multiple of 4 and at least 16; answers do not depend
+        on it.
 
     The answer does not depend on drafter, tree or batch (up to floating-point ties). Raises ValueError for a drafter of
     another target, a tree that the vocabulary cannot fill or the drafter cannot draft, and a `max_length` beyond the
@@ -98,6 +100,7 @@ class Generator:
         tree: TreeConfig | None = None,
         max_length: int | None = None,
         allow_local_files: bool = False,
+        prefill_chunk: int = CHUNK,
     ) -> None:
         if not isinstance(target, Target):
             raise ValueError(f"target must be a Target, from load_target; got {type(target).__name__}")
@@ -123,7 +126,7 @@ class Generator:
             self._watch = AcceptanceWatch(drafter.about.get("mean_acceptance_length") if own else None)
         self.allow_local_files = allow_local_files
         model = drafter.model if drafter else None
-        self.programs = Programs(target.model, model, tree)
+        self.programs = Programs(target.model, model, tree, prefill_chunk)
         self._params = self.programs.params_of(target.model, model)
 
     @property

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxspec.buckets import power_of_two
+from jaxspec.checks import whole_number
 from jaxspec.drafters.contract import DraftModel
 from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.prefill import ImageFeatures, Read
@@ -35,13 +36,17 @@ class Programs:
       target: the model.
       drafter: a `DraftModel`, or None for autoregressive decoding.
       tree: what it drafts.
-      chunk: tokens of a prompt that are read at a time, a power of two.
+      chunk: tokens of a prompt that are read at a time, a multiple of 4 and at least 16.
+
+    Raises ValueError for another chunk.
     """
 
     def __init__(
         self, target: VisionLanguageModel, drafter: DraftModel | None, tree: TreeConfig, chunk: int = CHUNK
     ) -> None:
-        self.config, self.chunk = target.config, chunk
+        self.config, self.chunk = target.config, whole_number("prefill_chunk", chunk, 16)
+        if self.chunk % 4:
+            raise ValueError(f"prefill_chunk must be a multiple of 4, got {self.chunk}")
         self.graph, _ = nnx.split((target, drafter))
         self.traced: list[str] = []
 

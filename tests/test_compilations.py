@@ -1,5 +1,6 @@
-"""What is compiled: one prefill and one decode per shape bucket, nothing for another length or another sampling."""
+"""What is compiled: programs per size of prompt and of cache, nothing for another length or another sampling."""
 
+import collections
 import itertools
 
 import pytest
@@ -24,19 +25,43 @@ def ask(generator, tokens, max_new_tokens=4):
 
 
 @pytest.mark.parametrize("name", ["autoregressive", "chain"])
-def test_two_programs_per_bucket(target, name):
+def test_programs_per_size(target, name):
     generator = Generator(target, None if name == "autoregressive" else DRAFTERS[name](target), max_length=512)
     assert generator.compilations == 0
-    for tokens in range(2, 42, 2):
+    for tokens in range(2, 60, 4):
         ask(generator, tokens)
-    assert generator.compilations == 2
-    for tokens in (64, 3, 33):  # the edges of the bucket, and limits of the same bucket
-        ask(generator, tokens, max_new_tokens=tokens)
-    assert generator.compilations == 2
-    for index, bucket in enumerate((65, 97) if name == "autoregressive" else (65,), start=2):
-        for tokens in (bucket, bucket + 1, bucket + 30):
-            ask(generator, tokens)
-        assert generator.compilations == 2 * index
+    assert generator.programs.traced == ["read_chunk", "begin", "decode"]
+    for tokens in (60, 3, 33):  # the edges of the size, and limits of the same size
+        ask(generator, tokens, max_new_tokens=64 - tokens)
+    assert generator.compilations == 3
+    for tokens in (61, 64):  # the same chunk, a larger cache
+        ask(generator, tokens)
+    assert generator.compilations == 6
+    for tokens in (65, 80, 90):  # a larger chunk, too
+        ask(generator, tokens)
+    assert generator.compilations == 8  # not decoding: how long a prompt is does not matter to it
+
+
+def test_programs_add_up(target, pictures):
+    """Of two sizes of prompt, two of cache and two numbers of images; then none for any combination of them."""
+    generator = Generator(target, DRAFTERS["vispec"](target), max_length=512)
+    texts = "~" * 5, "~" * 60
+    for text, images, limit in itertools.product(texts, ((), pictures[:1], pictures[1:]), (20, 200)):
+        generator.generate("<image>" * len(images) + text, images, next(SAMPLINGS), limit, raw=True)
+    kinds = collections.Counter(generator.programs.traced)
+    assert kinds["encode_image"] == 1 and kinds["decode"] <= 3, kinds
+    before = generator.compilations
+    for text, images in itertools.product(("~" * 9, "~" * 55), (pictures[2:], pictures[:2], ())):
+        generator.generate("<image>" * len(images) + text, images, next(SAMPLINGS), 190, raw=True)
+    assert generator.compilations == before
+
+
+def test_long_prompts_of_all_lengths_share_three_chunks(target):
+    generator = Generator(target, DRAFTERS["eagle2"](target), max_length=1024, prefill_chunk=64)
+    for tokens in range(100, 500, 23):
+        ask(generator, tokens, max_new_tokens=max(1, 512 - tokens))
+    kinds = collections.Counter(generator.programs.traced)
+    assert kinds == {"read_chunk": 3, "nothing_read": 1, "begin": 1, "decode": 1}
 
 
 def test_slices_share_the_program(generators):

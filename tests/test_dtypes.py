@@ -18,9 +18,9 @@ from flax import nnx
 from jaxspec import Drafter, Generator, SamplingParams, Target, TreeConfig, load_target
 from jaxspec.checkpoints.names import dotted_path
 from jaxspec.prompting import encode_prompt
-from jaxspec.speculation import loop
+from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.params import BatchSampling
-from jaxspec.targets.prompts import stack_prompts
+from jaxspec.targets.chunks import steps_of
 from tests.drafting import DRAFTERS, NARROW, TREE, fresh_head
 from tests.families import FAMILIES, family_target
 from tests.folders import relative_error
@@ -63,21 +63,36 @@ def wide_intermediates(jaxpr, width: int, vocabularies: tuple[int, ...]) -> list
 
 
 def programs(target: Target, drafter: Drafter | None, images: list):
-    """The state after prefill, and the programs of prefill and of decoding."""
+    """The state after prefill, and the programs of encoding, of reading a first and a second chunk, of what comes before
+    the first round and of decoding."""
     prompts = [encode_prompt(target, "What is that?", images[:count]) for count in (0, len(images))]
-    prompt = stack_prompts(target.config, prompts, 128)
+    step, *_ = steps_of(target.config, prompts, 128, CAPACITY)
+    chunk, models = step.chunk, (target.model, drafter.model if drafter else None)
     sampling = BatchSampling.from_params([SamplingParams(temperature=0.7, top_p=0.9, top_k=5, min_p=0.1)] * BATCH)
     request = loop.Request(sampling, np.full(BATCH, NEW, np.int32), np.full((BATCH, 4), -1, np.int32))
-    head, tree = (drafter.model, drafter.tree) if drafter else (None, TreeConfig.autoregressive())
+    tree = drafter.tree if drafter else TreeConfig.autoregressive()
+    traced, features = [], None
 
-    def prefill(target, head, prompt):
-        return loop.prefill(target, head, tree, prompt, request, CAPACITY, NEW)
+    def trace(function, *args):
+        program, shapes = jax.make_jaxpr(function, return_shape=True)(models, *args)
+        traced.append(program.jaxpr)
+        return shapes
 
-    def decode(target, head, state):
-        return loop.decode(target, head, tree, state, jnp.int32(4))
+    if images:
+        pixels = target.config.collate(prompts[1].images[:1])
+        table = trace(lambda models, pixels: prefill.encode_image(*models, pixels), pixels)
+        rows = np.zeros(chunk.input_ids.shape, np.int32)
+        features = trace(lambda models, table, rows: prefill.place(None, table, rows), table, rows)
 
-    prefilled, state = jax.make_jaxpr(prefill, return_shape=True)(target.model, head, prompt)
-    return state, [prefilled.jaxpr, jax.make_jaxpr(decode)(target.model, head, state).jaxpr]
+    def read(models, before, chunk, features):
+        return prefill.read_chunk(*models, before, chunk, features, CAPACITY)
+
+    first = trace(read, None, chunk, features)
+    second = trace(read, first, chunk, features)
+    begin = lambda models, read, request, offset: loop.begin(*models, read, request, offset, 2)  # noqa: E731
+    state = trace(begin, second, request, np.zeros(BATCH, np.int32))
+    trace(lambda models, state: loop.decode(*models, tree, state, jnp.int32(4)), state)
+    return state, traced
 
 
 def assert_computes_in(dtype, target: Target, drafter: Drafter, images: list) -> None:

@@ -5,9 +5,9 @@
     state = insert(state, slots, rows)                            # rows of another state take the place of some
     state = finish(state, rows)                                   # and some are done because the host says so
 
-All are pure and jitted by the caller (jaxspec/programs.py); whole generation and streaming run the same round. Every row
-has its own length, seed, sampling parameters and stop state, and answers as if it were alone. The drafter is any object
-with the contract of `jaxspec.drafters.contract`, or None for autoregressive decoding.
+All are pure and jitted by the caller (jaxspec/programs.py); whole generation and streaming run the same round. Every
+row has its own length, seed, sampling parameters and stop state, and answers as if it were alone. The drafter is any
+object with the contract of `jaxspec.drafters.contract`, or None for autoregressive decoding.
 """
 
 import dataclasses

@@ -11,7 +11,6 @@ from flax import nnx
 
 import jaxspec
 from jaxspec.drafters.contract import DrafterContext
-from jaxspec.targets.prompts import PromptBatch
 from jaxspec.training import MedusaRecipe, run
 from jaxspec.training.drafter import Teacher
 from tests.helpers import answer_scenes, randomized, tiny_llava
@@ -43,7 +42,6 @@ def test_loss_is_its_definition():
     answer = np.zeros((batch, length), bool)
     answer[0, 2:5] = answer[0, 7:12] = answer[1, 3:8] = True
     lengths = jnp.array([12, 8, 6])
-    prompts = PromptBatch(jnp.zeros((batch, length), jnp.int32), lengths)
     context = DrafterContext.of(jnp.zeros_like(features), jnp.asarray(features), lengths)
     total, metrics = jax.jit(
         lambda heads: recipe.loss(heads, model, Teacher(context, jnp.asarray(answer)), jax.random.key(0))
