@@ -87,7 +87,7 @@ class Rounds:
         arms = {"autoregressive": (None, TreeConfig.autoregressive())}
         for name in self.heads:
             method, config_of = HEADS[name]
-            head = config_of(dataclasses.replace(config.text, num_layers=1))
+            head = config_of(config.text.plain())
             drafter = random_module(partial(METHODS[method].module, head), self.dtype)
             for label, tree in TREES.items():
                 arms[f"{name}, {label}"] = drafter, tree or METHODS[method].tree

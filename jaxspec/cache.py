@@ -1,48 +1,79 @@
-"""Key-value caches of fixed capacity with a length per row.
+"""Key-value caches of fixed capacity that know how many of their rows are filled.
 
-A cache is one `LayerKV` `[B, Hkv, S, Dh]` per layer; lengths live beside it, in whatever state owns it. Rows past a
-length hold leftovers and are masked, so rolling back is not writing, and committing is one scatter per layer.
+Rows past a length hold leftovers and are masked, so rolling back is not writing, and taking in what was accepted is one
+scatter per layer.
 """
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from jaxspec.kernels.attention import LayerKV
-
-
-def extend(kv: LayerKV, capacity: int) -> LayerKV:
-    """The keys and values of a prompt in a cache of `capacity` rows."""
-    missing = capacity - kv.keys.shape[2]
-    if missing < 0:
-        raise ValueError(f"a prompt of {kv.keys.shape[2]} rows does not fit a cache of {capacity}")
-    return LayerKV(*(jnp.pad(part, ((0, 0), (0, 0), (0, missing), (0, 0))) for part in kv))
+from jax.typing import DTypeLike
 
 
-def write(kv: LayerKV, new: LayerKV, start: jax.Array, count: jax.Array) -> LayerKV:
-    """The first `count` i32 `[B]` rows of `new` `[B, Hkv, P, Dh]`, written from row `start` i32 `[B]` of each batch
-    entry on; rows past S are dropped.
+class LayerKV(NamedTuple):
+    """Keys and values of one layer, `[B, Hkv, S, Dh]` each."""
 
-    `count` must come from what was computed with `kv`: only then does XLA see that nobody reads the old cache any more
-    and writes in place instead of copying it (docs/LOG.md).
-    """
-    batch, _, length, _ = new.keys.shape
-    capacity, steps = kv.keys.shape[2], jnp.arange(length)
-    rows = jnp.where(steps < count[:, None], start[:, None] + steps, capacity)  # [B, P]
-    entries = jnp.arange(batch)[:, None]
-
-    def update(part, block):
-        # A scatter: slice updates row by row were 24 times slower at batch 32 on CPU (docs/LOG.md).
-        block = block.swapaxes(1, 2).astype(part.dtype)  # [B, P, Hkv, Dh]
-        return part.at[entries, :, rows].set(block, mode="drop")
-
-    return LayerKV(update(kv.keys, new.keys), update(kv.values, new.values))
+    keys: jax.Array
+    values: jax.Array
 
 
-def take(kv: LayerKV, path: jax.Array) -> LayerKV:
-    """Entries `path` i32 `[B, P]` of new keys and values `[B, Hkv, N, Dh]`."""
-    return LayerKV(*(jnp.take_along_axis(part, path[:, None, :, None], axis=2) for part in kv))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The keys and values of whole sequences, of a model or of a head of one layer."""
 
+    layers: tuple[LayerKV, ...]  # [B, Hkv, S, Dh], all of one capacity S
+    lengths: jax.Array  # i32 [B], rows filled
 
-def filled(lengths: jax.Array, capacity: int) -> jax.Array:
-    """Bool `[B, 1, S]`: the rows of a cache that hold committed tokens."""
-    return (jnp.arange(capacity) < lengths[:, None])[:, None, :]
+    @property
+    def capacity(self) -> int:
+        """Rows that there are, S."""
+        return self.layers[0].keys.shape[2]
+
+    @classmethod
+    def of_prompt(cls, new: Sequence[LayerKV], lengths: jax.Array, capacity: int) -> "Cache":
+        """What reading prompts gave, `[B, Hkv, N, Dh]` per layer of which the first `lengths` i32 `[B]` rows are real,
+        with room for `capacity` rows. Raises ValueError where N is more."""
+        rows = new[0].keys.shape[2]
+        if rows > capacity:
+            raise ValueError(f"a prompt of {rows} rows does not fit a cache of {capacity}")
+        room = ((0, 0), (0, 0), (0, capacity - rows), (0, 0))
+        return cls(tuple(LayerKV(*(jnp.pad(part, room) for part in kv)) for kv in new), lengths)
+
+    @classmethod
+    def empty(
+        cls, layers: int, batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: DTypeLike = jnp.float32
+    ) -> "Cache":
+        """A cache of `capacity` rows of which none is filled."""
+
+        def zeros() -> jax.Array:  # each an array of its own, which can be donated
+            return jnp.zeros((batch, kv_heads, capacity, head_dim), dtype)
+
+        return cls(tuple(LayerKV(zeros(), zeros()) for _ in range(layers)), jnp.zeros((batch,), jnp.int32))
+
+    def append(self, new: Sequence[LayerKV], count: jax.Array, path: jax.Array | None = None) -> "Cache":
+        """With the first `count` i32 `[B]` of the new rows behind those that are filled; rows past the capacity are
+        dropped. `new` is `[B, Hkv, N, Dh]` per layer: a chunk of a prompt, or the nodes of a tree, of which `path` i32
+        `[B, P]` picks the rows in their order.
+
+        Nothing is copied inside a compiled loop: XLA writes a scatter in place where nobody reads the old array any
+        more. It sees that only where `count` follows from what was computed with the old array, as the length of an
+        accepted path does; any other count costs a copy of the cache (docs/LOG.md).
+        """
+        if path is not None:
+            new = [LayerKV(*(jnp.take_along_axis(x, path[:, None, :, None], axis=2) for x in kv)) for kv in new]
+        batch, _, length, _ = new[0].keys.shape
+        steps = jnp.arange(length)
+        rows = jnp.where(steps < count[:, None], self.lengths[:, None] + steps, self.capacity)  # [B, N]
+        entries = jnp.arange(batch)[:, None]
+
+        def write(old: jax.Array, block: jax.Array) -> jax.Array:
+            # A scatter: slice updates row by row were 24 times slower at batch 32 on CPU (docs/LOG.md).
+            block = block.swapaxes(1, 2).astype(old.dtype)  # [B, N, Hkv, Dh]
+            return old.at[entries, :, rows].set(block, mode="drop")
+
+        layers = [LayerKV(*map(write, old, kv)) for old, kv in zip(self.layers, new, strict=True)]
+        return Cache(tuple(layers), self.lengths + count)

@@ -1,14 +1,14 @@
-"""The parts every model here is made of: norms, rotary positions, the Llama decoder layer.
+"""The parts every model here is made of: norms, rotary positions, the decoder layer and the loop over layers.
 
-Modules hold parameters and nothing else; caches and masks are arguments. The decoder layer serves the targets' text
-models and, with `input_norm=False`, the EAGLE / ViSpec draft heads.
+Modules hold parameters and nothing else; caches and masks are arguments. One decoder layer and one loop serve all text
+models, whose `TextConfig` says what their layers have, and with `input_norm=False` the EAGLE / ViSpec draft heads.
 """
 
 import dataclasses
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,9 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxspec.kernels.attention import LayerKV, Segment, attend
-
-Text = TypeVar("Text", bound="TextConfig", covariant=True)
+from jaxspec.cache import Cache, LayerKV
+from jaxspec.kernels.attention import Segment, attend
+from jaxspec.kernels.masks import Mask
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -35,6 +35,9 @@ class RopeConfig:
     original_max_position_embeddings: int = 8192
     mrope_section: tuple[int, ...] = ()
     """Multimodal rope: how many frequencies in a row turn with time, height, width, time, .. (Qwen2-VL)."""
+    mrope_interleaved: bool = False
+    """Multimodal rope: frequencies turn with time, height, width in turn, as long as each has some left of its section,
+    and those that remain with time (Qwen3-VL)."""
 
     def __post_init__(self) -> None:
         if self.type not in ROPE_TYPES:
@@ -46,8 +49,17 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What the layers of one model differ by."""
+
+    rope: RopeConfig
+    window: int | None = None
+    """How far back the layer sees, itself included; None for all the way."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """A Llama-family decoder."""
+    """A decoder: Llama's where nothing else is said."""
 
     vocab_size: int
     hidden_size: int
@@ -63,12 +75,48 @@ class TextConfig:
     qkv_bias: bool = False
     mlp_bias: bool = False
     max_position_embeddings: int = 4096
+    layer_kinds: tuple[LayerKind, ...] = ()
+    """One for each layer; empty where all have `rope` and see everything."""
+    qk_norm: bool = False
+    """Queries and keys are normed, head by head (Qwen3, Gemma3)."""
+    post_norms: bool = False
+    """What attention and MLP add is normed, too (Gemma3)."""
+    norms_from_one: bool = False
+    """Weights of norms count from 1 and multiply in float32 (Gemma3)."""
+    activation: str = "silu"
+    query_scale: float | None = None
+    """Factor of the attention scores; None for `head_dim**-0.5`."""
+    embedding_scale: float = 1.0
+    """Factor of the token embeddings."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_heads}) is not a multiple of num_key_value_heads ({self.num_kv_heads})"
             )
+        if self.layer_kinds and len(self.layer_kinds) != self.num_layers:
+            raise ValueError(f"{len(self.layer_kinds)} layer_kinds are given for {self.num_layers} layers")
+        if any(kind.window is not None and kind.rope.mrope_section for kind in self.layer_kinds):
+            raise ValueError("a layer with a window cannot have multimodal rope, whose positions are no places")
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        return self.layer_kinds or (LayerKind(self.rope),) * self.num_layers
+
+    def plain(self, num_layers: int = 1) -> "TextConfig":
+        """Llama layers of the same sizes: what draft heads are made of, whatever the target's layers are."""
+        return dataclasses.replace(
+            self,
+            num_layers=num_layers,
+            layer_kinds=(),
+            qk_norm=False,
+            post_norms=False,
+            norms_from_one=False,
+            activation="silu",
+            query_scale=None,
+            embedding_scale=1.0,
+        )
 
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -93,14 +141,23 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> jax.Array:
     return inverse
 
 
+def mrope_axes(config: RopeConfig, count: int) -> np.ndarray:
+    """Which axis (0 time, 1 height, 2 width) each of `count` frequencies of a multimodal rope turns with, `[count]`."""
+    section = config.mrope_section
+    if not config.mrope_interleaved:
+        return np.repeat(np.arange(len(section)) % 3, section)
+    number = np.arange(count)
+    axis = number % 3
+    return np.where(number < 3 * np.array(section)[axis], axis, 0)
+
+
 @jax.named_scope("rope")
 def rope_tables(config: RopeConfig, head_dim: int, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine f32 `[B, N, Dh / 2]` of positions `[B, N]`, or `[3, B, N]` (time, height, width)."""
-    angles = position_ids[..., None].astype(jnp.float32) * rope_frequencies(config, head_dim)
-    if angles.ndim == 4:
-        ends = np.cumsum(config.mrope_section)
-        parts = zip(ends - np.array(config.mrope_section), ends, strict=True)
-        angles = jnp.concatenate([angles[index % 3, ..., a:b] for index, (a, b) in enumerate(parts)], axis=-1)
+    positions = position_ids[..., None]
+    if position_ids.ndim == 3:
+        positions = jnp.moveaxis(position_ids[mrope_axes(config, head_dim // 2)], 0, -1)  # [B, N, Dh / 2]
+    angles = positions.astype(jnp.float32) * rope_frequencies(config, head_dim)
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -115,15 +172,19 @@ def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array], dtype: DTypeLi
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs) -> None:
+    """Root-mean-square norm; `from_one` as `TextConfig.norms_from_one`."""
+
+    def __init__(self, features: int, epsilon: float, *, from_one: bool = False, rngs: nnx.Rngs) -> None:
         del rngs
-        self.scale = nnx.Param(jnp.ones((features,)))
-        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.zeros((features,)) if from_one else jnp.ones((features,)))
+        self.epsilon, self.from_one = epsilon, from_one
 
     @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        if self.from_one:
+            return (x32 * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
         return x32.astype(x.dtype) * self.scale[...]
 
 
@@ -163,25 +224,24 @@ class SelfAttention(nnx.Module):
         self.k_proj = linear(config.hidden_size, kv_width, bias=qkv_bias, rngs=rngs)
         self.v_proj = linear(config.hidden_size, kv_width, bias=qkv_bias, rngs=rngs)
         self.o_proj = linear(query_width, config.hidden_size, bias=output_bias, rngs=rngs, zero=True)
-        self.head_dim = config.head_dim
-
-    def heads(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Query `[B, N, H, Dh]`, key and value `[B, N, Hkv, Dh]`, turned to their positions."""
-        query, key, value = (
-            proj(x).reshape(*x.shape[:2], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return apply_rope(query, rope), apply_rope(key, rope), value
+        self.q_norm = text_norm(config, config.head_dim, rngs) if config.qk_norm else None
+        self.k_norm = text_norm(config, config.head_dim, rngs) if config.qk_norm else None
+        self.head_dim, self.scale = config.head_dim, config.query_scale
 
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array, past: Sequence[Segment]
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: Mask, past: Sequence[Segment]
     ) -> tuple[jax.Array, LayerKV]:
         """As of `DecoderLayer`."""
         batch, length, _ = x.shape
-        query, key, value = (part.swapaxes(1, 2) for part in self.heads(x, rope))  # [B, H, N, Dh]
+        query, key, value = (
+            proj(x).reshape(batch, length, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # [B, N, H, Dh]
+        query = apply_rope(query if self.q_norm is None else self.q_norm(query), rope)
+        key = apply_rope(key if self.k_norm is None else self.k_norm(key), rope)
+        query, key, value = (part.swapaxes(1, 2) for part in (query, key, value))  # [B, H, N, Dh]
         new = LayerKV(key, value)
-        out = attend(query, [*past, Segment(new, mask)])  # [B, H, N, Dh]
-        out = out.swapaxes(1, 2).reshape(batch, length, -1)
-        return self.o_proj(out), new
+        out = attend(query, [*past, Segment(new, mask)], self.scale)  # [B, H, N, Dh]
+        return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1)), new
 
 
 class GatedMLP(nnx.Module):
@@ -197,59 +257,105 @@ class GatedMLP(nnx.Module):
         return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
 
 
+def text_norm(config: TextConfig, features: int, rngs: nnx.Rngs) -> RMSNorm:
+    """A norm as the model's are."""
+    return RMSNorm(features, config.rms_norm_eps, from_one=config.norms_from_one, rngs=rngs)
+
+
 class DecoderLayer(nnx.Module):
-    """One pre-norm Llama layer. `input_norm=False` is EAGLE's draft layer (arXiv 2401.15077, published code)."""
+    """One pre-norm layer. `input_norm=False` is EAGLE's draft layer (arXiv 2401.15077, published code)."""
 
     def __init__(
         self, config: TextConfig, *, input_norm: bool = True, qkv_bias: bool | None = None, rngs: nnx.Rngs
     ) -> None:
-        epsilon = config.rms_norm_eps
-        self.input_layernorm = RMSNorm(config.hidden_size, epsilon, rngs=rngs) if input_norm else None
+        width = config.hidden_size
+        self.input_layernorm = text_norm(config, width, rngs) if input_norm else None
         self.self_attn = SelfAttention(
             config,
             qkv_bias=config.attention_bias or config.qkv_bias if qkv_bias is None else qkv_bias,
             output_bias=config.attention_bias,
             rngs=rngs,
         )
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, epsilon, rngs=rngs)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, rngs=rngs)
+        # As published: before the MLP in Llama, behind attention in layers that have norms there.
+        self.post_attention_layernorm = text_norm(config, width, rngs)
+        self.pre_feedforward_layernorm = text_norm(config, width, rngs) if config.post_norms else None
+        self.post_feedforward_layernorm = text_norm(config, width, rngs) if config.post_norms else None
+        self.mlp = GatedMLP(
+            width, config.intermediate_size, bias=config.mlp_bias, activation=config.activation, rngs=rngs
+        )
 
     def __call__(
         self,
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        mask: jax.Array,
+        mask: Mask,
         past: Sequence[Segment] = (),
     ) -> tuple[jax.Array, LayerKV]:
-        """`x` `[B, N, D]`, `mask` bool `[B, N, N]` among the new tokens, `past` what they see beside each other.
-        Returns the output `[B, N, D]` and the new tokens' keys and values."""
-        residual = x
-        x = x if self.input_layernorm is None else self.input_layernorm(x)
-        attended, kv = self.self_attn(x, rope, mask, past)
-        x = residual + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), kv
+        """`x` `[B, N, D]`, `mask` among the new tokens, `past` what they see beside each other. Returns the output
+        `[B, N, D]` and the new tokens' keys and values."""
+        attended, kv = self.self_attn(x if self.input_layernorm is None else self.input_layernorm(x), rope, mask, past)
+        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x)), kv
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), kv
 
 
 class Uncommitted(NamedTuple):
     """Tokens that come after those of a cache and are not written to it: the levels of a tree that grows."""
 
     kv: tuple[LayerKV, ...]  # per layer, [B, Hkv, T, Dh]
-    mask: jax.Array  # bool [B, N, T], which of them each new token sees
+    ancestors: jax.Array  # bool [B, N, T], which of them each new token sees
     position_ids: jax.Array  # i32 [B, T]
 
+    @classmethod
+    def level(cls, kv: Sequence[LayerKV], position_ids: jax.Array, before: "Uncommitted | None") -> "Uncommitted":
+        """The levels `before` and the next one, of k tokens at `position_ids` i32 `[B, k]` that see those of `before`
+        which its ancestors say, and each itself."""
+        batch, count = position_ids.shape
+        own = jnp.broadcast_to(jnp.eye(count, dtype=bool), (batch, count, count))
+        if before is None:
+            return cls(tuple(kv), own, position_ids)
+        pairs = (zip(*layers, strict=True) for layers in zip(before.kv, kv, strict=True))
+        return cls(
+            tuple(LayerKV(*(jnp.concatenate(pair, axis=2) for pair in layer)) for layer in pairs),
+            jnp.concatenate([before.ancestors, own], axis=2),
+            jnp.concatenate([before.position_ids, position_ids], axis=1),
+        )
 
-class LanguageModel(nnx.Module, Generic[Text]):
+    def children(self, parent: jax.Array) -> "Uncommitted":
+        """As the children of nodes see it, `parent` i32 `[B, N]` of the last level: what their parents saw."""
+        return self._replace(ancestors=jnp.take_along_axis(self.ancestors, parent[..., None], axis=1))
+
+
+def segments_before(
+    index: int,
+    cache: Cache | None,
+    drafted: Uncommitted | None,
+    position_ids: jax.Array,
+    window: int | None = None,
+) -> list[Segment]:
+    """What new tokens at `position_ids` i32 `[B, N]` attend to beside each other in the layer of that index."""
+    past, places, drafts = [], None, None
+    if window is not None:  # row j of a cache holds position j
+        places, drafts = position_ids, None if drafted is None else drafted.position_ids
+    if cache is not None:
+        past.append(Segment(cache.layers[index], Mask(cache.lengths, places, window=window)))
+    if drafted is not None:
+        mask = Mask(query_places=places, key_places=drafts, ancestors=drafted.ancestors, window=window)
+        past.append(Segment(drafted.kv[index], mask))
+    return past
+
+
+class LanguageModel(nnx.Module):
     """Token embedding, decoder layers, final norm, LM head."""
 
-    layer: ClassVar[Callable[..., Any]] = DecoderLayer
-    norm_type: ClassVar[Callable[..., Any]] = RMSNorm
-
-    def __init__(self, config: Text, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         init = nnx.initializers.normal(0.3)
         self.embed_tokens = Embed(config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs)
-        self.layers = nnx.List([self.layer(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = self.norm_type(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = text_norm(config, config.hidden_size, rngs)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
 
@@ -257,38 +363,51 @@ class LanguageModel(nnx.Module, Generic[Text]):
         self,
         embeds: jax.Array,
         position_ids: jax.Array,
-        mask: jax.Array,
-        cache: Sequence[LayerKV] | None = None,
-        cache_mask: jax.Array | None = None,
-        uncommitted: Uncommitted | None = None,
+        mask: Mask,
+        cache: Cache | None = None,
+        drafted: Uncommitted | None = None,
         tap_layers: Sequence[int] = (),
+        additions: Mapping[int, jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
-        """`embeds` `[B, N, D]`, `position_ids` i32 `[B, N]`, `mask` bool `[B, N, N]`; `cache` is one `LayerKV` per
-        layer, `cache_mask` bool `[B, 1, S]`; `uncommitted` an `Uncommitted` or None. Returns features
-        `[B, N, (T + 1) * D]`, the outputs of the T `tap_layers` before that of the final norm, and one new `LayerKV`
-        per layer."""
-        rope = rope_tables(self.config.rope, self.config.head_dim, position_ids)
+        """New tokens over a cache.
+
+        Args:
+          embeds: `[B, N, D]`.
+          position_ids: i32 `[B, N]`, or `[3, B, N]` for multimodal rope. Windows count them.
+          mask: who sees whom among the new tokens.
+          cache: what is behind them; every token sees all its filled rows, but for windows.
+          drafted: tokens between the cache and them.
+          tap_layers: whose outputs stand before the final features (0: the embeddings, i: the i-th layer).
+          additions: `[B, N, D]` to be added to the output of the layer of that index (Qwen3-VL's DeepStack).
+
+        Returns features `[B, N, (T + 1) * D]`, the outputs of the T `tap_layers` before that of the final norm, and one
+        new `LayerKV` per layer.
+        """
+        kinds = self.config.kinds
+        each = dict.fromkeys(kind.rope for kind in kinds)  # in an order that is the same in every process
+        ropes = {rope: rope_tables(rope, self.config.head_dim, position_ids) for rope in each}
         states, new_kv = [embeds], []
-        for index, layer in enumerate(self.layers):
+        for index, (layer, kind) in enumerate(zip(self.layers, kinds, strict=True)):
             with jax.named_scope(f"layer_{index}"):
-                past = []
-                if cache is not None:
-                    assert cache_mask is not None  # it comes with the cache
-                    past.append(Segment(cache[index], cache_mask))
-                if uncommitted is not None:
-                    past.append(Segment(uncommitted.kv[index], uncommitted.mask))
-                x, kv = layer(states[-1], rope, mask, past)
+                own = mask
+                if kind.window is not None:
+                    own = dataclasses.replace(
+                        mask, query_places=position_ids, key_places=position_ids, window=kind.window
+                    )
+                past = segments_before(index, cache, drafted, position_ids, kind.window)
+                x, kv = layer(states[-1], ropes[kind.rope], own, past)
+                if additions is not None and index in additions:
+                    x = x + additions[index]
             states.append(x)
             new_kv.append(kv)
-        return self.features(states, tap_layers), tuple(new_kv)
-
-    def features(self, states: Sequence[jax.Array], tap_layers: Sequence[int]) -> jax.Array:
-        """Features `[B, N, (T + 1) * D]` of the hidden states `[B, N, D]` before the first layer and after each."""
-        return jnp.concatenate([*(states[layer] for layer in tap_layers), self.norm(states[-1])], axis=-1)
+        features = [*(states[layer] for layer in tap_layers), self.norm(states[-1])]
+        return jnp.concatenate(features, axis=-1), tuple(new_kv)
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
         """Embeddings `[.., D]` of ids `[..]`."""
-        return self.embed_tokens(input_ids)
+        embeds = self.embed_tokens(input_ids)
+        scale = self.config.embedding_scale
+        return embeds if scale == 1.0 else embeds * jnp.asarray(scale, embeds.dtype)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits f32 `[..., V]` of features `[..., D]`, or of the last D of more."""
@@ -296,9 +415,3 @@ class LanguageModel(nnx.Module, Generic[Text]):
         kernel = self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
         with jax.named_scope("logits"):
             return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
-
-
-def causal_mask(valid: jax.Array) -> jax.Array:
-    """Bool `[B, S, S]`: position j is visible from i iff j <= i and `valid[j]`; `valid` bool `[B, S]`."""
-    length = valid.shape[1]
-    return jnp.tril(jnp.ones((length, length), bool))[None] & valid[:, None, :]

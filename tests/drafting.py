@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxspec import Drafter, SamplingParams, Target, TreeConfig, load_target
-from jaxspec import cache as caches
+from jaxspec.cache import Cache
 from jaxspec.demo.processor import build_processor
 from jaxspec.drafters.compressor import MODES, CompressorConfig
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
@@ -27,7 +27,8 @@ from jaxspec.drafters.medusa import MedusaConfig, MedusaHeads
 from jaxspec.drafters.specvlm import SpecVLMConfig, SpecVLMHead
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.drafters.vocabulary import take_from_target
-from jaxspec.kernels.attention import LayerKV
+from jaxspec.kernels.masks import Mask
+from jaxspec.layers import Uncommitted
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.sampling import Noise, choose
@@ -88,7 +89,7 @@ def random_head(target: Target, method: str = "eagle2", seed: int = 2) -> EagleH
 
 
 def fresh_head(target: Target, method: str, seed: int) -> EagleHead:
-    text = dataclasses.replace(target.config.text, num_layers=1)
+    text = target.config.text.plain()
     match method:
         case "vispec":
             return ViSpecHead(ViSpecConfig(text, num_q=3), rngs=nnx.Rngs(seed))
@@ -168,8 +169,7 @@ def own_answers(target: Target, question: str, temperatures, seed: int, count: i
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SelfState:
-    cache: tuple[LayerKV, ...]
-    rows: jax.Array  # i32 [B]
+    cache: Cache
     root: jax.Array  # i32 [B]
 
 
@@ -182,28 +182,22 @@ class SelfDrafter(nnx.Module):
 
     def prefill(self, target, context, capacity: int) -> SelfState:
         _, kv = target.prefill(context.embeds, context.lengths)
-        return SelfState(tuple(caches.extend(layer, capacity) for layer in kv), context.lengths, context.root)
+        return SelfState(Cache.of_prompt(kv, context.lengths, capacity), context.root)
 
     def propose(self, target, config: TreeConfig, state: SelfState, root, noise, sampling) -> tuple[Any, SelfState]:
-        batch, k = root.shape[0], config.top_k
-        committed = caches.filled(state.rows, state.cache[0].keys.shape[2])  # [B, 1, S]
+        lengths, language = state.cache.lengths, target.language_model
 
-        def run(tokens, positions, cache, seen):
-            own = jnp.broadcast_to(jnp.eye(tokens.shape[1], dtype=bool), (batch, tokens.shape[1], tokens.shape[1]))
-            features, new = target.forward(target.embed(tokens), positions, own, cache, seen)
-            pairs = zip(cache, new, strict=True)
-            cache = tuple(LayerKV(*(jnp.concatenate(two, axis=2) for two in zip(*pair, strict=True))) for pair in pairs)
-            return self.disturb(target.unembed(features), positions), cache, jnp.concatenate([seen, own], axis=2)
+        def run(tokens, positions, drafted):
+            own = Mask(ancestors=jnp.eye(tokens.shape[1], dtype=bool))
+            features, kv = language(target.embed(tokens), positions, own, state.cache, drafted)
+            return Uncommitted.level(kv, positions, drafted), self.disturb(target.unembed(features), positions)
 
-        def expand(carry, tokens, parent, level):
-            cache, seen = carry
-            seen = jnp.take_along_axis(seen, parent[..., None], axis=1)  # [B, k, S + T]
-            positions = jnp.broadcast_to((state.rows + 1 + level)[:, None], (batch, k))
-            logits, cache, seen = run(tokens, positions, cache, seen)
-            return (cache, seen), logits
+        def expand(drafted, tokens, parent, level):
+            positions = jnp.broadcast_to((lengths + 1 + level)[:, None], tokens.shape)
+            return run(tokens, positions, drafted.children(parent))
 
-        first, cache, seen = run(root[:, None], state.rows[:, None], state.cache, committed)
-        return grow_tree(config, root, first[:, 0], noise, sampling, expand, (cache, seen)), state
+        drafted, first = run(root[:, None], lengths[:, None], None)
+        return grow_tree(config, root, first[:, 0], noise, sampling, expand, drafted), state
 
     def disturb(self, logits, positions):
         draw = lambda position: jax.random.normal(jax.random.fold_in(jax.random.key(0), position), logits.shape[-1:])  # noqa: E731
@@ -212,14 +206,11 @@ class SelfDrafter(nnx.Module):
     def advance(self, target, state: SelfState, tokens, features, count) -> SelfState:
         length = tokens.shape[1]
         nodes = jnp.concatenate([state.root[:, None], tokens[:, :-1]], axis=1)
-        steps = jnp.arange(length)
-        causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (tokens.shape[0], length, length))
-        committed = caches.filled(state.rows, state.cache[0].keys.shape[2])
-        _, new = target.forward(target.embed(nodes), state.rows[:, None] + steps, causal, state.cache, committed)
+        positions = state.cache.lengths[:, None] + jnp.arange(length)
+        _, new = target.forward(target.embed(nodes), positions, Mask(causal=True), state.cache)
         last = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
         return SelfState(
-            cache=tuple(caches.write(old, kv, state.rows, count) for old, kv in zip(state.cache, new, strict=True)),
-            rows=state.rows + count,
+            cache=state.cache.append(new, count),
             root=jnp.where(count > 0, last, state.root),
         )
 

@@ -11,7 +11,6 @@ from benchmarks.random_target import GEMMA_TEMPLATE, QWEN_TEMPLATE
 from jaxspec import Target
 from jaxspec.checkpoints.names import abstract
 from jaxspec.demo.processor import CHAT_TEMPLATE, wrapped_tokenizer
-from jaxspec.targets.gemma3 import GemmaLanguageModel
 from jaxspec.targets.processors import QwenProcessor, TextProcessor
 from jaxspec.targets.registry import family_of
 
@@ -149,8 +148,7 @@ def family_target(name: str) -> Target:
 
     model = nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, state))
     language, text = model.language_model, config.text
-    shown = text.hidden_size**0.5 if isinstance(language, GemmaLanguageModel) else 1.0
-    language.embed_tokens.embedding[...] *= text.vocab_size**0.5 / shown  # entries near 1 after `embed`
+    language.embed_tokens.embedding[...] *= text.vocab_size**0.5 / text.embedding_scale  # entries near 1 after `embed`
     for layer in language.layers:  # what is said depends on all that was said before
         layer.self_attn.q_proj.kernel[...] *= 3.0
         layer.self_attn.o_proj.kernel[...] *= 4.0

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import StrictDataclassError
 
 from jaxspec.checks import reason
-from jaxspec.layers import RopeConfig, TextConfig
+from jaxspec.layers import LayerKind, RopeConfig, TextConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
 """Text models that one decoder layer computes; the Qwen2 ones have biases at query, key and value."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, as transformers names them."""
 
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "head_dim", "num_hidden_layers", "num_attention_heads"),
@@ -75,6 +78,30 @@ def llama_text_config(config: "PretrainedConfig") -> TextConfig:
         rope=rope_config(config.rope_parameters),
         qkv_bias=config.model_type.startswith("qwen2"),
         mlp_bias=getattr(config, "mlp_bias", False),
+    )
+
+
+def gemma_text_config(config: "PretrainedConfig") -> TextConfig:
+    """A transformers `Gemma3TextConfig` as ours. Raises ValueError for what is not computed here."""
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if getattr(config, name):
+            raise ValueError(f"{name} {getattr(config, name)!r} is not supported in Gemma3")
+    if config.hidden_activation != "gelu_pytorch_tanh":
+        raise ValueError(f"hidden_activation {config.hidden_activation!r} is not supported; only gelu_pytorch_tanh")
+    full, local = (rope_config(config.rope_parameters[name]) for name in (FULL, SLIDING))
+    return TextConfig(
+        **common_text_fields(config),
+        rope=full,
+        layer_kinds=tuple(
+            LayerKind(local, config.sliding_window) if kind == SLIDING else LayerKind(full)
+            for kind in config.layer_types
+        ),
+        qk_norm=True,
+        post_norms=True,
+        norms_from_one=True,
+        activation="gelu_tanh",
+        query_scale=config.query_pre_attn_scalar**-0.5,
+        embedding_scale=config.hidden_size**0.5,
     )
 
 

@@ -7,19 +7,18 @@ SpecVLM's baseline) is this head with an input norm in its layer; like EAGLE-2 i
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspec import cache as caches
+from jaxspec.cache import Cache, LayerKV
 from jaxspec.checkpoints.configs import llama_text_config, published_rope, published_text_fields
 from jaxspec.drafters.contract import DrafterContext, Method, size_misfits
 from jaxspec.drafters.vocabulary import DraftHead
-from jaxspec.kernels.attention import LayerKV, Segment
-from jaxspec.layers import DecoderLayer, TextConfig, causal_mask, linear, rope_tables
+from jaxspec.kernels.masks import Mask
+from jaxspec.layers import DecoderLayer, TextConfig, Uncommitted, linear, rope_tables, segments_before
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.sampling import Noise
 from jaxspec.speculation.tree import Tree, TreeConfig, grow_tree
@@ -39,6 +38,10 @@ class EagleConfig:
     draft_vocab_size: int | None = None
     """Tokens that the head drafts, with an LM head of its own (jaxspec.drafters.vocabulary); None: the target's."""
 
+    def __post_init__(self) -> None:
+        if self.text != self.text.plain(self.text.num_layers):
+            raise ValueError("a draft head has a Llama layer, as published: give it TextConfig.plain() of the target's")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +51,21 @@ class Rows:
     embeds: jax.Array  # [B, R, D], embedding of the token after the row's position
     features: jax.Array  # [B, R, D], target feature of the row's position
     positions: jax.Array  # i32 [B, R], position in the target's sequence
-    valid: jax.Array  # bool [B, R]
+    valid: jax.Array  # bool [B, R], the first rows of each entry
     global_features: jax.Array | None = None  # [B, R, D], what ViSpec sets beside a feature
     direct: jax.Array | None = None  # [B, R, D], rows that bypass `fc`
     is_direct: jax.Array | None = None  # bool [B, R]
+
+    @property
+    def count(self) -> jax.Array:
+        """Valid rows, i32 `[B]`."""
+        return self.valid.sum(axis=1, dtype=jnp.int32)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EagleState:
-    kv: LayerKV  # [B, Hkv, S, Dh]
-    rows: jax.Array  # i32 [B], rows in use
+    cache: Cache  # of one layer, a row for each of the head's rows
     next_position: jax.Array  # i32 [B], position of the next row
     output: jax.Array  # [B, D], head output at the last row: predicts the feature of the root
     global_feature: jax.Array | None  # [B, D]
@@ -114,10 +121,16 @@ class EagleHead(nnx.Module, Generic[Config]):
         return target.unembed(output) if self.config.draft_vocab_size is None else self.draft_head(output)
 
     def run(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, past: Sequence[Segment] = ()
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: Mask,
+        cache: Cache | None = None,
+        drafted: Uncommitted | None = None,
     ) -> tuple[jax.Array, LayerKV]:
         """The decoder layer on inputs `[B, N, D]`."""
         text = self.config.text
+        past = segments_before(0, cache, drafted, positions)
         return self.layers[0](x, rope_tables(text.rope, text.head_dim, positions), mask, past)
 
     def forward(self, rows: Rows, features: jax.Array | None = None) -> tuple[jax.Array, LayerKV]:
@@ -129,7 +142,7 @@ class EagleHead(nnx.Module, Generic[Config]):
         if rows.direct is not None:
             assert rows.is_direct is not None  # it comes with `direct`
             x = jnp.where(rows.is_direct[..., None], rows.direct, x)
-        return self.run(x, rows.positions, causal_mask(rows.valid))
+        return self.run(x, rows.positions, Mask(rows.count, causal=True))
 
     def rows_of(self, context: DrafterContext, next_embeds: jax.Array, key: jax.Array | None = None) -> Rows:
         """The rows of a prompt; `next_embeds` `[B, S, D]` are its embeddings shifted by one. A `key` says that the head
@@ -149,12 +162,11 @@ class EagleHead(nnx.Module, Generic[Config]):
         next_embeds = next_embeds.at[batch, context.lengths - 1].set(target.embed(context.root[:, None])[:, 0])
         rows = self.rows_of(context, next_embeds)
         output, kv = self.forward(rows)
-        count = rows.valid.sum(axis=1)
+        count = rows.count
         # Image rows the method does without; below 0 where short images become more rows than they had.
         unused = context.embeds.shape[1] - rows.embeds.shape[1]
         return EagleState(
-            kv=caches.extend(kv, capacity - unused),
-            rows=count,
+            cache=Cache.of_prompt([kv], count, capacity - unused),
             next_position=context.lengths,
             output=output[batch, count - 1],
             global_feature=self.final_global_feature(rows, count - 1),
@@ -169,27 +181,18 @@ class EagleHead(nnx.Module, Generic[Config]):
         noise: Noise,
         sampling: BatchSampling,
     ) -> tuple[Tree, EagleState]:
-        committed = caches.filled(state.rows, state.kv.keys.shape[2])  # [B, 1, S]
-        own = jnp.broadcast_to(jnp.eye(config.top_k, dtype=bool), (root.shape[0], config.top_k, config.top_k))
+        own = Mask(ancestors=jnp.eye(config.top_k, dtype=bool))
 
         def expand(carry, tokens, parent, level):
-            outputs, drafted, seen = carry  # outputs [B, k, D]; keys, values of drafted nodes; who sees which [B, k, T]
+            outputs, drafted = carry  # outputs [B, k, D] of the level before, and all levels so far
             features = jnp.take_along_axis(outputs, parent[..., None], axis=1)
             x = self.step_inputs(target, tokens, features, state)
-            past = [Segment(state.kv, committed)]
-            if drafted is not None:
-                seen = jnp.take_along_axis(seen, parent[..., None], axis=1)
-                past.append(Segment(drafted, seen))
+            drafted = None if drafted is None else drafted.children(parent)
             positions = jnp.broadcast_to((state.next_position + level)[:, None], tokens.shape)
-            outputs, kv = self.run(x, positions, own, past)
-            if drafted is None:
-                drafted, seen = kv, own
-            else:
-                drafted = LayerKV(*(jnp.concatenate(pair, axis=2) for pair in zip(drafted, kv, strict=True)))
-                seen = jnp.concatenate([seen, own], axis=2)
-            return (outputs, drafted, seen), self.logits(target, outputs)
+            outputs, kv = self.run(x, positions, own, state.cache, drafted)
+            return (outputs, Uncommitted.level([kv], positions, drafted)), self.logits(target, outputs)
 
-        first, carry = self.logits(target, state.output), (state.output[:, None], None, None)
+        first, carry = self.logits(target, state.output), (state.output[:, None], None)
         return grow_tree(config, root, first, noise, sampling, expand, carry, self.draft_ids), state
 
     def advance(
@@ -203,16 +206,12 @@ class EagleHead(nnx.Module, Generic[Config]):
         length = tokens.shape[1]
         steps = jnp.arange(length)
         x = self.step_inputs(target, tokens, self.observe(features), state)
-        mask = causal_mask(steps < count[:, None])
         positions = state.next_position[:, None] + steps
-        output, kv = self.run(
-            x, positions, mask, [Segment(state.kv, caches.filled(state.rows, state.kv.keys.shape[2]))]
-        )
+        output, kv = self.run(x, positions, Mask(count, causal=True), state.cache)
         last = jnp.take_along_axis(output, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         return dataclasses.replace(
             state,
-            kv=caches.write(state.kv, kv, state.rows, count),
-            rows=state.rows + count,
+            cache=state.cache.append([kv], count),
             next_position=state.next_position + count,
             output=jnp.where((count > 0)[:, None], last, state.output),
         )

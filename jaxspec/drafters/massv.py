@@ -14,19 +14,19 @@ import jax.numpy as jnp
 import transformers
 from flax import nnx
 
-from jaxspec import cache as caches
+from jaxspec.cache import Cache, LayerKV
 from jaxspec.checkpoints.names import NameTable
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.drafters.contract import DrafterContext, Method
-from jaxspec.kernels.attention import LayerKV
-from jaxspec.layers import TextConfig, Uncommitted, causal_mask
+from jaxspec.kernels.masks import Mask
+from jaxspec.layers import LanguageModel, TextConfig, Uncommitted
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.sampling import Noise
 from jaxspec.speculation.tree import Tree, TreeConfig, grow_tree
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 from jaxspec.targets.llava import Projector
 from jaxspec.targets.registry import FAMILIES
-from jaxspec.targets.text import TextModel, TextTargetConfig, language_model, published_text_config
+from jaxspec.targets.text import TextModel, TextTargetConfig, published_text_config
 
 TEXT_MODELS = tuple(name for name, family in FAMILIES.items() if family.model is TextModel)
 
@@ -60,8 +60,7 @@ class DraftSequence(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MassvState:
-    cache: tuple[LayerKV, ...]
-    rows: jax.Array  # i32 [B], rows in use: prompt and output up to and with the root
+    cache: Cache  # prompt and output up to and with the root
     output: jax.Array  # [B, D], the text model's feature at the root: says what follows it
 
 
@@ -70,7 +69,7 @@ class MassvDrafter(nnx.Module):
         self.config = config
         width = config.text.hidden_size
         self.projector = Projector(config.vision_width, width, bias=True, rngs=rngs) if config.multimodal else None
-        self.language_model = language_model(config.text, rngs=rngs)
+        self.language_model = LanguageModel(config.text, rngs=rngs)
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
         """Embeddings `[.., D]` of the target's ids `[..]`; its vocabulary may be padded further than the drafter's."""
@@ -103,7 +102,7 @@ class MassvDrafter(nnx.Module):
     def forward(self, sequence: DraftSequence) -> tuple[jax.Array, tuple[LayerKV, ...]]:
         """Features `[B, R, D]` of whole sequences, and keys and values per layer."""
         positions = jnp.broadcast_to(jnp.arange(sequence.places.shape[1]), sequence.places.shape)
-        return self.language_model(sequence.embeds, positions, causal_mask(sequence.valid))
+        return self.language_model(sequence.embeds, positions, Mask(sequence.lengths, causal=True))
 
     # -- decoding (jaxspec.drafters.contract.DraftModel) ---------------------------------------------------------
 
@@ -115,7 +114,7 @@ class MassvDrafter(nnx.Module):
             capacity -= context.min_image_tokens  # rows that are never used
         # With the root there may be one row more than the cache has, but never one more in use.
         cut = [LayerKV(*(part[:, :, :capacity] for part in kv)) for kv in new_kv]
-        return MassvState(tuple(caches.extend(kv, capacity) for kv in cut), sequence.lengths, last)
+        return MassvState(Cache.of_prompt(cut, sequence.lengths, capacity), last)
 
     def propose(
         self,
@@ -127,19 +126,13 @@ class MassvDrafter(nnx.Module):
         sampling: BatchSampling,
     ) -> tuple[Tree, MassvState]:
         vocab_size = target.config.text.vocab_size
-        committed = caches.filled(state.rows, state.cache[0].keys.shape[2])  # [B, 1, S]
-        own = jnp.broadcast_to(jnp.eye(config.top_k, dtype=bool), (root.shape[0], config.top_k, config.top_k))
+        own = Mask(ancestors=jnp.eye(config.top_k, dtype=bool))
 
         def expand(drafted, tokens, parent, level):
-            if drafted is not None:  # a node sees what its parent saw
-                drafted = drafted._replace(mask=jnp.take_along_axis(drafted.mask, parent[..., None], axis=1))
-            positions = jnp.broadcast_to((state.rows + level)[:, None], tokens.shape)
-            features, kv = self.language_model(
-                self.embed(tokens), positions, own, state.cache, committed, uncommitted=drafted
-            )
-            level_drafts = Uncommitted(kv, own, positions)
-            drafted = level_drafts if drafted is None else append(drafted, level_drafts)
-            return drafted, self.unembed(features, vocab_size)
+            drafted = None if drafted is None else drafted.children(parent)
+            positions = jnp.broadcast_to((state.cache.lengths + level)[:, None], tokens.shape)
+            features, kv = self.language_model(self.embed(tokens), positions, own, state.cache, drafted)
+            return Uncommitted.level(kv, positions, drafted), self.unembed(features, vocab_size)
 
         first = self.unembed(state.output, vocab_size)
         return grow_tree(config, root, first, noise, sampling, expand, None), state
@@ -153,17 +146,11 @@ class MassvDrafter(nnx.Module):
         count: jax.Array,
     ) -> MassvState:
         steps = jnp.arange(tokens.shape[1])
-        committed = caches.filled(state.rows, state.cache[0].keys.shape[2])
-        mask = causal_mask(steps < count[:, None])
-        output, new_kv = self.language_model(
-            self.embed(tokens), state.rows[:, None] + steps, mask, state.cache, committed
-        )
+        positions = state.cache.lengths[:, None] + steps
+        output, new_kv = self.language_model(self.embed(tokens), positions, Mask(count, causal=True), state.cache)
         last = jnp.take_along_axis(output, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         return MassvState(
-            cache=tuple(
-                caches.write(old, new, state.rows, count) for old, new in zip(state.cache, new_kv, strict=True)
-            ),
-            rows=state.rows + count,
+            cache=state.cache.append(new_kv, count),
             output=jnp.where((count > 0)[:, None], last, state.output),
         )
 
@@ -181,19 +168,6 @@ def with_root(context: DrafterContext) -> DrafterContext:
         image_ids=longer(context.image_ids, -1),
         vision_rows=None if context.vision_rows is None else longer(context.vision_rows, 0),
         lengths=context.lengths + 1,
-    )
-
-
-def append(drafted: Uncommitted, level: Uncommitted) -> Uncommitted:
-    """The levels of a tree so far and the next one; masks are those of its nodes."""
-
-    def join(*parts, axis=2):
-        return jnp.concatenate(parts, axis=axis)
-
-    return Uncommitted(
-        kv=tuple(LayerKV(*map(join, old, new)) for old, new in zip(drafted.kv, level.kv, strict=True)),
-        mask=join(drafted.mask, level.mask),
-        position_ids=join(drafted.position_ids, level.position_ids, axis=1),
     )
 
 

@@ -32,6 +32,7 @@ class ViSpecConfig(EagleConfig):
     """False: all `num_q` vectors replace the image's tokens and nothing stands beside the features (an ablation)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_q < 1:
             raise ValueError(f"num_q must be at least 1 (the global feature), got {self.num_q}")
 

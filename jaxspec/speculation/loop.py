@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import cache as caches
+from jaxspec.cache import Cache, LayerKV
 from jaxspec.drafters.contract import DrafterContext, DraftModel
-from jaxspec.kernels.attention import LayerKV
+from jaxspec.kernels.masks import Mask
 from jaxspec.speculation.accept import accept
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.sampling import Noise, choose
@@ -46,8 +46,7 @@ class Request(Generic[Array]):
 class DecodeState:
     """The whole state of a batch between rounds."""
 
-    cache: tuple[LayerKV, ...]
-    lengths: jax.Array  # i32 [B], committed rows
+    cache: Cache
     offset: jax.Array  # i32 [B], position of the root minus `lengths`: not 0 where images take fewer positions
     root: jax.Array  # i32 [B], last chosen token, not yet in the cache
     drafter: Any
@@ -59,6 +58,11 @@ class DecodeState:
     alone: jax.Array  # bool [B], rows whose next round verifies the root without a draft (see `decode_round`)
     failed: jax.Array  # bool [B], rows that are done because the logits of their next token were not finite
     rounds: jax.Array  # i32 [B], verification steps
+
+    @property
+    def lengths(self) -> jax.Array:
+        """Committed tokens, i32 `[B]`."""
+        return self.cache.lengths
 
 
 def taps_of(drafter: DraftModel | None) -> tuple[int, ...]:
@@ -73,7 +77,8 @@ def read_prompts(
     its tower saw (`[R, Dv]` or None)."""
     vision = None if prompt.images is None else target.encode_vision(prompt.images)
     embeds = target.embed(prompt.input_ids, prompt.images, vision)
-    features, new_kv = target.prefill(embeds, prompt.lengths, prompt.images, prompt.position_ids, tap_layers)
+    image_ids = None if prompt.images is None else prompt.images.ids
+    features, new_kv = target.prefill(embeds, prompt.lengths, image_ids, prompt.position_ids, tap_layers)
     return features, new_kv, embeds, vision
 
 
@@ -99,15 +104,13 @@ def prefill(
     failed = ~finite(logits)[:, 0]
     noise = Noise(sampling.seed, prompt.lengths, logits.shape[-1])
     root = choose(logits, lambda: noise.levels(0, 1), sampling)[:, 0]
-    cache = tuple(caches.extend(kv, capacity) for kv in new_kv)
     drafter_state = None
     if drafter is not None:
         context = context_of(prompt, features, embeds, vision, prompt.lengths, sampling.seed, root)
         with jax.named_scope("draft_prefill"):
             drafter_state = drafter.prefill(target, context, capacity)
     return DecodeState(
-        cache=cache,
-        lengths=prompt.lengths,
+        cache=Cache.of_prompt(new_kv, prompt.lengths, capacity),
         offset=position_offset(prompt),
         root=root,
         drafter=drafter_state,
@@ -197,10 +200,7 @@ def decode_round(
         whole = jnp.take_along_axis(finite(logits), accepted.path, axis=1)  # [B, P]
         broken = jnp.any(~whole & (levels < emit[:, None]), axis=1)  # [B]
         emit = jnp.where(broken, 0, emit)
-        cache = tuple(
-            caches.write(old, caches.take(new, accepted.path), state.lengths, emit)
-            for old, new in zip(state.cache, new_kv, strict=True)
-        )
+        cache = state.cache.append(new_kv, emit, accepted.path)
         if drafter is not None:
             path_features = jnp.take_along_axis(features, accepted.path[..., None], axis=1)  # [B, P, D]
             drafter_state = drafter.advance(target, drafter_state, accepted.tokens, path_features, emit)
@@ -212,7 +212,6 @@ def decode_round(
     drafted = levels < (accepted.length - 1)[:, None]
     return DecodeState(
         cache=cache,
-        lengths=state.lengths + emit,
         offset=state.offset,
         root=jnp.where(emit > 0, accepted.root, state.root),
         drafter=drafter_state,
@@ -237,9 +236,8 @@ def verify(
 ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
     """The target on all nodes of the tree at once: features `[B, N, (T + 1) * D]`, keys and values per layer."""
     positions = (state.lengths + state.offset)[:, None] + tree.depths
-    cache_mask = caches.filled(state.lengths, state.cache[0].keys.shape[2])
     embeds = target.embed(jnp.where(tree.tokens == NO_TOKEN, tree.tokens[:, :1], tree.tokens))
-    return target.forward(embeds, positions, tree.ancestors, state.cache, cache_mask, tap_layers)
+    return target.forward(embeds, positions, Mask(ancestors=tree.ancestors), state.cache, tap_layers)
 
 
 def position_offset(prompt: PromptBatch[jax.Array]) -> jax.Array:

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspec.kernels.attention import LayerKV, Segment, attend
+from jaxspec.cache import LayerKV
+from jaxspec.kernels.attention import Segment, attend
+from jaxspec.kernels.masks import Mask
 from jaxspec.layers import ACTIVATIONS, Embed, linear
 
 if TYPE_CHECKING:
@@ -81,8 +83,7 @@ class ClipAttention(nnx.Module):
         query, key, value = (
             proj(x).reshape(split).swapaxes(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # [n, H, T, Dh]
-        everything = jnp.ones((1, 1, x.shape[1]), bool)
-        out = attend(query, [Segment(LayerKV(key, value), everything)])
+        out = attend(query, [Segment(LayerKV(key, value), Mask())])
         return self.out_proj(out.swapaxes(1, 2).reshape(x.shape))
 
 

@@ -5,15 +5,16 @@ Drafters, speculation and training use this and nothing else of a target.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxspec.kernels.attention import LayerKV
-from jaxspec.layers import LanguageModel, TextConfig, causal_mask
+from jaxspec.cache import Cache, LayerKV
+from jaxspec.kernels.masks import Mask
+from jaxspec.layers import LanguageModel, TextConfig
 from jaxspec.targets.images import ImageLayout, Images, place, stack_entries
 
 Layout = TypeVar("Layout", bound=ImageLayout)
@@ -83,7 +84,9 @@ class VisionLanguageModel(nnx.Module):
     """Base of the target families. Subclasses set `language_model` and `config` (a `TargetConfig`), and implement
     `encode_vision` and `project`."""
 
-    language_model: LanguageModel[TextConfig]
+    language_model: LanguageModel
+    images_see_themselves: ClassVar[bool] = False
+    """Whether the tokens of an image see each other in both directions while a prompt is read."""
 
     if TYPE_CHECKING:  # an attribute of the subclasses, each of its own kind
 
@@ -117,33 +120,44 @@ class VisionLanguageModel(nnx.Module):
         self,
         embeds: jax.Array,
         position_ids: jax.Array,
-        mask: jax.Array,
-        cache: tuple[LayerKV, ...] | None = None,
-        cache_mask: jax.Array | None = None,
+        mask: Mask,
+        cache: Cache | None = None,
         tap_layers: Sequence[int] = (),
     ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
-        """Features `[B, N, (T + 1) * D]` of new tokens, and their keys and values per layer. The last D features are
-        those after the final norm; before them come the hidden states of the T `tap_layers` (0: the embeddings, i: the
-        output of the i-th layer)."""
-        return self.language_model(embeds, position_ids, mask, cache, cache_mask, tap_layers=tap_layers)
+        """Features `[B, N, (T + 1) * D]` of new tokens over a cache, and their keys and values per layer; `mask` says
+        who sees whom among them. The last D features are those after the final norm; before them come the hidden states
+        of the T `tap_layers` (0: the embeddings, i: the output of the i-th layer)."""
+        return self.language_model(embeds, position_ids, mask, cache, tap_layers=tap_layers)
 
     def prefill(
         self,
         embeds: jax.Array,
-        lengths: jax.Array,
-        images: Images | None = None,
+        count: jax.Array,
+        image_ids: jax.Array | None = None,
         position_ids: jax.Array | None = None,
         tap_layers: Sequence[int] = (),
+        cache: Cache | None = None,
     ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
-        """A right-padded prompt `[B, S, D]` with `lengths` i32 `[B]`; as `forward`. `images` are those of `embed`;
-        `position_ids` `[3, B, S]` where the family has positions of its own."""
-        places = jnp.broadcast_to(jnp.arange(embeds.shape[1]), embeds.shape[:2])
-        mask = self.prompt_mask(places < lengths[:, None], images)
-        return self.forward(embeds, places if position_ids is None else position_ids, mask, tap_layers=tap_layers)
+        """Reads the next C tokens of prompts, whole prompts where there is no cache.
 
-    def prompt_mask(self, valid: jax.Array, images: Images | None) -> jax.Array:
-        """Who sees whom in a prompt, bool `[B, S, S]`; `valid` bool `[B, S]`."""
-        return causal_mask(valid)
+        Chunks read one after the other, each appended to the cache before the next, give what one pass gives, as long
+        as no cut goes through an image of a family with `images_see_themselves`.
+
+        Args:
+          embeds: `[B, C, D]`.
+          count: i32 `[B]`, how many of them are real.
+          image_ids: i32 `[B, C]`, which image a token belongs to, -1 for text; None where there are no images.
+          position_ids: i32 `[3, B, C]` where the family has positions of its own.
+          tap_layers: as of `forward`.
+          cache: the beginnings of the prompts, read before.
+
+        Returns as `forward`.
+        """
+        places = jnp.broadcast_to(jnp.arange(embeds.shape[1]), embeds.shape[:2])
+        if cache is not None:
+            places = places + cache.lengths[:, None]
+        mask = Mask(count, groups=image_ids if self.images_see_themselves else None, causal=True)
+        return self.forward(embeds, places if position_ids is None else position_ids, mask, cache, tap_layers)
 
     def unembed(self, features: jax.Array) -> jax.Array:
         """Logits f32 `[..., V]` of features as `forward` gives them, tapped layers or not."""

@@ -6,28 +6,15 @@ any other family.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxspec.checkpoints.configs import common_text_fields, rope_config
-from jaxspec.kernels.attention import LayerKV, Segment
-from jaxspec.layers import (
-    Embed,
-    GatedMLP,
-    LanguageModel,
-    RopeConfig,
-    SelfAttention,
-    TextConfig,
-    Uncommitted,
-    apply_rope,
-    linear,
-    rope_tables,
-)
+from jaxspec.checkpoints.configs import gemma_text_config
+from jaxspec.layers import Embed, LanguageModel, RMSNorm, TextConfig, linear
 from jaxspec.targets.clip import ClipEncoder, ClipVisionConfig, layer_norm, patchify
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 from jaxspec.targets.images import ImageLayout, Images, check_pixels
@@ -37,35 +24,8 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class GemmaTextConfig(TextConfig):
-    query_scale: float = 1.0
-    """Factor of the attention scores."""
-    local_rope: RopeConfig = RopeConfig()
-    windows: tuple[int | None, ...] = ()
-    """How far back each layer sees, itself included; None for all the way."""
-
-    @classmethod
-    def from_hf(cls, config: "PretrainedConfig") -> "GemmaTextConfig":
-        """From a transformers `Gemma3TextConfig`. Raises ValueError for what is not computed here."""
-        for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
-            if getattr(config, name):
-                raise ValueError(f"{name} {getattr(config, name)!r} is not supported in Gemma3")
-        if config.hidden_activation != "gelu_pytorch_tanh":
-            raise ValueError(f"hidden_activation {config.hidden_activation!r} is not supported; only gelu_pytorch_tanh")
-        return cls(
-            **common_text_fields(config),
-            rope=rope_config(config.rope_parameters["full_attention"]),
-            query_scale=config.query_pre_attn_scalar**-0.5,
-            local_rope=rope_config(config.rope_parameters["sliding_attention"]),
-            windows=tuple(
-                config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types
-            ),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class Gemma3Config(TargetConfig[ImageLayout]):
-    text: GemmaTextConfig
+    text: TextConfig
     vision: ClipVisionConfig
     image_token_id: int
     tokens_per_image: int
@@ -88,7 +48,7 @@ class Gemma3Config(TargetConfig[ImageLayout]):
                 f"mm_tokens_per_image {config.mm_tokens_per_image} does not divide {side} x {side} patches"
             )
         text = dataclasses.replace(
-            GemmaTextConfig.from_hf(config.text_config), tie_word_embeddings=config.tie_word_embeddings
+            gemma_text_config(config.text_config), tie_word_embeddings=config.tie_word_embeddings
         )
         return cls(text, vision, config.image_token_id, config.mm_tokens_per_image)
 
@@ -104,103 +64,6 @@ class Gemma3Config(TargetConfig[ImageLayout]):
             for image in inputs.get("pixel_values", ())
         ]
         return [ImageLayout(image[None], np.arange(tokens), tokens) for image in images]
-
-
-class GemmaNorm(nnx.Module):
-    """RMS norm whose weight counts from 1, multiplied in float32."""
-
-    def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs) -> None:
-        del rngs
-        self.scale = nnx.Param(jnp.zeros((features,)))
-        self.epsilon = epsilon
-
-    @jax.named_scope("norm")
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-        return (x32 * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
-
-
-class GemmaAttention(SelfAttention):
-    def __init__(self, config: GemmaTextConfig, *, rngs: nnx.Rngs) -> None:
-        super().__init__(config, qkv_bias=config.attention_bias, output_bias=config.attention_bias, rngs=rngs)
-        self.q_norm = GemmaNorm(config.head_dim, config.rms_norm_eps, rngs=rngs)
-        self.k_norm = GemmaNorm(config.head_dim, config.rms_norm_eps, rngs=rngs)
-        self.query_factor = config.query_scale * config.head_dim**0.5  # `attend` divides by the root of head_dim
-
-    def heads(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        query, key, value = (
-            proj(x).reshape(*x.shape[:2], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return apply_rope(self.q_norm(query), rope) * self.query_factor, apply_rope(self.k_norm(key), rope), value
-
-
-class GemmaLayer(nnx.Module):
-    """Norms before and after attention and MLP."""
-
-    def __init__(self, config: GemmaTextConfig, *, rngs: nnx.Rngs) -> None:
-        def norm():
-            return GemmaNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
-
-        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
-        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
-        self.self_attn = GemmaAttention(config, rngs=rngs)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False, activation="gelu_tanh", rngs=rngs)
-
-    def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array, past: Sequence[Segment]
-    ) -> tuple[jax.Array, LayerKV]:
-        attended, kv = self.self_attn(self.input_layernorm(x), rope, mask, past)
-        x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), kv
-
-
-class GemmaLanguageModel(LanguageModel[GemmaTextConfig]):
-    layer: ClassVar[Callable[..., Any]] = GemmaLayer
-    norm_type: ClassVar[Callable[..., Any]] = GemmaNorm
-
-    def embed(self, input_ids: jax.Array) -> jax.Array:
-        embeds = self.embed_tokens(input_ids)
-        return embeds * jnp.asarray(self.config.hidden_size**0.5, embeds.dtype)
-
-    def __call__(
-        self,
-        embeds: jax.Array,
-        position_ids: jax.Array,
-        mask: jax.Array,
-        cache: Sequence[LayerKV] | None = None,
-        cache_mask: jax.Array | None = None,
-        uncommitted: Uncommitted | None = None,
-        tap_layers: Sequence[int] = (),
-    ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
-        config = self.config
-        ropes = {
-            local: rope_tables(config.local_rope if local else config.rope, config.head_dim, position_ids)
-            for local in (False, True)
-        }
-        back = position_ids[:, :, None] - position_ids[:, None, :]  # [B, N, N]
-        states, new_kv = [embeds], []
-        for index, (layer, window) in enumerate(zip(self.layers, config.windows, strict=True)):
-            with jax.named_scope(f"layer_{index}"):
-                seen, past = mask, []
-                if window is not None:
-                    seen = mask & (back < window)
-                if cache is not None:
-                    assert cache_mask is not None  # it comes with the cache
-                    past_mask = cache_mask
-                    if window is not None:  # row j of a cache holds position j
-                        rows = jnp.arange(cache[index].keys.shape[2])
-                        past_mask = cache_mask & (position_ids[:, :, None] - rows < window)
-                    past.append(Segment(cache[index], past_mask))
-                if uncommitted is not None:
-                    recent = uncommitted.mask
-                    if window is not None:
-                        recent &= position_ids[:, :, None] - uncommitted.position_ids[:, None, :] < window
-                    past.append(Segment(uncommitted.kv[index], recent))
-                x, kv = layer(states[-1], ropes[window is not None], seen, past)
-            states.append(x)
-            new_kv.append(kv)
-        return self.features(states, tap_layers), tuple(new_kv)
 
 
 class SiglipEmbeddings(nnx.Module):
@@ -238,7 +101,7 @@ class GemmaProjector(nnx.Module):
         self.side, self.pooled = vision.image_size // vision.patch_size, round(config.tokens_per_image**0.5)
         init = nnx.initializers.lecun_normal()
         self.mm_input_projection_weight = nnx.Param(init(rngs.params(), (vision.hidden_size, width)))
-        self.mm_soft_emb_norm = GemmaNorm(vision.hidden_size, vision.layer_norm_eps, rngs=rngs)
+        self.mm_soft_emb_norm = RMSNorm(vision.hidden_size, vision.layer_norm_eps, from_one=True, rngs=rngs)
 
     def pool(self, x: jax.Array) -> jax.Array:
         """`[T, patches, Dv]` -> `[T * M, Dv]`, M averages of square blocks of patches."""
@@ -255,12 +118,13 @@ class GemmaProjector(nnx.Module):
 
 class Gemma3(VisionLanguageModel):
     config: Gemma3Config
+    images_see_themselves = True
 
     def __init__(self, config: Gemma3Config, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.vision_tower = SiglipVisionTower(config.vision, rngs=rngs)
         self.multi_modal_projector = GemmaProjector(config, rngs=rngs)
-        self.language_model = GemmaLanguageModel(config.text, rngs=rngs)
+        self.language_model = LanguageModel(config.text, rngs=rngs)
 
     def encode_vision(self, images: Images) -> jax.Array:
         with jax.named_scope("vision_tower"):
@@ -268,10 +132,3 @@ class Gemma3(VisionLanguageModel):
 
     def project(self, vision: jax.Array) -> jax.Array:
         return self.multi_modal_projector(vision)
-
-    def prompt_mask(self, valid: jax.Array, images: Images | None) -> jax.Array:
-        causal = super().prompt_mask(valid, images)
-        if images is None:
-            return causal
-        ids = images.ids
-        return causal | ((ids[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, None, :])

@@ -16,9 +16,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxspec.buckets import round_up
+from jaxspec.cache import LayerKV
 from jaxspec.checkpoints.configs import llama_text_config
 from jaxspec.checkpoints.names import NameTable
-from jaxspec.kernels.attention import BLOCK, LONG, LayerKV, Segment, attend
+from jaxspec.kernels.attention import BLOCK, LONG, Segment, attend
+from jaxspec.kernels.masks import Mask
 from jaxspec.layers import GatedMLP, LanguageModel, RMSNorm, TextConfig, apply_rope, linear
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 from jaxspec.targets.images import ImageLayout, Images, check_pixels, image_runs
@@ -249,17 +251,17 @@ class QwenVisionAttention(nnx.Module):
         self.qkv = linear(config.hidden_size, 3 * config.hidden_size, bias=True, rngs=rngs)
         self.proj = linear(config.hidden_size, config.hidden_size, bias=True, rngs=rngs, zero=True)
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array) -> jax.Array:
-        """Of `x` `[G, L, D]`, attending within each of the G groups to what `mask` bool `[G, L]` marks."""
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], lengths: jax.Array) -> jax.Array:
+        """Of `x` `[G, L, D]`, attending within each of the G groups to its first `lengths` i32 `[G]` patches."""
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
         query, key = (apply_rope(qkv[:, :, part], rope, jnp.float32) for part in (0, 1))
         parts = [part.swapaxes(1, 2) for part in (query, key, qkv[:, :, 2])]  # [G, H, L, Dh] each
 
         def attended(group):
-            query, key, value, mask = group
-            return attend(query, [Segment(LayerKV(key, value), mask[:, None, :])])
+            query, key, value, lengths = group
+            return attend(query, [Segment(LayerKV(key, value), Mask(lengths))])
 
-        out = in_groups(attended, (*parts, mask), groups_at_once(*x.shape[:2])).swapaxes(1, 2)
+        out = in_groups(attended, (*parts, lengths), groups_at_once(*x.shape[:2])).swapaxes(1, 2)
         return self.proj(out.reshape(x.shape))
 
 
@@ -270,8 +272,8 @@ class QwenVisionBlock(nnx.Module):
         self.attn = QwenVisionAttention(config, rngs=rngs)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array) -> jax.Array:
-        x = x + self.attn(self.norm1(x), rope, mask)
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], lengths: jax.Array) -> jax.Array:
+        x = x + self.attn(self.norm1(x), rope, lengths)
         return x + self.mlp(self.norm2(x))
 
 
@@ -310,15 +312,17 @@ class QwenVisionTower(nnx.Module):
         x = self.patch_embed(pixels["patches"].astype(dtype))  # [W, L, D]
         rope = self.rope(pixels["places"])
         members, shape = pixels["members"], x.shape
+        # Patches come first in windows and frames, padding behind them.
+        in_window, in_frame = (pixels[name].sum(axis=1) for name in ("valid", "inside"))
         with jax.named_scope("rope"):
             cos, sin = (table.reshape(-1, table.shape[-1])[members] for table in rope)
         for index, block in enumerate(self.blocks):
             with jax.named_scope(f"vision_layer_{index}"):
                 if index in self.config.full_attention_layers:
-                    frames = block(x.reshape(-1, shape[-1])[members], (cos, sin), pixels["inside"])  # [F, Lf, D]
+                    frames = block(x.reshape(-1, shape[-1])[members], (cos, sin), in_frame)  # [F, Lf, D]
                     x = frames.reshape(-1, shape[-1])[pixels["back"]].reshape(shape)
                 else:
-                    x = block(x, rope, pixels["valid"])
+                    x = block(x, rope, in_window)
         return x.reshape(-1, self.config.unit * shape[-1])
 
     @jax.named_scope("rope")

@@ -117,7 +117,8 @@ def full_logits(
 ) -> jax.Array:
     """Logits f32 `[B, S, V]` of right-padded prompts i32 `[B, S]`; positions i32 `[3, B, S]` where the family has its
     own."""
-    return model.unembed(model.prefill(model.embed(input_ids, images), lengths, images, position_ids)[0])
+    image_ids = None if images is None else images.ids
+    return model.unembed(model.prefill(model.embed(input_ids, images), lengths, image_ids, position_ids)[0])
 
 
 def load_target(path_or_repo_id: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Target:

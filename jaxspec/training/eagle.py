@@ -76,7 +76,7 @@ class EagleRecipe(DrafterRecipe):
 
     def new_drafter(self, target: Target) -> EagleHead[EagleConfig]:
         """A head of the target's shape, or that of `init_from` with what it lacks."""
-        config = self.head_config(dataclasses.replace(target.config.text, num_layers=1, tie_word_embeddings=False))
+        config = self.head_config(dataclasses.replace(target.config.text.plain(), tie_word_embeddings=False))
         head = cast(EagleHead, METHODS[self.method].module(config, rngs=nnx.Rngs(self.seed)))
         if self.draft_vocab_size is not None:
             answers = open_answers(self, target).records

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxspec.layers import LanguageModel, TextConfig
+from jaxspec.layers import LanguageModel
 
 RANKED = 10
 """Tokens whose order the published ranking loss looks at."""
@@ -50,7 +50,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def next_token_loss(
-    model: LanguageModel[TextConfig], features: jax.Array, input_ids: jax.Array, mask: jax.Array
+    model: LanguageModel, features: jax.Array, input_ids: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, dict]:
     """Cross-entropy of the tokens of `input_ids` i32 `[B, S]` that `mask` selects, as the model's `features`
     `[B, S, D]` of the rows before them foretell them, and how often they are its first choice."""

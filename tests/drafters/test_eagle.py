@@ -15,7 +15,8 @@ from jaxspec.drafters.drafter import Drafter
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.drafters.vocabulary import DraftHead, most_frequent, take_from_target
-from jaxspec.layers import causal_mask, rope_tables
+from jaxspec.kernels.masks import Mask
+from jaxspec.layers import rope_tables
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.loop import read_prompts
 from jaxspec.speculation.params import BatchSampling
@@ -40,10 +41,9 @@ def test_tapped_layers_stand_before_the_features(target, pictures):
     prompt = stack_prompts(target.config, [encoded], len(encoded.input_ids))
     features, _, embeds, _ = read_prompts(target.model, prompt, (0, 2, 1))
     width, language = target.config.text.hidden_size, target.model.language_model
-    valid = jnp.ones(prompt.input_ids.shape, bool)
-    rope = rope_tables(language.config.rope, language.config.head_dim, jnp.arange(valid.shape[1])[None])
-    first, _ = language.layers[0](embeds, rope, causal_mask(valid), [])
-    second, _ = language.layers[1](first, rope, causal_mask(valid), [])
+    rope = rope_tables(language.config.rope, language.config.head_dim, jnp.arange(prompt.input_ids.shape[1])[None])
+    first, _ = language.layers[0](embeds, rope, Mask(causal=True))
+    second, _ = language.layers[1](first, rope, Mask(causal=True))
     expected = jnp.concatenate([embeds, second, first, language.norm(second)], axis=-1)
     np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-5)
     assert features.shape[-1] == 4 * width
@@ -122,7 +122,7 @@ def test_folders_keep_what_a_head_has(target, tmp_path, method):
 
 
 def test_what_a_head_cannot_have(target, tmp_path):
-    text = dataclasses.replace(target.config.text, num_layers=1)
+    text = target.config.text.plain()
     for changes, message in (
         ({"tap_layers": (1, 3)}, r"tap layer 3 \(the target has 2\)"),
         ({"draft_vocab_size": 641}, r"draft_vocab_size 641 \(target: 640\)"),
@@ -138,7 +138,7 @@ def test_what_a_head_cannot_have(target, tmp_path):
 
 def test_a_vispec_head_without_a_global_feature(target, requests, tmp_path):
     """An ablation of the paper: all vectors replace image tokens, and answers stay those of the target."""
-    text = dataclasses.replace(target.config.text, num_layers=1)
+    text = target.config.text.plain()
     head = ViSpecHead(ViSpecConfig(text, num_q=2, global_feature=False), rngs=nnx.Rngs(0))
     assert not any("img_fc" in map(str, path) for path, _ in nnx.to_flat_state(nnx.state(head)))
     save_drafter_folder(head, "vispec", TREE, target.model, tmp_path / "head", "float32")

@@ -17,13 +17,14 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jaxspec import TreeConfig, load_drafter
+from jaxspec.cache import Cache
 from jaxspec.checkpoints.names import abstract
 from jaxspec.checkpoints.tensors import read_file
 from jaxspec.drafters.checkpoint import load_drafter_folder, save_drafter_folder
 from jaxspec.drafters.contract import DrafterContext
 from jaxspec.drafters.eagle import EagleHead
 from jaxspec.drafters.massv import MASSV, MassvConfig, MassvDrafter, check_tokenizer
-from jaxspec.layers import causal_mask
+from jaxspec.kernels.masks import Mask
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.loop import context_of, read_prompts
 from jaxspec.speculation.params import BatchSampling, SamplingParams
@@ -67,8 +68,7 @@ def random_drafter(target, model_type: str, multimodal: bool, fewer: int = 3, se
 @jax.jit
 def run_plainly(language, embeds, lengths):
     positions = jnp.broadcast_to(jnp.arange(embeds.shape[1]), embeds.shape[:2])
-    mask = causal_mask(positions < lengths[:, None])
-    features, kv = language(embeds, positions, mask)
+    features, kv = language(embeds, positions, Mask(lengths, causal=True))
     last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return last, language.unembed(features), kv
 
@@ -155,11 +155,11 @@ def test_drafts_are_those_of_the_plain_text_model(family, config):
 
 
 def check_states(state, expected):
-    np.testing.assert_array_equal(state.rows, expected.rows)
+    np.testing.assert_array_equal(state.cache.lengths, expected.cache.lengths)
     np.testing.assert_allclose(state.output, expected.output, rtol=1e-4, atol=1e-4)
-    for layer, other in zip(state.cache, expected.cache, strict=True):
+    for layer, other in zip(state.cache.layers, expected.cache.layers, strict=True):
         for part, same in zip(layer, other, strict=True):
-            for row, used in enumerate(np.asarray(state.rows)):
+            for row, used in enumerate(np.asarray(state.cache.lengths)):
                 np.testing.assert_allclose(part[row, :, :used], same[row, :, :used], rtol=1e-4, atol=1e-4)
 
 
@@ -215,8 +215,8 @@ def test_prompts_with_images(family, multimodal):
     state = prefill(drafter, context)
     rows = spliced(drafter, target, prompts, context, roots[:, None])
     last, _, kv = plain(drafter, rows, (3, 256))
-    np.testing.assert_array_equal(state.rows, [len(row) for row in rows])
-    check_states(state, dataclasses.replace(state, cache=kv, output=last))
+    expected = Cache(kv, np.array([len(row) for row in rows]))
+    check_states(state, dataclasses.replace(state, cache=expected, output=last))
 
     tokens = np.array([[11, 12, 13], [14, 15, 16], [17, 18, 19]], np.int32)
     advance = jax.jit(lambda drafter, state, count: drafter.advance(target.model, state, tokens, None, count))

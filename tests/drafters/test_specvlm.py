@@ -23,7 +23,7 @@ from jaxspec.training.drafter import Teacher
 from tests.helpers import randomized, tiny_llava
 
 TARGET = tiny_llava(vocab_size=53, hidden_size=16, image_token_id=52)
-TEXT = dataclasses.replace(TARGET.config.text, num_layers=1)
+TEXT = TARGET.config.text.plain()
 SMALL = CompressorConfig(pruning_ratio=4, pooling_ratio=5, convolution_ratio=3, num_queries=2, gate_hidden_size=8)
 LENGTH = 40
 # Of each prompt: its length, and (first token, tokens) of its images.

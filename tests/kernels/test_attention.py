@@ -1,39 +1,60 @@
-"""Many queries, taken in blocks, get what they get at once."""
+"""Many queries, taken in blocks, get what they get at once; scores are scaled in float32."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec.kernels.attention import LONG, LayerKV, Segment, attend, attend_block
+from jaxspec.cache import LayerKV
+from jaxspec.kernels.attention import LONG, Segment, attend, attend_block, merged
+from jaxspec.kernels.masks import Mask
+
+
+def draws(seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return rng, lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+
+
+def at_once(query, segments, scale=None):
+    return attend_block(query, jnp.arange(query.shape[2]), merged(segments), scale)
 
 
 @pytest.mark.parametrize("rows_of_masks", [("each", "each"), ("one", "each"), ("one", "one")])
 def test_blocks_of_queries_equal_all_at_once(rows_of_masks):
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))  # noqa: E731
+    rng, normal = draws()
     query = normal(2, 4, LONG, 8)
 
     def segment(length, kind):
         rows = LONG if kind == "each" else 1
         mask = jnp.asarray(rng.random((2, rows, length)) < 0.5).at[..., 0].set(True)
-        return Segment(LayerKV(normal(2, 2, length, 8), normal(2, 2, length, 8)), mask)
+        return Segment(LayerKV(normal(2, 2, length, 8), normal(2, 2, length, 8)), Mask(dense=mask))
 
     segments = [segment(length, kind) for length, kind in zip((96, 40), rows_of_masks, strict=True)]
-    expected = attend_block(query, segments)
-    np.testing.assert_allclose(attend(query, segments), expected, rtol=1e-5, atol=1e-6)
-    gradients = [jax.grad(lambda q, f=f: (f(q, segments) ** 2).sum())(query) for f in (attend, attend_block)]
+    np.testing.assert_allclose(attend(query, segments), at_once(query, segments), rtol=1e-5, atol=1e-6)
+    gradients = [jax.grad(lambda q, f=f: (f(q, segments) ** 2).sum())(query) for f in (attend, at_once)]
     np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [LONG - 1, LONG, LONG + 1, 2 * LONG - 56])
 def test_no_length_switches_blocks_off(length):
     """The last block is padded; a compiled program never holds the scores of all queries."""
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))  # noqa: E731
+    _, normal = draws()
     query, kv = normal(1, 2, length, 4), LayerKV(normal(1, 2, length, 4), normal(1, 2, length, 4))
-    segments = [Segment(kv, jnp.tril(jnp.ones((1, length, length), bool)))]
+    segments = [Segment(kv, Mask(causal=True))]
     compiled = jax.jit(attend).lower(query, segments).compile()
-    np.testing.assert_allclose(compiled(query, segments), attend_block(query, segments), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(compiled(query, segments), at_once(query, segments), rtol=1e-5, atol=1e-6)
     scores = 4 * 2 * length**2
     assert (compiled.memory_analysis().temp_size_in_bytes < scores) == (length >= LONG)
+
+
+def test_scores_are_scaled_in_float32():
+    """A bfloat16 query is not rounded once more by the scale."""
+    _, normal = draws()
+    query, *kv = (normal(1, 2, length, 8).astype(jnp.bfloat16) for length in (3, 9, 9))
+    out = attend(query, [Segment(LayerKV(*kv), Mask())], scale=0.3)
+    query, keys, values = (np.asarray(x, np.float32) for x in (query, *kv))
+    weights = jax.nn.softmax(0.3 * query @ keys.swapaxes(2, 3), axis=-1).astype(jnp.bfloat16)
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(weights, np.float32) @ values, atol=0.02)
+    default = attend(jnp.asarray(query), [Segment(LayerKV(*map(jnp.asarray, (keys, values))), Mask())])
+    expected = jax.nn.softmax(query @ keys.swapaxes(2, 3) / 8**0.5, axis=-1) @ values
+    np.testing.assert_allclose(default, expected, rtol=1e-5, atol=1e-6)

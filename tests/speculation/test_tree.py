@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from jaxspec import Generator, SamplingParams, TreeConfig
-from jaxspec.kernels.attention import LayerKV, Segment, attend
+from jaxspec.cache import LayerKV
+from jaxspec.kernels.attention import Segment, attend
+from jaxspec.kernels.masks import Mask
 from jaxspec.speculation.accept import accept
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.tree import build_tree, grow_tree
@@ -314,7 +316,7 @@ def test_attention_over_segments_is_dense_attention(kv_heads, sizes):
         part = slice(start, start + size)
         rows = slice(0, 1) if index == 0 and len(sizes) > 1 else slice(None)
         kv = LayerKV(*(jnp.asarray(x[:, :, part], jnp.float32) for x in (keys, values)))
-        segments.append(Segment(kv, jnp.asarray(mask[:, rows, part])))
+        segments.append(Segment(kv, Mask(dense=jnp.asarray(mask[:, rows, part]))))
         start += size
     out = attend(jnp.asarray(query, jnp.float32), segments)
     np.testing.assert_allclose(out, expected, atol=2e-6, rtol=1e-5)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import cache as caches
-from jaxspec.layers import causal_mask
+from jaxspec.cache import Cache
+from jaxspec.kernels.masks import Mask
 from jaxspec.targets.registry import FAMILIES, load_model
 from jaxspec.targets.target import Target
 from tests.folders import batch_of, llava_config, relative_error, torch_llava, torch_logits
@@ -119,17 +119,12 @@ def test_cached_decoding(default):
     def prefill(model, ids, images, lengths):
         features, new_kv = model.prefill(model.embed(ids, images), lengths)
         last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)
-        return model.unembed(last)[:, 0], tuple(caches.extend(kv, 40) for kv in new_kv)
+        return model.unembed(last)[:, 0], Cache.of_prompt(new_kv, lengths, 40)
 
     @jax.jit
-    def step(model, token, cache, lengths):
-        past = caches.filled(lengths, 40)
-        own = causal_mask(jnp.ones((len(rows), 1), bool))
-        features, new_kv = model.forward(model.embed(token[:, None]), lengths[:, None], own, cache, past)
-        cache = tuple(
-            caches.write(old, new, lengths, jnp.ones_like(lengths)) for old, new in zip(cache, new_kv, strict=True)
-        )
-        return model.unembed(features)[:, 0], cache
+    def step(model, token, cache):
+        features, new_kv = model.forward(model.embed(token[:, None]), cache.lengths[:, None], Mask(), cache)
+        return model.unembed(features)[:, 0], cache.append(new_kv, jnp.ones_like(cache.lengths))
 
     prompts = ids[:, : lengths.max()]
     images = target.config.place(target.config.lay_out(whole), np.asarray(prompts))
@@ -138,5 +133,5 @@ def test_cached_decoding(default):
     assert relative_error(logits, expected[each, lengths - 1]) < TOLERANCE
     for index in range(steps):
         at = lengths + index
-        logits, cache = step(target.model, ids[each, at], cache, jnp.asarray(at))
+        logits, cache = step(target.model, ids[each, at], cache)
         assert relative_error(logits, expected[each, at]) < TOLERANCE

@@ -57,7 +57,7 @@ SILENT = {"feature_noise": 0.0} | dict.fromkeys(PARTS.values(), 0.0)
 @functools.cache
 def head_of(name: str) -> nnx.Module:
     recipe = RECIPES[name]
-    config = recipe.head_config(dataclasses.replace(TARGET.config.text, num_layers=1))
+    config = recipe.head_config(TARGET.config.text.plain())
     head = METHODS[recipe.method].module(config, rngs=nnx.Rngs(0))
     head = randomized(head, seed=1, scale=1.0)
     if name == "narrow":
