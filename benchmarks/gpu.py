@@ -137,7 +137,7 @@ class Runner:
         programs, params = self.programs, self.params
         started = time.perf_counter()
         read = programs.read(params, self.prompts, self.capacity)
-        state = jax.block_until_ready(programs.begin(params, read, self.request, self.prompts))
+        state = jax.block_until_ready(programs.begin(params, read, self.request, self.prompts, self.capacity))
         prefilled = time.perf_counter()
         state = jax.block_until_ready(programs.decode(params, state, jnp.int32(self.rounds)))
         ended = time.perf_counter()

@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from jaxspec.buckets import capacity_bucket
+from jaxspec.buckets import coarse_bucket
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.layers import RopeConfig, TextConfig
 from jaxspec.programs import Programs
@@ -94,7 +94,7 @@ class Count:
         for number in range(1, self.requests + 1):
             prompt, limit = self.request(rng, config, functools.partial(picture, config))
             limit = min(limit, MAX_LENGTH - len(prompt.input_ids))
-            capacity = min(capacity_bucket(len(prompt.input_ids) + limit), MAX_LENGTH)
+            capacity = min(coarse_bucket(len(prompt.input_ids) + limit), MAX_LENGTH)
             towers |= {str(jax.tree.map(np.shape, config.collate([layout]))) for layout in prompt.images}
             caches.add(capacity)
             read = programs.read(params, [prompt], capacity)
@@ -103,7 +103,7 @@ class Count:
                 np.array([limit], np.int32),
                 np.full((1, 8), -1, np.int32),
             )
-            state = programs.begin(params, read, request, [prompt])
+            state = programs.begin(params, read, request, [prompt], capacity)
             jax.block_until_ready(programs.decode(params, state, jnp.int32(1)))
             if number % 100 == 0:
                 kinds = ", ".join(f"{count} {name}" for name, count in collections.Counter(programs.traced).items())

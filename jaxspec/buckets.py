@@ -9,26 +9,6 @@ def bucket(size: int) -> int:
     return max(64, -(-size // step) * step)
 
 
-def capacity_bucket(size: int) -> int:
-    """The same up to 512; beyond, two steps to a power of two: 768, 1024, 1536, 2048, .. Rows of a cache cost far less
-    than the programs of one more size."""
-    if size <= 512:
-        return bucket(size)
-    power = power_of_two(size)
-    return power * 3 // 4 if size <= power * 3 // 4 else power
-
-
-def chunk_size(size: int, limit: int, alone: bool) -> int:
-    """What a chunk of `size` tokens is padded to: `bucket(size)` if it is read `alone`, up to `limit` tokens; one of
-    `limit`, its half and its quarter where a prompt takes several chunks. An image that must be read whole may be
-    longer than `limit`."""
-    if size > limit:
-        return bucket(size)
-    if alone:
-        return min(bucket(size), limit)
-    return next(part for part in (limit // 4, limit // 2, limit) if size <= part)
-
-
 def bucket_below(size: int) -> int:
     """The largest number of the series 2, 3, 4, 6, 8, 12, 16, .. that is not above `size` (0 below 2)."""
     power = 1 << (size.bit_length() - 1) if size > 1 else 0
@@ -44,3 +24,20 @@ def round_up(size: int) -> int:
 def power_of_two(size: int) -> int:
     """The next power of two."""
     return 1 << (size - 1).bit_length()
+
+
+def coarse_bucket(size: int) -> int:
+    """The next of 64, 96, 128, 192, 256, 384, 512, 768, ..: two steps to a power of two. Sizes of chunks and of caches,
+    where one more size costs one more program each."""
+    return max(64, round_up(size))
+
+
+def chunk_size(size: int, limit: int, alone: bool) -> int:
+    """What a chunk of `size` tokens is padded to: `coarse_bucket(size)` if it is read `alone`, up to `limit` tokens; one of
+    `limit`, its half and its quarter where a prompt takes several chunks. An image that must be read whole may be
+    longer than `limit`."""
+    if size > limit:
+        return coarse_bucket(size)
+    if alone:
+        return min(coarse_bucket(size), limit)
+    return next(part for part in (limit // 4, limit // 2, limit) if size <= part)

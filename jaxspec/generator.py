@@ -26,7 +26,7 @@ from jaxspec.arguments import (
     sampling_list,
     whole_number,
 )
-from jaxspec.buckets import capacity_bucket
+from jaxspec.buckets import coarse_bucket
 from jaxspec.detokenizer import Detokenizer, TokenReader
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.drafters.registry import METHODS
@@ -273,7 +273,7 @@ class Batch:
         self.prefill_seconds = self.decode_seconds = 0.0
         self.watching = any(params.stop for params in sampling)
         needed = max(len(prompt.input_ids) + limit for prompt, limit in zip(prompts, limits, strict=True))
-        self.capacity = min(capacity_bucket(needed), generator.max_length)
+        self.capacity = min(coarse_bucket(needed), generator.max_length)
         stops = [(*generator.target.stop_token_ids, *params.stop_token_ids) for params in sampling]
         width = -(-max(map(len, stops)) // STOP_TOKENS) * STOP_TOKENS
         self.request = loop.Request(
@@ -315,7 +315,7 @@ class Batch:
         started = time.perf_counter()
         programs, params = self.generator.programs, self.generator._params
         read = programs.read(params, self.prompts, self.capacity)
-        state = programs.begin(params, read, self.request, self.prompts)
+        state = programs.begin(params, read, self.request, self.prompts, self.capacity)
         jax.block_until_ready(state.root)
         self.prefill_seconds = time.perf_counter() - started
         return self.watched(state)

@@ -60,9 +60,9 @@ class Programs:
 
         self._encode = compiled(prefill.encode_image)
         self._place = jax.jit(self._counted(prefill.place), donate_argnums=0)
-        self._blank = compiled(prefill.nothing_read, static_argnames=("batch", "capacity"))
-        self._read = compiled(prefill.read_chunk, static_argnames="capacity", donate_argnums=1)
-        self._begin = compiled(loop.begin, static_argnames="max_images")
+        self._grow = jax.jit(self._counted(prefill.grow), static_argnums=1)
+        self._read = compiled(prefill.read_chunk, donate_argnums=1)
+        self._begin = compiled(loop.begin, static_argnames=("capacity", "max_images"))
         self._idle = compiled(loop.idle, static_argnames=("batch", "capacity", "stop_tokens"))
         self.decode = compiled(loop.decode, with_tree=True, donate_argnums=1)
         self.insert = jax.jit(self._counted(loop.insert), donate_argnums=0)
@@ -104,9 +104,8 @@ class Programs:
         past: Read | None = None,
         starts: Sequence[int] | None = None,
     ) -> Read:
-        """A batch of prompts in caches of `capacity` rows. Tables of images are taken from `tables` by their key, where
-        they are there. With `past` (of `capacity` rows; consumed) the first `starts[row]` tokens of each are in it
-        already."""
+        """A batch of prompts, for caches of `capacity` rows. Tables of images are taken from `tables` by their key,
+        where they are there. With `past` (consumed) the first `starts[row]` tokens of each are in it already."""
         tables, images = dict(tables or {}), images_of(prompts)
         steps = steps_of(self.config, prompts, self.chunk, capacity, starts)
         for step in steps:
@@ -114,26 +113,30 @@ class Programs:
                 if key not in tables:
                     tables[key] = self.encode(params, images[key])
         read = past
-        if read is None and len(steps) > 1:
-            read = self._blank(params, batch=len(prompts), capacity=capacity)
         for step in steps:
-            read = self.read_step(params, read, step, tables, capacity)
+            if read is not None and read.cache.capacity < capacity:
+                read = self._grow(read, capacity)
+            read = self.read_step(params, read, step, tables)
         assert read is not None  # there is at least one step
         return read
 
-    def read_step(
-        self, params: Any, read: Read | None, step: Step, tables: Mapping[Hashable, ImageFeatures], capacity: int
-    ) -> Read:
+    def read_step(self, params: Any, read: Read | None, step: Step, tables: Mapping[Hashable, ImageFeatures]) -> Read:
         """One chunk of it; `read` is consumed."""
         images = None
         for key, rows in step.placements.items():
             images = self._place(images, tables[key], rows)
-        return self._read(params, read, step.chunk, images, capacity=capacity)
+        return self._read(params, read, step.chunk, images)
 
     def begin(
-        self, params: Any, read: Read, request: loop.Request[np.ndarray], prompts: Sequence[EncodedPrompt]
+        self,
+        params: Any,
+        read: Read,
+        request: loop.Request[np.ndarray],
+        prompts: Sequence[EncodedPrompt],
+        capacity: int,
     ) -> loop.DecodeState:
         """The state after the first token of each row."""
         most = max(len(prompt.images) for prompt in prompts)
         offsets = np.array([position_offset(prompt) for prompt in prompts], np.int32)
-        return self._begin(params, read, request, offsets, max_images=power_of_two(most) if most else 0)
+        bound = power_of_two(most) if most else 0
+        return self._begin(params, read, request, offsets, capacity=capacity, max_images=bound)

@@ -123,6 +123,7 @@ FAMILIES = {
     "gemma3": gemma3,
     "llama": text_only(transformers.LlamaConfig),
     "qwen2": text_only(transformers.Qwen2Config),
+    "qwen3": text_only(transformers.Qwen3Config, head_dim=8),
     "gemma3_text": text_only(
         transformers.Gemma3TextConfig,
         head_dim=8,

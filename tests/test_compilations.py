@@ -36,32 +36,38 @@ def test_programs_per_size(target, name):
     assert generator.compilations == 3
     for tokens in (61, 64):  # the same chunk, a larger cache
         ask(generator, tokens)
-    assert generator.compilations == 6
+    assert generator.programs.traced[3:] == ["begin", "decode"]
     for tokens in (65, 80, 90):  # a larger chunk, too
         ask(generator, tokens)
-    assert generator.compilations == 8  # not decoding: how long a prompt is does not matter to it
+    assert generator.programs.traced[5:] == ["read_chunk", "begin"]
+    for tokens in (10, 30):  # a cache that has been seen with another chunk: decoding does not ask how long a prompt is
+        ask(generator, tokens, max_new_tokens=66)
+    assert generator.compilations == 7
 
 
 def test_programs_add_up(target, pictures):
-    """Of two sizes of prompt, two of cache and two numbers of images; then none for any combination of them."""
+    """Images of every number go through one tower program, and nothing depends on how many tokens are asked for."""
     generator = Generator(target, DRAFTERS["vispec"](target), max_length=512)
-    texts = "~" * 5, "~" * 60
-    for text, images, limit in itertools.product(texts, ((), pictures[:1], pictures[1:]), (20, 200)):
-        generator.generate("<image>" * len(images) + text, images, next(SAMPLINGS), limit, raw=True)
+
+    def requests(limits):
+        for limit, images in itertools.product(limits, ((), pictures[:1], pictures[1:])):
+            generator.generate("<image>" * len(images) + "~" * 5, images, next(SAMPLINGS), limit, raw=True)
+
+    requests((30,))
     kinds = collections.Counter(generator.programs.traced)
-    assert kinds["encode_image"] == 1 and kinds["decode"] <= 3, kinds
+    assert kinds["encode_image"] == 1 and kinds["read_chunk"] == 3 and kinds["decode"] <= 3, kinds
+    assert kinds["place"] == 3  # the first image of a chunk of either size, another one in the larger
     before = generator.compilations
-    for text, images in itertools.product(("~" * 9, "~" * 55), (pictures[2:], pictures[:2], ())):
-        generator.generate("<image>" * len(images) + text, images, next(SAMPLINGS), 190, raw=True)
+    requests((25, 27, 31))
     assert generator.compilations == before
 
 
 def test_long_prompts_of_all_lengths_share_three_chunks(target):
-    generator = Generator(target, DRAFTERS["eagle2"](target), max_length=1024, prefill_chunk=64)
+    generator = Generator(target, DRAFTERS["chain"](target), max_length=1024, prefill_chunk=64)
     for tokens in range(100, 500, 23):
         ask(generator, tokens, max_new_tokens=max(1, 512 - tokens))
     kinds = collections.Counter(generator.programs.traced)
-    assert kinds == {"read_chunk": 3, "nothing_read": 1, "begin": 1, "decode": 1}
+    assert kinds == {"read_chunk": 1 + 3, "grow": 1, "begin": 1, "decode": 1}  # the first chunk has nothing behind it
 
 
 def test_slices_share_the_program(generators):

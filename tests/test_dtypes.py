@@ -85,11 +85,11 @@ def programs(target: Target, drafter: Drafter | None, images: list):
         features = trace(lambda models, table, rows: prefill.place(None, table, rows), table, rows)
 
     def read(models, before, chunk, features):
-        return prefill.read_chunk(*models, before, chunk, features, CAPACITY)
+        return prefill.read_chunk(*models, before, chunk, features)
 
     first = trace(read, None, chunk, features)
     second = trace(read, first, chunk, features)
-    begin = lambda models, read, request, offset: loop.begin(*models, read, request, offset, 2)  # noqa: E731
+    begin = lambda models, read, request, offset: loop.begin(*models, read, request, offset, CAPACITY, 2)  # noqa: E731
     state = trace(begin, second, request, np.zeros(BATCH, np.int32))
     trace(lambda models, state: loop.decode(*models, tree, state, jnp.int32(4)), state)
     return state, traced

@@ -14,8 +14,11 @@ from jaxspec.layers import LayerKind, RopeConfig, TextConfig
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
-"""Text models that one decoder layer computes; the Qwen2 ones have biases at query, key and value."""
+TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3")
+"""Text models near Llama; the Qwen2 ones have biases at query, key and value, Qwen3 has norms there."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, as transformers names them."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers, as transformers names them."""
@@ -77,6 +80,7 @@ def llama_text_config(config: "PretrainedConfig") -> TextConfig:
         **common_text_fields(config),
         rope=rope_config(config.rope_parameters),
         qkv_bias=config.model_type.startswith("qwen2"),
+        qk_norm=config.model_type == "qwen3",
         mlp_bias=getattr(config, "mlp_bias", False),
     )
 

@@ -36,15 +36,15 @@ def attend(query: jax.Array, segments: Sequence[Segment], scale: float | None = 
     queries are taken in blocks, so that no more than `[B, H, BLOCK, S]` scores are held at once.
     """
     batch, heads, length, head_dim = query.shape
-    segments = merged(segments)
+    keys = merged(segments)
     if length < LONG:
-        return attend_block(query, jnp.arange(length), segments, scale)
+        return attend_block(query, jnp.arange(length), keys, scale)
     blocks = -(-length // BLOCK)
     # Padded, so that no length switches blocks off.
     padded = jnp.pad(query, ((0, 0), (0, 0), (0, blocks * BLOCK - length), (0, 0)))
     queries = jnp.moveaxis(padded.reshape(batch, heads, blocks, BLOCK, head_dim), 2, 0)
     numbers = jnp.arange(blocks * BLOCK).reshape(blocks, BLOCK)
-    out = jax.lax.map(lambda block: attend_block(*block, segments, scale), (queries, numbers))
+    out = jax.lax.map(lambda block: attend_block(block[0], block[1], keys, scale), (queries, numbers))
     return jnp.moveaxis(out, 0, 2).reshape(padded.shape)[:, :, :length]
 
 

@@ -73,14 +73,16 @@ def begin(
     read: Read,
     request: Request[jax.Array],
     offset: jax.Array,
+    capacity: int,
     max_images: int = 0,
 ) -> DecodeState:
     """The state after the first token of prompts that have been read: it is chosen, the drafter prepared.
 
-    `offset` i32 `[B]` is the position of the first new token minus the length of its prompt, `max_images` a bound of
-    the images in a prompt. Shapes depend on the batch, the capacity of the caches and the width of `request` alone.
+    `offset` i32 `[B]` is the position of the first new token minus the length of its prompt, `capacity` the tokens of
+    prompt and answer that there is room for, `max_images` a bound of the images in a prompt. Shapes depend on the
+    batch, the capacity and the width of `request` alone.
     """
-    lengths, sampling, capacity = read.cache.lengths, request.sampling, read.cache.capacity
+    lengths, sampling = read.cache.lengths, request.sampling
     batch = lengths.shape[0]
     logits = target.unembed(read.last[:, None])  # [B, 1, V]
     failed = ~finite(logits)[:, 0]
@@ -91,7 +93,7 @@ def begin(
         with jax.named_scope("draft_prefill"):
             drafter_state = drafter.prefill(target, context_of(read, sampling.seed, root, max_images), capacity)
     return DecodeState(
-        cache=read.cache,
+        cache=Cache.of_prompt(read.cache.layers, lengths, capacity),
         offset=offset,
         root=root,
         drafter=drafter_state,
@@ -118,7 +120,7 @@ def idle(
             jnp.full((batch, stop_tokens), -1, jnp.int32),
         )
         read = nothing_read(target, drafter, batch, capacity)
-        return begin(target, drafter, read, request, jnp.zeros((batch,), jnp.int32))
+        return begin(target, drafter, read, request, jnp.zeros((batch,), jnp.int32), capacity)
 
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(nothing))
     return dataclasses.replace(state, done=jnp.ones((batch,), bool))

@@ -2,8 +2,8 @@
 
     table  = encode_image(target, pixels)                     # one per shape of the tower; kept for an image seen again
     images = place(images, table, rows)                       # features of images at the tokens of a chunk
-    read   = read_chunk(target, read, chunk, images)          # again and again, until the prompts are in the cache
-    state  = jaxspec.speculation.loop.begin(target, drafter, read, request)    # drafter's prefill and the first token
+    read   = read_chunk(target, drafter, read, chunk, images) # again and again, until the prompts are in the cache
+    state  = loop.begin(target, drafter, read, request, ..)   # the drafter's prefill and the first token
 
 A prompt may be read in any number of chunks; what stands in `Read` of an earlier prompt that begins alike is gone on
 from (`rewind`). The drafter is given the whole prompt, so that a method which needs all of it has it.
@@ -82,7 +82,7 @@ def place(images: ImageFeatures | None, table: ImageFeatures, rows: jax.Array) -
 
 
 def nothing_read(target: VisionLanguageModel, drafter: DraftModel | None, batch: int, capacity: int) -> Read:
-    """Where prompts begin that take more than one chunk: room for `capacity` tokens in each row."""
+    """Prompts of which nothing is read yet, with room for `capacity` tokens in each row."""
     text, dtype = target.config.text, target.dtype
     width = text.hidden_size * (len(taps_of(drafter)) + 1)
     inputs = None
@@ -105,9 +105,8 @@ def read_chunk(
     read: Read | None,
     chunk: Chunk[jax.Array],
     images: ImageFeatures | None,
-    capacity: int,
 ) -> Read:
-    """The prompts read on by a chunk; without `read` it is the whole of them, and goes into caches of `capacity` rows.
+    """The prompts read on by a chunk; without `read` it is the whole of them, and there is room for no more.
 
     `images` are the features at the tokens of images, None where the chunk has none.
     """
@@ -126,7 +125,7 @@ def read_chunk(
     if drafter is not None:
         inputs = DraftInputs(embeds, features, vision, chunk.input_ids, chunk.image_ids)
     if read is None:
-        return Read(Cache.of_prompt(new_kv, chunk.count, capacity), last, inputs)
+        return Read(Cache(new_kv, chunk.count), last, inputs)
     if drafter is not None:
         inputs = jax.tree.map(
             lambda old, new: write_rows(old, new, read.cache.lengths, chunk.count), read.inputs, inputs
@@ -163,6 +162,17 @@ def context_of(read: Read, seeds: jax.Array, root: jax.Array, max_images: int) -
 def no_vision(target: VisionLanguageModel, embeds: jax.Array) -> jax.Array:
     """Zeros where a drafter would read what the tower saw."""
     return jnp.zeros((*embeds.shape[:2], target.config.vision_width), embeds.dtype)
+
+
+def grow(read: Read, capacity: int) -> Read:
+    """The same with room for `capacity` tokens in each row, to be read on."""
+    room = capacity - read.cache.capacity
+
+    def longer(x):
+        return jnp.pad(x, ((0, 0), (0, room), *[(0, 0)] * (x.ndim - 2)))
+
+    cache = Cache.of_prompt(read.cache.layers, read.cache.lengths, capacity)
+    return dataclasses.replace(read, cache=cache, inputs=jax.tree.map(longer, read.inputs))
 
 
 def rewind(read: Read, lengths: jax.Array) -> Read:

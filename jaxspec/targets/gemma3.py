@@ -122,6 +122,7 @@ class GemmaProjector(nnx.Module):
 
 class Gemma3(VisionLanguageModel):
     config: Gemma3Config
+    images_see_themselves = True
 
     def __init__(self, config: Gemma3Config, *, rngs: nnx.Rngs) -> None:
         self.config = config

@@ -1,4 +1,4 @@
-"""Text-only targets: Llama, Mistral, Qwen2 / Qwen2.5 and Gemma3 text models behind the same contract."""
+"""Text-only targets: Llama, Mistral, Qwen2 / Qwen2.5, Qwen3 and Gemma3 text models behind the same contract."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -40,7 +40,7 @@ from tests.targets.published import CONFIGS
 
 REFERENCE = Path(__file__).parent.parent / "reference"
 LMS = {"llava_next": "llama", "qwen2_5_vl": "qwen2", "gemma3": "gemma3_text", "llama": "llama", "qwen2": "qwen2"}
-LMS["gemma3_text"] = "gemma3_text"
+LMS |= {"qwen3": "qwen3", "gemma3_text": "gemma3_text"}
 """The family of the small text model for each target's."""
 GREEDY = BatchSampling.from_params([SamplingParams()] * 3)
 targets = functools.cache(family_target)
@@ -291,7 +291,7 @@ def assert_same(state, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "gemma3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "gemma3", "qwen3", "gemma3_text"])
 def test_saved_drafters_come_back(family, tmp_path):
     target = targets(family)
     for multimodal in {target.config.vision_width > 0, False}:

@@ -25,8 +25,8 @@ def shape_of(target, drafter, batch: int, capacity: int, length: int, images: in
     )
 
     def run(models):
-        read = prefill.read_chunk(*models, None, chunk, features, capacity)
-        state = loop.begin(*models, read, request, jnp.zeros(batch, jnp.int32), images)
+        read = prefill.read_chunk(*models, None, chunk, features)
+        state = loop.begin(*models, read, request, jnp.zeros(batch, jnp.int32), capacity, images)
         return state.drafter
 
     state = jax.eval_shape(run, (target.model, drafter))

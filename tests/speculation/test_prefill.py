@@ -20,7 +20,7 @@ CAPACITY, CHUNK = 256, 16
 
 
 def encoded(family: str) -> list:
-    return [encode_prompt(targets(family), *request) for request in requests(family)]
+    return [encode_prompt(targets(family), question * 4, images) for question, images in requests(family)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -31,7 +31,7 @@ def test_chunks_make_what_one_pass_makes(family):
     whole, chunked = (Programs(target, head, TreeConfig(1, 2, 4), chunk) for chunk in (512, CHUNK))
     params = whole.params_of(target, head)
     expected, read = (each.read(params, prompts, CAPACITY) for each in (whole, chunked))
-    assert whole.traced.count("read_chunk") == 1 and "nothing_read" in chunked.traced
+    assert whole.traced.count("read_chunk") == 1 and "grow" in chunked.traced
     np.testing.assert_array_equal(read.cache.lengths, [len(prompt.input_ids) for prompt in prompts])
     np.testing.assert_allclose(read.last, expected.last, rtol=1e-4, atol=1e-4)
     for row, prompt in enumerate(prompts):
@@ -76,7 +76,7 @@ def test_a_prompt_goes_on_from_one_that_begins_alike(target, generators, picture
         np.array([24], np.int32),
         np.array([[*target.stop_token_ids, -1]], np.int32),
     )
-    state = programs.decode(params, programs.begin(params, read, request, [second]), jnp.int32(100))
+    state = programs.decode(params, programs.begin(params, read, request, [second], 192), jnp.int32(100))
     result = generator.generate_encoded([second], sampling, 24)[0]
     count = int(state.counts[0])
     assert np.asarray(state.tokens)[0, :count].tolist() == result.tokens.tolist()

@@ -59,7 +59,7 @@ class Service:
             stop_token_ids=np.array([self.stops], np.int32),
         )
         read = self.programs.read(self.params, prompts, CAPACITY)
-        return self.programs.begin(self.params, read, asked, prompts)
+        return self.programs.begin(self.params, read, asked, prompts, CAPACITY)
 
     def run(self, schedule) -> int:
         """How many rows joined; asserts that each has said what it says alone, or its beginning if it was made to

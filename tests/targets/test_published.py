@@ -110,7 +110,7 @@ def test_rotary_frequencies(published):
     text = config.text
     ropes = {"inv_freq": text.rope}
     if "inv_freq" not in buffers:
-        ropes = {"full_attention_inv_freq": text.rope, "sliding_attention_inv_freq": text.local_rope}
+        ropes = {"full_attention_inv_freq": text.rope, "sliding_attention_inv_freq": text.kinds[0].rope}
     for key, rope in ropes.items():
         np.testing.assert_allclose(rope_frequencies(rope, text.head_dim), buffers[key], rtol=1e-5)
 
@@ -118,10 +118,10 @@ def test_rotary_frequencies(published):
 def test_attention_windows(published):
     """Of these only Gemma3 has any: five layers in six see 1024 tokens back, in the 1B 512."""
     name, _, theirs, config, _ = published
-    windows = getattr(config.text, "windows", ())
+    windows = [kind.window for kind in config.text.layer_kinds]
     local = 512 if "1b" in name else 1024
     expected = [None if (layer + 1) % 6 == 0 else local for layer in range(config.text.num_layers)]
-    assert list(windows) == (expected if "gemma" in name else [])
+    assert windows == (expected if "gemma" in name else [])
     theirs = [module.sliding_window for module in theirs.modules() if type(module).__name__ == "Gemma3Attention"]
     assert list(windows) == theirs
 

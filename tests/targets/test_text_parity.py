@@ -28,6 +28,10 @@ CONFIGS = {
         transformers.Qwen2ForCausalLM,
         {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     ),
+    "qwen3 4:2, tied": (
+        transformers.Qwen3ForCausalLM,
+        {"num_key_value_heads": 2, "head_dim": 12, "tie_word_embeddings": True},
+    ),
     "gemma3 4:2, window 4, tied": (
         transformers.Gemma3ForCausalLM,
         {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 2},
