@@ -63,8 +63,8 @@ def wide_intermediates(jaxpr, width: int, vocabularies: tuple[int, ...]) -> list
 
 
 def programs(target: Target, drafter: Drafter | None, images: list):
-    """The state after prefill, and the programs of encoding, of reading a first and a second chunk, of what comes before
-    the first round and of decoding."""
+    """The state before the first round, and the programs of encoding, of reading a first and a second chunk, of what
+    comes after and of decoding."""
     prompts = [encode_prompt(target, "What is that?", images[:count]) for count in (0, len(images))]
     step, *_ = steps_of(target.config, prompts, 128, CAPACITY)
     chunk, models = step.chunk, (target.model, drafter.model if drafter else None)
