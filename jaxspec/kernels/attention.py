@@ -16,7 +16,7 @@ from jaxspec.cache import LayerKV
 from jaxspec.kernels.masks import Mask
 
 MASKED = -1e30
-LONG, BLOCK = 1024, 256
+LONG, BLOCK = 512, 256
 """Queries from `LONG` on are taken `BLOCK` at a time (docs/LOG.md), the last block padded."""
 
 
@@ -44,7 +44,8 @@ def attend(query: jax.Array, segments: Sequence[Segment], scale: float | None = 
     padded = jnp.pad(query, ((0, 0), (0, 0), (0, blocks * BLOCK - length), (0, 0)))
     queries = jnp.moveaxis(padded.reshape(batch, heads, blocks, BLOCK, head_dim), 2, 0)
     numbers = jnp.arange(blocks * BLOCK).reshape(blocks, BLOCK)
-    out = jax.lax.map(lambda block: attend_block(block[0], block[1], keys, scale), (queries, numbers))
+    one = jax.checkpoint(lambda block: attend_block(block[0], block[1], keys, scale))
+    out = jax.lax.map(one, (queries, numbers))
     return jnp.moveaxis(out, 0, 2).reshape(padded.shape)[:, :, :length]
 
 

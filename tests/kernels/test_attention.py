@@ -19,6 +19,15 @@ def at_once(query, segments, scale=None):
     return attend_block(query, jnp.arange(query.shape[2]), merged(segments), scale)
 
 
+def gradients(function):
+    """Of the sum of squares, by query, keys and values."""
+
+    def loss(query, kv, mask):
+        return (function(query, [Segment(kv, mask)]) ** 2).sum()
+
+    return lambda query, segments: jax.grad(loss, (0, 1))(query, *segments[0])
+
+
 @pytest.mark.parametrize("rows_of_masks", [("each", "each"), ("one", "each"), ("one", "one")])
 def test_blocks_of_queries_equal_all_at_once(rows_of_masks):
     rng, normal = draws()
@@ -31,20 +40,23 @@ def test_blocks_of_queries_equal_all_at_once(rows_of_masks):
 
     segments = [segment(length, kind) for length, kind in zip((96, 40), rows_of_masks, strict=True)]
     np.testing.assert_allclose(attend(query, segments), at_once(query, segments), rtol=1e-5, atol=1e-6)
-    gradients = [jax.grad(lambda q, f=f: (f(q, segments) ** 2).sum())(query) for f in (attend, at_once)]
-    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-5)
+    by_query = [jax.grad(lambda q, f=f: (f(q, segments) ** 2).sum())(query) for f in (attend, at_once)]
+    np.testing.assert_allclose(*by_query, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [LONG - 1, LONG, LONG + 1, 2 * LONG - 56])
+@pytest.mark.parametrize("length", [LONG - 1, 4 * LONG - 56, 4 * LONG, 4 * LONG + 1])
 def test_no_length_switches_blocks_off(length):
-    """The last block is padded; a compiled program never holds the scores of all queries."""
+    """The last block is padded; a compiled program never holds the scores of all queries, nor does its gradient."""
     _, normal = draws()
     query, kv = normal(1, 2, length, 4), LayerKV(normal(1, 2, length, 4), normal(1, 2, length, 4))
     segments = [Segment(kv, Mask(causal=True))]
-    compiled = jax.jit(attend).lower(query, segments).compile()
-    np.testing.assert_allclose(compiled(query, segments), at_once(query, segments), rtol=1e-5, atol=1e-6)
     scores = 4 * 2 * length**2
-    assert (compiled.memory_analysis().temp_size_in_bytes < scores) == (length >= LONG)
+    for function in (lambda f: f, gradients):
+        compiled = jax.jit(function(attend)).lower(query, segments).compile()
+        ours, expected = compiled(query, segments), jax.jit(function(at_once))(query, segments)
+        for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+        assert (compiled.memory_analysis().temp_size_in_bytes < scores) == (length >= LONG)
 
 
 def test_scores_are_scaled_in_float32():

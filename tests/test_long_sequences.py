@@ -1,0 +1,123 @@
+"""No program holds an array over all pairs of a long sequence's tokens: not in prefill, nor in a loss and its gradient.
+
+The programs are traced, not compiled. What has two long axes, or as many numbers as there are pairs, would be scores or
+masks of all pairs; widths, vocabulary and blocks are smaller than that.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxspec import SamplingParams
+from jaxspec.kernels import attention
+from jaxspec.prompting import encode_prompt
+from jaxspec.speculation import loop
+from jaxspec.speculation.params import BatchSampling
+from jaxspec.targets.prompts import stack_prompts
+from jaxspec.training.drafter import DrafterRecipe, teach
+from jaxspec.training.eagle import EagleRecipe
+from jaxspec.training.losses import next_token_loss
+from jaxspec.training.massv import MassvRecipe
+from jaxspec.training.specvlm import SpecVLMRecipe
+from jaxspec.training.vispec import ViSpecRecipe
+from tests.drafting import TREE, fresh_head, linked_lm
+from tests.families import family_target
+from tests.test_dtypes import equations
+
+BATCH, LENGTH, LONG = 2, 2048, 700
+RECIPES: dict[str, DrafterRecipe] = {
+    "eagle2": EagleRecipe("long"),
+    "vispec": ViSpecRecipe("long"),
+    "specvlm": SpecVLMRecipe("long"),
+    "concat": SpecVLMRecipe("long"),
+    "massv": MassvRecipe("long"),
+}
+
+
+def pairs(jaxpr) -> list[str]:
+    """Of a program and those inside it, what has two axes of at least `LONG` or is as large as all pairs."""
+    found = (
+        (scope, equation.primitive, variable.aval.shape)
+        for scope, equation in equations(jaxpr)
+        for variable in equation.outvars
+    )
+    return [
+        f"{scope} {primitive} {shape}"
+        for scope, primitive, shape in found
+        if sum(n >= LONG for n in shape) > 1 or np.prod(shape, dtype=np.int64) >= BATCH * LENGTH**2
+    ]
+
+
+def drafter_of(target, name: str):
+    return linked_lm(target, True, 643) if name == "massv" else fresh_head(target, name, 1)
+
+
+def prompts(target, pictures):
+    encoded = [encode_prompt(target, "What is that?", pictures[:count]) for count in (1, 2)]
+    return stack_prompts(target.config, encoded, LENGTH)
+
+
+def prefill_program(target, drafter, pictures):
+    prompt = prompts(target, pictures)
+    request = loop.Request(
+        BatchSampling.from_params([SamplingParams(temperature=0.7)] * BATCH),
+        np.full(BATCH, 16, np.int32),
+        np.full((BATCH, 1), -1),
+    )
+
+    def prefill(target, drafter, prompt):
+        return loop.prefill(target, drafter, TREE, prompt, request, LENGTH + 24, 16)
+
+    return jax.make_jaxpr(prefill)(target.model, drafter, prompt).jaxpr
+
+
+def training_program(target, drafter, recipe, pictures):
+    batch = {"prompts": prompts(target, pictures), "loss_mask": np.ones((BATCH, LENGTH), bool)}
+    graph, params = nnx.split(drafter)
+
+    def loss(params, model, key):
+        drafter = nnx.merge(graph, params)
+        return recipe.loss(drafter, model, teach(model, batch, key, loop.taps_of(drafter)), key)
+
+    gradient = jax.grad(loss, has_aux=True)
+    return jax.make_jaxpr(gradient)(params, target.model, jax.random.key(0)).jaxpr
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_prefill_and_losses(name, target, pictures):
+    drafter = drafter_of(target, name)
+    assert not pairs(prefill_program(target, drafter, pictures))
+    assert not pairs(training_program(target, drafter, RECIPES[name], pictures))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_prefill_of_other_families(family, pictures):
+    assert not pairs(prefill_program(family_target(family), None, pictures))
+
+
+def test_training_a_text_model(target, pictures):
+    prompt, mask = prompts(target, pictures), jnp.ones((BATCH, LENGTH), bool)
+
+    def loss(model):
+        features, *_ = loop.read_prompts(model, prompt)
+        return next_token_loss(model.language_model, features, prompt.input_ids, mask)[0]
+
+    graph, params = nnx.split(target.model)
+    program = jax.make_jaxpr(jax.grad(lambda params: loss(nnx.merge(graph, params))))(params)
+    assert not pairs(program.jaxpr)
+
+
+def test_the_walk_sees_attention_that_is_not_in_blocks(target, pictures, monkeypatch):
+    monkeypatch.setattr(attention, "LONG", LENGTH + 1)
+    drafter = drafter_of(target, "eagle2")
+    assert any("attention" in each for each in pairs(prefill_program(target, drafter, pictures)))
+    assert any("attention" in each for each in pairs(training_program(target, drafter, RECIPES["eagle2"], pictures)))
+
+
+def test_the_walk_sees_what_a_backward_pass_keeps(target, pictures, monkeypatch):
+    """Blocks whose scores are kept for the gradient are all pairs again, one block after another."""
+    monkeypatch.setattr(attention.jax, "checkpoint", lambda function: function)
+    program = training_program(target, drafter_of(target, "eagle2"), RECIPES["eagle2"], pictures)
+    assert any("attention" in each for each in pairs(program))
