@@ -9,7 +9,7 @@ or None for autoregressive decoding.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic
 
 import jax
@@ -20,9 +20,11 @@ from jaxspec import cache as caches
 from jaxspec.drafters.contract import DrafterContext, DraftModel
 from jaxspec.kernels.attention import LayerKV
 from jaxspec.speculation.accept import accept
+from jaxspec.speculation.logprobs import Logprobs, logprobs_of, no_logprobs
 from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.penalties import penalised
 from jaxspec.speculation.sampling import Noise, choose
-from jaxspec.speculation.tree import Tree, TreeConfig, root_only
+from jaxspec.speculation.tree import Tree, TreeConfig, path_tokens, root_only
 from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.images import Array
 from jaxspec.targets.prompts import PromptBatch
@@ -39,6 +41,11 @@ class Request(Generic[Array]):
     sampling: BatchSampling
     max_new_tokens: Array  # i32 [B], at least 1
     stop_token_ids: Array  # i32 [B, K], -1 where unused
+    logprobs: Array | None = None  # bool [B], rows whose log-probabilities are told; None where no row's are
+
+    def counted(self, tokens: jax.Array, count: jax.Array) -> "Request":
+        """The same after the first `count` i32 `[B]` of `tokens` i32 `[B, P]` were generated, which penalties count."""
+        return dataclasses.replace(self, sampling=self.sampling.counted(tokens, count))
 
 
 @jax.tree_util.register_dataclass
@@ -59,6 +66,7 @@ class DecodeState:
     alone: jax.Array  # bool [B], rows whose next round verifies the root without a draft (see `decode_round`)
     failed: jax.Array  # bool [B], rows that are done because the logits of their next token were not finite
     rounds: jax.Array  # i32 [B], verification steps
+    logprobs: Logprobs[jax.Array] | None = None  # [B, T, ..] of the generated tokens, where a row asks for them
 
 
 def taps_of(drafter: DraftModel | None) -> tuple[int, ...]:
@@ -98,7 +106,13 @@ def prefill(
     logits = target.unembed(last)  # [B, 1, V]
     failed = ~finite(logits)[:, 0]
     noise = Noise(sampling.seed, prompt.lengths, logits.shape[-1])
-    root = choose(logits, lambda: noise.levels(0, 1), sampling)[:, 0]
+    scores = logits if sampling.penalties is None else penalised(logits, sampling.penalties, 0)
+    root = choose(scores, lambda: noise.levels(0, 1), sampling)[:, 0]
+    counts = 1 - failed.astype(jnp.int32)
+    logprobs = None
+    if request.logprobs is not None:
+        room = no_logprobs(batch, max_new, logits.shape[-1])
+        logprobs = told(room, request, lambda: logits, root[:, None], jnp.zeros_like(counts), counts)
     cache = tuple(caches.extend(kv, capacity) for kv in new_kv)
     drafter_state = None
     if drafter is not None:
@@ -111,14 +125,15 @@ def prefill(
         offset=position_offset(prompt),
         root=root,
         drafter=drafter_state,
-        request=request,
+        request=request.counted(root[:, None], counts),
         tokens=jnp.zeros((batch, max_new), jnp.int32).at[:, 0].set(root),
         from_draft=jnp.zeros((batch, max_new), bool),
-        counts=1 - failed.astype(jnp.int32),
+        counts=counts,
         done=failed | is_stop(root[:, None], request)[:, 0] | (request.max_new_tokens <= 1),
         alone=jnp.zeros((batch,), bool),
         failed=failed,
         rounds=jnp.zeros((batch,), jnp.int32),
+        logprobs=logprobs,
     )
 
 
@@ -189,8 +204,10 @@ def decode_round(
             tree = tree._replace(tokens=jnp.where(state.alone[:, None] & (tree.depths > 0), NO_TOKEN, tree.tokens))
     with jax.named_scope("verify"):
         features, new_kv = verify(target, tree, state, taps_of(drafter))
-        logits = target.unembed(features)
-        chosen = choose(logits, lambda: of_nodes(tree, noise.levels(0, room)), sampling)  # [B, N]
+        logits = scores = target.unembed(features)
+        if sampling.penalties is not None:
+            scores = penalised(logits, sampling.penalties, tree.depths, path_tokens(tree, config.max_depth))
+        chosen = choose(scores, lambda: of_nodes(tree, noise.levels(0, room)), sampling)  # [B, N]
         accepted = accept(tree, chosen, config.max_depth)
     with jax.named_scope("commit"):
         emit = emission(accepted.tokens, accepted.length, state)  # [B], 0 for rows that are done
@@ -204,6 +221,13 @@ def decode_round(
         if drafter is not None:
             path_features = jnp.take_along_axis(features, accepted.path[..., None], axis=1)  # [B, P, D]
             drafter_state = drafter.advance(target, drafter_state, accepted.tokens, path_features, emit)
+        logprobs = state.logprobs
+        if logprobs is not None:
+
+            def path_logits() -> jax.Array:  # [B, P, V]
+                return jnp.take_along_axis(logits, accepted.path[..., None], axis=1)
+
+            logprobs = told(logprobs, state.request, path_logits, accepted.tokens, state.counts, emit)
     last = jnp.take_along_axis(accepted.tokens, jnp.maximum(emit - 1, 0)[:, None], axis=1)[:, 0]
     counts = state.counts + emit
     stopped = (emit > 0) & (is_stop(last[:, None], state.request)[:, 0] | (counts >= state.request.max_new_tokens))
@@ -216,7 +240,7 @@ def decode_round(
         offset=state.offset,
         root=jnp.where(emit > 0, accepted.root, state.root),
         drafter=drafter_state,
-        request=state.request,
+        request=state.request.counted(accepted.tokens, emit),
         tokens=write_rows(state.tokens, accepted.tokens, state.counts),
         from_draft=write_rows(state.from_draft, drafted, state.counts),
         counts=counts,
@@ -224,6 +248,7 @@ def decode_round(
         alone=broken & ~failed,
         failed=state.failed | failed,
         rounds=state.rounds + ~state.done,
+        logprobs=logprobs,
     )
 
 
@@ -273,8 +298,26 @@ def of_nodes(tree: Tree, levels: jax.Array) -> jax.Array:
     return jnp.take_along_axis(levels, tree.depths[..., None], axis=1)
 
 
+def told(
+    logprobs: Logprobs[jax.Array],
+    request: Request[jax.Array],
+    logits: Callable[[], jax.Array],
+    tokens: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
+) -> Logprobs[jax.Array]:
+    """`logprobs` with those of the first `count` i32 `[B]` of `tokens` `[B, P]` from column `start` `[B]` on, chosen
+    from `logits()` `[B, P, V]`, which is called in a branch that is taken where a row with such tokens asks for them."""
+
+    def written(logprobs: Logprobs[jax.Array]) -> Logprobs[jax.Array]:
+        return jax.tree.map(lambda old, new: write_rows(old, new, start), logprobs, logprobs_of(logits(), tokens))
+
+    assert request.logprobs is not None  # where there is room for them
+    return jax.lax.cond(jnp.any(request.logprobs & (count > 0)), written, lambda logprobs: logprobs, logprobs)
+
+
 def write_rows(buffer: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
-    """`block` `[B, P]` written into `buffer` `[B, T]` at column `start` `[B]`; entries past T are dropped."""
+    """`block` `[B, P, ..]` written into `buffer` `[B, T, ..]` at column `start` `[B]`; entries past T are dropped."""
     columns = start[:, None] + jnp.arange(block.shape[1])
     rows = jnp.arange(block.shape[0])[:, None]
     return buffer.at[rows, columns].set(block.astype(buffer.dtype), mode="drop")

@@ -55,7 +55,7 @@ The limits `max_length` and `max_new_tokens` are not among them: every request h
 
 @dataclasses.dataclass(frozen=True)
 class GenerationDefaults:
-    """A folder's sampling defaults; None where it says nothing. None of them is applied (`not_applied`)."""
+    """A folder's defaults for what a request leaves unset (`SamplingParams.resolved`); None where it says nothing."""
 
     do_sample: bool | None = None
     temperature: float | None = None
@@ -63,10 +63,11 @@ class GenerationDefaults:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    no_repeat_ngram_size: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     min_new_tokens: int | None = None
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Further settings of transformers' `GenerationConfig` that the folder changes, as they stand in the file."""
+    """Further settings of transformers' `GenerationConfig`, as they stand in the file: none is applied."""
     source: Path | None = None
     """The file that says so."""
 
@@ -83,20 +84,14 @@ class GenerationDefaults:
         return cls(**values, others=others, source=source[0])
 
     def not_applied(self) -> dict[str, Any]:
-        """The settings that differ from those at which nothing changes, with their values; without `do_sample`
-        transformers applies those of sampling no more than we do."""
-        said = {name: getattr(self, name) for name in NEUTRAL if hasattr(self, name)} | dict(self.others)
-        return {name: value for name, value in said.items() if value is not None and value != NEUTRAL[name]}
+        """The settings for which there is no sampling parameter, where they differ from the values at which nothing
+        changes."""
+        return {name: value for name, value in self.others.items() if value is not None and value != NEUTRAL[name]}
 
     def warning(self) -> str | None:
         """One sentence that names what is not applied; None where there is nothing."""
         asked = [f"{name} {shortened(value)}" for name, value in self.not_applied().items()]
-        if not asked:
-            return None
-        return (
-            f"{self.source} asks for {', '.join(asked)}, which is not applied: answers are greedy unless a request's "
-            "SamplingParams say otherwise"
-        )
+        return f"{self.source} asks for {', '.join(asked)}, which is not applied" if asked else None
 
 
 def places(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
