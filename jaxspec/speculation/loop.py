@@ -307,7 +307,7 @@ def told(
     count: jax.Array,
 ) -> Logprobs[jax.Array]:
     """`logprobs` with those of the first `count` i32 `[B]` of `tokens` `[B, P]` from column `start` `[B]` on, chosen
-    from `logits()` `[B, P, V]`, which is called in a branch that is taken where a row with such tokens asks for them."""
+    from `logits()` `[B, P, V]`, which is called in a branch that is taken where such a row asks for them."""
 
     def written(logprobs: Logprobs[jax.Array]) -> Logprobs[jax.Array]:
         return jax.tree.map(lambda old, new: write_rows(old, new, start), logprobs, logprobs_of(logits(), tokens))

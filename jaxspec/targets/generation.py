@@ -76,8 +76,11 @@ class GenerationDefaults:
         """Raises ValueError, naming file and key, for a value of the wrong type."""
         source, *rest = [part for part in places(folder) if part[0].name == FILE] or list(places(folder))
         merged = {}
-        for _, said in (source, *rest):  # the first that says something counts
-            merged = {key: value for key, value in said.items() if key in NEUTRAL and value is not None} | merged
+        for path, said in (source, *rest):  # the first that says something counts
+            own = {key: value for key, value in said.items() if key in NEUTRAL and value is not None}
+            if path.name != FILE:  # older versions of transformers wrote all of their defaults into config.json
+                own = {key: value for key, value in own.items() if value != NEUTRAL[key]}
+            merged = own | merged
         values = {key: checked(source[0], key, value) for key, value in merged.items()}
         own = {field.name for field in dataclasses.fields(cls)}
         others = {key: values.pop(key) for key in list(values) if key not in own}

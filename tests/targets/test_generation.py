@@ -110,6 +110,9 @@ def test_neutral_values_are_not_named(folder, raw):
 def test_defaults_in_older_configs(folder, raw):
     """Without generation_config.json they stand in config.json, where the top level comes before the text config."""
     text = raw["text_config"] | {"top_k": 5, "repetition_penalty": 2.0}
+    write(folder, raw | dict(NEUTRAL))
+    defaults = GenerationDefaults.read(folder)
+    assert (defaults.top_k, defaults.do_sample) == (None, None)  # a list of transformers' own defaults asks for nothing
     write(folder, raw | {"repetition_penalty": 1.2, "text_config": text})
     defaults = GenerationDefaults.read(folder)
     assert (defaults.top_k, defaults.repetition_penalty) == (5, 1.2)
