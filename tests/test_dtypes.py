@@ -20,13 +20,14 @@ from jaxspec.checkpoints.names import dotted_path
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation import loop
 from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.penalties import Penalties
 from jaxspec.targets.prompts import stack_prompts
 from tests.drafting import DRAFTERS, NARROW, TREE, fresh_head
 from tests.families import FAMILIES, family_target
 from tests.folders import relative_error
 
 BATCH, CAPACITY, NEW = 2, 160, 16
-FLOAT32 = re.compile(r"(?<!\w)(norm|rope|attention|mean|tree|logits|choice)(?!\w)")
+FLOAT32 = re.compile(r"(?<!\w)(norm|rope|attention|mean|tree|logits|choice|penalties)(?!\w)")
 """Scopes that compute in float32 and give back what they were given."""
 
 
@@ -63,11 +64,14 @@ def wide_intermediates(jaxpr, width: int, vocabularies: tuple[int, ...]) -> list
 
 
 def programs(target: Target, drafter: Drafter | None, images: list):
-    """The state after prefill, and the programs of prefill and of decoding."""
+    """The state after prefill, and the programs of prefill and of decoding, penalties included."""
     prompts = [encode_prompt(target, "What is that?", images[:count]) for count in (0, len(images))]
     prompt = stack_prompts(target.config, prompts, 128)
-    sampling = BatchSampling.from_params([SamplingParams(temperature=0.7, top_p=0.9, top_k=5, min_p=0.1)] * BATCH)
-    request = loop.Request(sampling, np.full(BATCH, NEW, np.int32), np.full((BATCH, 4), -1, np.int32))
+    params = [SamplingParams(temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, presence_penalty=1)] * BATCH
+    stops, size = np.full((BATCH, 4), -1, np.int32), target.config.text.vocab_size
+    penalties = Penalties.from_params(params, [each.input_ids for each in prompts], stops, size)
+    sampling = BatchSampling.from_params(params, penalties)
+    request = loop.Request(sampling, np.full(BATCH, NEW, np.int32), stops)
     head, tree = (drafter.model, drafter.tree) if drafter else (None, TreeConfig.autoregressive())
 
     def prefill(target, head, prompt):
