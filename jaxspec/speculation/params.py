@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,9 @@ import numpy as np
 
 from jaxspec.checks import encodable, real_number, shown, whole_number
 from jaxspec.speculation.penalties import Penalties
-from jaxspec.targets.generation import GenerationDefaults
+
+if TYPE_CHECKING:  # it reads files, which importing this module needs no library for
+    from jaxspec.targets.generation import GenerationDefaults
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this one decode greedily: logits divided by less would overflow float32. vLLM's limit."""
@@ -118,7 +120,7 @@ class SamplingParams:
         """The fields that do so, with their values."""
         return {name: getattr(self, name) for name in PENALTIES}
 
-    def from_folder(self, defaults: GenerationDefaults) -> dict[str, float]:
+    def from_folder(self, defaults: "GenerationDefaults") -> dict[str, float]:
         """What the unset fields take from a folder, by name: those that change something."""
         values = {}
         for name in FOLDER_FIELDS:
@@ -128,7 +130,7 @@ class SamplingParams:
         greedy = 0 <= values.get("temperature", self.temperature) < GREEDY_TEMPERATURE
         return {name: value for name, value in values.items() if not (greedy and name in SAMPLING_ONLY)}
 
-    def resolved(self, defaults: GenerationDefaults = GenerationDefaults()) -> "SamplingParams":
+    def resolved(self, defaults: "GenerationDefaults") -> "SamplingParams":
         """The same with a number in every field: where none was given, the folder's.
 
         An unset temperature is the folder's where it says `do_sample: true` (1 where it names none), else 0. The other
@@ -159,7 +161,7 @@ FOLDER_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams)
 """Fields that a folder may fill."""
 
 
-def _folder_value(name: str, defaults: GenerationDefaults) -> float | None:
+def _folder_value(name: str, defaults: "GenerationDefaults") -> float | None:
     """What a folder says of a field; None where it says nothing."""
     if name == "temperature":
         return (1.0 if defaults.temperature is None else defaults.temperature) if defaults.do_sample else None

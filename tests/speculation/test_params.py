@@ -71,8 +71,8 @@ def test_unset_fields_equal_their_defaults_and_stay_unset():
     some = dataclasses.replace(SamplingParams(1.0, min_tokens=0), seed=5)
     for each in (some, copy.deepcopy(some), pickle.loads(pickle.dumps(some))):
         assert unset(each) == set(FOLDER_FIELDS) - {"temperature", "min_tokens"}
-    assert not unset(params.resolved())
-    assert params.resolved() == params
+    resolved = params.resolved(GenerationDefaults())
+    assert resolved == params and not unset(resolved)
 
 
 def test_the_folder_fills_what_is_unset():
