@@ -7,7 +7,7 @@ from jaxspec import SamplingParams
 from jaxspec.benchmark.identity import choice_margin
 from jaxspec.benchmark.measure import Question
 from jaxspec.prompting import encode_prompt
-from tests.speculation.test_penalties import plain
+from tests.plain_penalties import penalised_logits
 
 
 @pytest.mark.parametrize("position", [0, 5])
@@ -17,7 +17,7 @@ def test_the_margin_is_of_the_penalised_logits(target, position):
     prompt = encode_prompt(target, question.prompt, ()).input_ids
     ids = np.concatenate([prompt, answer[:position]])
     logits = np.asarray(target.logits({"input_ids": ids[None]}))[0, -1]
-    second, best = np.sort(plain(logits, sampling, prompt, answer[:position], target.stop_token_ids))[-2:]
+    second, best = np.sort(penalised_logits(logits, sampling, prompt, answer[:position], target.stop_token_ids))[-2:]
     margins = [choice_margin(target, question, each, answer, position) for each in (sampling, SamplingParams())]
     np.testing.assert_allclose(margins[0], best - second, atol=1e-4)
     assert abs(margins[1] - margins[0]) > 1

@@ -9,7 +9,7 @@ import pytest
 
 from jaxspec import SamplingParams
 from jaxspec.prompting import encode_prompt
-from tests.speculation.test_penalties import plain
+from tests.plain_penalties import penalised_logits
 
 ARMS = ("self", "eagle2", "vispec", "narrow", "massv", "lookup", "medusa")
 LIMITS = (32, 24, 29)
@@ -89,7 +89,7 @@ def test_every_token_is_the_one_that_the_definitions_choose(answers, target, req
     logits = np.asarray(target.logits({"input_ids": ids[None]}))[0, len(prompt) - 1 : -1]
     stops = [*target.stop_token_ids, *PENALTIES.stop_token_ids]
     for place, (own, token) in enumerate(zip(logits, result.tokens, strict=True)):
-        scores = plain(own, PENALTIES, prompt, result.tokens[:place], stops)
+        scores = penalised_logits(own, PENALTIES, prompt, result.tokens[:place], stops)
         assert scores.argmax() == token
     assert (logits.argmax(-1) != result.tokens).any()
     assert result.finish_reason == "stop" and len(result.tokens) > PENALTIES.min_tokens

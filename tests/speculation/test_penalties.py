@@ -18,26 +18,9 @@ from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.penalties import Penalties, penalised
 from jaxspec.speculation.tree import TreeConfig, build_tree, draft_children, path_tokens
 from tests.helpers import GivenNoise
+from tests.plain_penalties import penalised_logits
 
 BATCH, NODES, VOCAB, ROOM = 3, 9, 13, 12
-
-
-def plain(logits, params, prompt, answer, stops):
-    """Logits [V] after `prompt` and `answer`: vLLM's definitions, but for the repetition penalty, which is a processor
-    of transformers."""
-    scores = np.array(logits, np.float32)
-    for token, bias in params.logit_bias:
-        scores[token] += np.float32(bias)
-    if params.repetition_penalty != 1:
-        ids = torch.tensor([[token for token in (*prompt, *answer) if token < len(scores)]])
-        processor = logits_process.RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty))
-        scores = processor(ids, torch.from_numpy(scores[None]))[0].numpy()
-    counts = np.bincount(np.asarray(answer, int), minlength=len(scores)).astype(np.float32)
-    scores = scores - np.float32(params.frequency_penalty) * counts
-    scores = scores - np.float32(params.presence_penalty) * (counts > 0)
-    if len(answer) < params.min_tokens:
-        scores[list(stops)] = -np.inf
-    return scores
 
 
 penalties = st.floats(-2, 2).map(lambda x: round(x, 2))
@@ -98,10 +81,22 @@ def test_every_node_sees_its_own_path(rows, seed):
             while at:
                 path.insert(0, int(drafted[number, at]))
                 at = parents[number, at]
-            expected = plain(logits[number, node], asked, prompt, [*answer, *path], stops)
+            expected = penalised_logits(logits[number, node], asked, prompt, [*answer, *path], stops)
             np.testing.assert_allclose(actual[number, node], expected, rtol=1e-6, atol=1e-5)
         if not asked.penalises:
             np.testing.assert_array_equal(actual[number], logits[number])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(0, VOCAB + 1), min_size=1, max_size=8), st.sampled_from([0.5, 1.1, 3.0]), st.integers(0, 2**31)
+)
+def test_the_repetition_penalty_is_transformers(context, penalty, seed):
+    logits = np.random.default_rng(seed).normal(size=VOCAB).astype(np.float32)
+    processor = logits_process.RepetitionPenaltyLogitsProcessor(penalty)
+    expected = processor(torch.tensor([context]), torch.from_numpy(logits[None]))[0].numpy()
+    actual = penalised_logits(logits, SamplingParams(repetition_penalty=penalty), context, [], [])
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 def test_a_row_that_asks_for_nothing_keeps_every_bit():
