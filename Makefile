@@ -9,7 +9,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --editable
 # What has to hold on every Python and JAX, in a few minutes and without torch: decoding, sampling and trees, loading,
 # training and resuming, the commands.
 CORE := $(addprefix tests/,speculation/test_families.py speculation/test_tree.py drafters/test_medusa.py \
-	test_compilations.py training/test_loop.py training/test_together.py training/test_medusa.py data/test_unusable.py \
+	test_compilations.py speculation/test_penalised_decoding.py \
+	training/test_loop.py training/test_together.py training/test_medusa.py data/test_unusable.py \
 	cli/test_generate.py)
 
 .PHONY: demo test test-full test-core lint bench clean

@@ -101,6 +101,16 @@ def sampling_list(sampling: Any, count: int) -> list[SamplingParams]:
     return entries
 
 
+def check_sampling(params: SamplingParams, limit: int, vocab_size: int) -> None:
+    """Raises ValueError for biased tokens that a target of so many does not have, and for more tokens at least than at
+    most."""
+    for token in dict(params.logit_bias):
+        if token >= vocab_size:
+            raise ValueError(f"logit_bias has token {token}, the target has only {vocab_size} tokens")
+    if params.min_tokens > limit:
+        raise ValueError(f"min_tokens must be at most max_new_tokens ({limit}), got {params.min_tokens}")
+
+
 def limit_list(max_new_tokens: Any, count: int) -> list[int]:
     """The token limit of every prompt; one for all may be given."""
     entries = one_each("max_new_tokens", max_new_tokens, count) if is_list(max_new_tokens) else [max_new_tokens] * count

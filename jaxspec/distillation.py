@@ -46,6 +46,12 @@ class DistillSettings:
     """Share of the records that are sampled at the temperature, evenly spread; the others are answered greedily. 0.5
     samples every odd one."""
     top_p: float = 1.0
+    repetition_penalty: float | None = None
+    """This and the next: as the target's generation_config.json says where none is given, else off."""
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    min_tokens: int | None = None
+    """No end-of-sequence token before so many tokens of an answer."""
     seed: int = 0
     """Record i samples with seed + i."""
     max_new_tokens: int = 1024
@@ -60,12 +66,22 @@ class DistillSettings:
         if not 0 <= self.sampled_share <= 1:
             raise ValueError(f"sampled_share must lie in 0..1, got {self.sampled_share}")
         encodable(self.suffix, "suffix")
-        temperature = SamplingParams(temperature=self.temperature, top_p=self.top_p).temperature
+        temperature = SamplingParams(temperature=self.temperature, top_p=self.top_p, **self.penalties).temperature
+        if (self.min_tokens or 0) > self.max_new_tokens:
+            raise ValueError(
+                f"min_tokens must be at most max_new_tokens ({self.max_new_tokens}), got {self.min_tokens}"
+            )
         for field in ("top_p", "sampled_share"):
             if not temperature and getattr(self, field) != 1:
                 raise ValueError(f"{field} has no effect at temperature 0, got {getattr(self, field)}")
         if temperature and not self.sampled_share:
             raise ValueError(f"temperature has no effect at sampled_share 0, got {self.temperature}")
+
+    @property
+    def penalties(self) -> dict[str, Any]:
+        """Those that are given, by their names in `SamplingParams`."""
+        names = "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def records(self, available: int) -> range:
         """The chosen ones of a source of that size."""
@@ -79,10 +95,14 @@ class DistillSettings:
         return range(self.start, available if self.count is None else self.start + self.count)
 
     def sampling(self, record: int) -> SamplingParams:
-        """How that record is answered."""
+        """How that record is answered: temperature and filters as set here, whatever the target's folder says; of
+        penalties, which change greedy answers, too, what is not set is left to it, as by whoever asks for such answers
+        later."""
         sampled = math.floor((record + 1) * self.sampled_share) > math.floor(record * self.sampled_share)
-        seed = (self.seed + record) % 2**32
-        return SamplingParams(temperature=self.temperature if sampled else 0.0, top_p=self.top_p, seed=seed)
+        seed, temperature = (self.seed + record) % 2**32, self.temperature if sampled else 0.0
+        return SamplingParams(
+            temperature=temperature, top_p=self.top_p, top_k=0, min_p=0.0, seed=seed, **self.penalties
+        )
 
 
 @dataclasses.dataclass
@@ -129,6 +149,8 @@ class Distiller:
         self.records = settings.records(len(source))
         self.batch_size = min(batch_size, settings.shard_size, len(self.records))
         self.pictures = Pictures(source.image_folder)
+        self.from_folder = settings.sampling(0).from_folder(generator.generation_defaults)
+        """What the answers take from the target's folder."""
 
     def part(
         self,

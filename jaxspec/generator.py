@@ -18,6 +18,7 @@ from flax import nnx
 from jaxspec.arguments import (
     check_encoded,
     check_prompt,
+    check_sampling,
     image_list,
     image_lists,
     length_limit,
@@ -34,8 +35,11 @@ from jaxspec.metrics import AcceptanceWatch, GenerationStats, emitted_per_round
 from jaxspec.programs import CHUNK, Programs
 from jaxspec.prompting import ImageLike, Prompt, encode_prompt
 from jaxspec.speculation import loop
+from jaxspec.speculation.logprobs import Logprobs
 from jaxspec.speculation.params import BatchSampling, SamplingParams
+from jaxspec.speculation.penalties import Penalties
 from jaxspec.speculation.tree import TreeConfig
+from jaxspec.targets.generation import GenerationDefaults
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.target import Target
 
@@ -56,6 +60,7 @@ class Result:
     stats: GenerationStats
     text_ends: np.ndarray  # i32 [n], how many characters of the text are complete after each token
     error: str | None = None  # why the answer ends here: the sentence, where finish_reason is "error"
+    logprobs: Logprobs[np.ndarray] | None = None  # of the n tokens with k alternatives, where SamplingParams asks for k
 
     def checked(self) -> "Result":
         """The result itself; raises FloatingPointError, with its sentence, where it ended in an error."""
@@ -73,6 +78,7 @@ class Piece:
     accepted: np.ndarray  # bool [n]
     text_ends: np.ndarray  # i32 [n], characters of the whole text that are complete after each token
     result: Result | None = None  # on the last piece
+    logprobs: Logprobs[np.ndarray] | None = None  # of these tokens, as in `Result`
 
 
 class Generator:
@@ -86,11 +92,14 @@ class Generator:
       allow_local_files: whether paths within messages are opened; those in `images` always are.
       prefill_chunk: tokens of a prompt that are read at a time, a multiple of 4 and at least 16; answers do not depend
         on it.
+      generation_config: whether what a request's SamplingParams leave unset is taken from the target's folder
+        (`SamplingParams.resolved`); without it they are greedy and unpenalised.
 
     The answer does not depend on drafter, tree or batch (up to floating-point ties). Raises ValueError for a drafter of
-    another target, a tree that the vocabulary cannot fill or the drafter cannot draft, and a `max_length` beyond the
-    target's positions. A drafter with parameters whose drafts are hardly ever accepted, or far less often than its
-    folder says, is warned of once (`AcceptanceWarning`), from 64 greedy rounds on.
+    another target, a tree that the vocabulary cannot fill or the drafter cannot draft, a `max_length` beyond the
+    target's positions, and a folder whose sampling defaults are out of range. A drafter with parameters whose drafts
+    are hardly ever accepted, or far less often than its folder says, is warned of once (`AcceptanceWarning`), from 64
+    greedy rounds on.
     """
 
     def __init__(
@@ -100,6 +109,7 @@ class Generator:
         tree: TreeConfig | None = None,
         max_length: int | None = None,
         allow_local_files: bool = False,
+        generation_config: bool = True,
         prefill_chunk: int = CHUNK,
     ) -> None:
         if not isinstance(target, Target):
@@ -120,6 +130,8 @@ class Generator:
                 check_tree(tree)
         tree.check_vocabulary(target.config.text.vocab_size)
         self.target, self.drafter, self.tree = target, drafter, tree
+        self.generation_defaults = target.generation_defaults if generation_config else GenerationDefaults()
+        self._usual_penalties = SamplingParams().resolved(self.generation_defaults).penalties
         self._watch = None
         if drafter is not None and jax.tree.leaves(nnx.state(drafter.model)):  # prompt lookup may find nothing
             own = tree == drafter.tree
@@ -238,6 +250,8 @@ class Generator:
         for index, prompt in enumerate(prompts):
             check_encoded(prompt, f"prompt {index}")
             self.check_length(prompt, f"prompt {index}")
+            check_sampling(params[index], limits[index], self.target.config.text.vocab_size)
+            params[index] = params[index].resolved(self.generation_defaults)
             limits[index] = min(limits[index], self.max_length - len(prompt.input_ids))
         return Batch(self, prompts, params, limits)
 
@@ -276,10 +290,16 @@ class Batch:
         self.capacity = min(coarse_bucket(needed), generator.max_length)
         stops = [(*generator.target.stop_token_ids, *params.stop_token_ids) for params in sampling]
         width = -(-max(map(len, stops)) // STOP_TOKENS) * STOP_TOKENS
+        penalties = None
+        if any(params.penalises for params in sampling):
+            ids, size = [prompt.input_ids for prompt in prompts], generator.target.config.text.vocab_size
+            penalties = Penalties.from_params(sampling, ids, stops, size)
+        telling = [params.logprobs is not None for params in sampling]
         self.request = loop.Request(
-            sampling=BatchSampling.from_params(sampling),
+            sampling=BatchSampling.from_params(sampling, penalties),
             max_new_tokens=np.array(limits, np.int32),
             stop_token_ids=np.array([[*row, *[-1] * (width - len(row))] for row in stops], np.int32),
+            logprobs=np.array(telling) if any(telling) else None,
         )
 
     @functools.cached_property
@@ -304,7 +324,8 @@ class Batch:
             new = slice(seen, text.count)
             failed = result is not None and result.error is not None
             ends = np.array(text.ends[new], np.int32)
-            yield Piece(text.take(), tokens[0, new], drafted[0, new], ends, None if failed else result)
+            logprobs = self.logprobs(state, 0, new)
+            yield Piece(text.take(), tokens[0, new], drafted[0, new], ends, None if failed else result, logprobs)
             if result is not None:
                 result.checked()
                 return
@@ -343,6 +364,14 @@ class Batch:
             text.add(tokens[row, text.count : counts[row]])
         return tokens, drafted
 
+    def logprobs(self, state: loop.DecodeState, row: int, columns: slice) -> Logprobs[np.ndarray] | None:
+        """Of these tokens of a row, where it asks for them."""
+        count = self.sampling[row].logprobs
+        if state.logprobs is None or count is None:
+            return None
+        own = jax.device_get(jax.tree.map(lambda part: part[row], state.logprobs))
+        return Logprobs(own.token_logprobs[columns], own.top_ids[columns, :count], own.top_logprobs[columns, :count])
+
     def finished(self, state: loop.DecodeState) -> bool:
         return bool(np.asarray(state.done).all())
 
@@ -366,10 +395,12 @@ class Batch:
                 prefill_seconds=self.prefill_seconds,
                 decode_seconds=self.decode_seconds,
             )
-            results.append(Result(ids, accepted, text.text, reason, stats, np.array(text.ends, np.int32), error))
+            logprobs, ends = self.logprobs(state, row, slice(text.count)), np.array(text.ends, np.int32)
+            results.append(Result(ids, accepted, text.text, reason, stats, ends, error, logprobs))
         if self.generator._watch:
-            greedy = [params.temperature == 0 for params in self.sampling]
-            self.generator._watch.add([each.stats for each, use in zip(results, greedy, strict=True) if use])
+            usual = self.generator._usual_penalties
+            judged = [params.temperature == 0 and params.penalties == usual for params in self.sampling]
+            self.generator._watch.add([each.stats for each, use in zip(results, judged, strict=True) if use])
         return results
 
     def failure(self, row: int, generated: int) -> str:

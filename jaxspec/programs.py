@@ -63,7 +63,7 @@ class Programs:
         self._grow = jax.jit(self._counted(prefill.grow), static_argnums=1)
         self._read = compiled(prefill.read_chunk, donate_argnums=1)
         self._begin = compiled(loop.begin, static_argnames=("capacity", "max_images"))
-        self._idle = compiled(loop.idle, static_argnames=("batch", "capacity", "stop_tokens"))
+        self._idle = compiled(loop.idle, static_argnums=(1, 2, 3, 4, 5))
         self.decode = compiled(loop.decode, with_tree=True, donate_argnums=1)
         self.insert = jax.jit(self._counted(loop.insert), donate_argnums=0)
 
@@ -75,9 +75,17 @@ class Programs:
 
         return run
 
-    def idle(self, params: Any, batch: int, capacity: int, stop_tokens: int) -> loop.DecodeState:
+    def idle(
+        self,
+        params: Any,
+        batch: int,
+        capacity: int,
+        stop_tokens: int,
+        penalties: bool = False,
+        logprobs: bool = False,
+    ) -> loop.DecodeState:
         """As `loop.idle`."""
-        return self._idle(params, batch=batch, capacity=capacity, stop_tokens=stop_tokens)
+        return self._idle(params, batch, capacity, stop_tokens, penalties, logprobs)
 
     @property
     def compilations(self) -> int:

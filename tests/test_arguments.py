@@ -53,6 +53,11 @@ def test_images_are_a_list(generator, images, found):
     [
         ({"sampling": {"temperature": 1}}, "sampling must be SamplingParams, got dict: {'temperature': 1}"),
         ({"sampling": None}, "sampling must be SamplingParams, got NoneType: None"),
+        ({"sampling": SamplingParams(logit_bias={10**6: 1})}, "logit_bias has token 1000000, the target has only"),
+        (
+            {"sampling": SamplingParams(min_tokens=9), "max_new_tokens": 8},
+            "min_tokens must be at most max_new_tokens (8), got 9",
+        ),
         ({"max_new_tokens": None}, "max_new_tokens must be an integer, got None"),
         ({"max_new_tokens": 2.0}, "max_new_tokens must be an integer, got 2.0"),
         ({"max_new_tokens": True}, "max_new_tokens must be an integer, got True"),

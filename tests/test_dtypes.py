@@ -20,13 +20,14 @@ from jaxspec.checkpoints.names import dotted_path
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.penalties import Penalties
 from jaxspec.targets.chunks import steps_of
 from tests.drafting import DRAFTERS, NARROW, TREE, fresh_head
 from tests.families import FAMILIES, family_target
 from tests.folders import relative_error
 
 BATCH, CAPACITY, NEW = 2, 160, 16
-FLOAT32 = re.compile(r"(?<!\w)(norm|rope|attention|mean|tree|logits|choice)(?!\w)")
+FLOAT32 = re.compile(r"(?<!\w)(norm|rope|attention|mean|tree|logits|choice|penalties)(?!\w)")
 """Scopes that compute in float32 and give back what they were given."""
 
 
@@ -64,12 +65,14 @@ def wide_intermediates(jaxpr, width: int, vocabularies: tuple[int, ...]) -> list
 
 def programs(target: Target, drafter: Drafter | None, images: list):
     """The state before the first round, and the programs of encoding, of reading a first and a second chunk, of what
-    comes after and of decoding."""
+    comes after and of decoding, penalties included."""
     prompts = [encode_prompt(target, "What is that?", images[:count]) for count in (0, len(images))]
     step, *_ = steps_of(target.config, prompts, 128, CAPACITY)
     chunk, models = step.chunk, (target.model, drafter.model if drafter else None)
-    sampling = BatchSampling.from_params([SamplingParams(temperature=0.7, top_p=0.9, top_k=5, min_p=0.1)] * BATCH)
-    request = loop.Request(sampling, np.full(BATCH, NEW, np.int32), np.full((BATCH, 4), -1, np.int32))
+    params = [SamplingParams(temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, presence_penalty=1)] * BATCH
+    stops, size = np.full((BATCH, 4), -1, np.int32), target.config.text.vocab_size
+    penalties = Penalties.from_params(params, [each.input_ids for each in prompts], stops, size)
+    request = loop.Request(BatchSampling.from_params(params, penalties), np.full(BATCH, NEW, np.int32), stops)
     tree = drafter.tree if drafter else TreeConfig.autoregressive()
     traced, features = [], None
 

@@ -11,6 +11,7 @@ from jaxspec.buckets import bucket
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.filters import warp
 from jaxspec.speculation.params import BatchSampling, SamplingParams
+from jaxspec.speculation.penalties import Penalties, penalised
 from jaxspec.speculation.sampling import gumbel_noise
 from jaxspec.targets.images import stack_positions
 from jaxspec.targets.target import Target, full_logits
@@ -36,8 +37,8 @@ def choice_margin(
 ) -> float:
     """By how much the target's best token leads the second at `position` of the answer `tokens`.
 
-    In units of the logits at temperature 0, else of the warped logits plus noise that choose the token. A margin of
-    rounding size says that two orders of summation may choose differently; a large one would be an error.
+    In units of the (penalised) logits at temperature 0, else of the warped logits plus noise that choose the token. A
+    margin of rounding size says that two orders of summation may choose differently; a large one would be an error.
     """
     encoded = encode_prompt(target, question.prompt, question.images)
     ids = np.concatenate([encoded.input_ids, np.asarray(tokens[:position], np.int32)])
@@ -48,6 +49,11 @@ def choice_margin(
     logits = full_logits(target.model, padded, np.array([len(ids)]), images, positions)
     scores = logits[:, len(ids) - 1 : len(ids)]  # [1, 1, V]
     rows = BatchSampling.from_params([sampling])
+    if sampling.penalises:
+        stops = (*target.stop_token_ids, *sampling.stop_token_ids)
+        penalties = Penalties.from_params([sampling], [encoded.input_ids], [stops], scores.shape[-1])
+        said = jnp.asarray(ids[None, len(encoded.input_ids) :])
+        scores = penalised(scores, penalties.counted(said, jnp.array([position])), 0)
     if sampling.temperature > 0:
         scores = warp(scores, rows) + gumbel_noise(rows.seed, jnp.array([[len(ids)]]), scores.shape[-1])
     best, second = np.asarray(jax.lax.top_k(scores[0, 0], 2)[0])

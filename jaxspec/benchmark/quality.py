@@ -11,6 +11,7 @@ from jaxspec import demo
 from jaxspec.demo.scenes import Bar
 from jaxspec.demo.scoring import Score, parse_objects, score_objects
 from jaxspec.generator import Generator
+from jaxspec.speculation.params import SamplingParams
 
 BATCH = 8
 
@@ -21,6 +22,7 @@ def score_answers(
     seed: int,
     max_new_tokens: int,
     progress: Callable[[str, int], AbstractContextManager[Any]],
+    sampling: SamplingParams = SamplingParams(temperature=0),
 ) -> list[dict]:
     """Precision, recall and F1 of greedy answers about `count` test scenes, per generator and kind of scene.
 
@@ -36,7 +38,7 @@ def score_answers(
                 # The last batch is filled up: another batch size would be another program.
                 full = [*batch, *batch[-1:] * (BATCH - len(batch))]
                 prompts, images = [each.question for each in full], [(each.image,) for each in full]
-                answers = generator.generate_batch(prompts, images, max_new_tokens=max_new_tokens)
+                answers = generator.generate_batch(prompts, images, sampling, max_new_tokens)
                 results += [answer.checked() for answer in answers[: len(batch)]]
                 bar.advance()
             tokens = [result.tokens.tolist() for result in results]

@@ -219,6 +219,9 @@ def markdown(results: dict) -> str:
         f"* batch 1, {settings['num_prompts']} prompts ({kinds}), at most {settings['max_new_tokens']} new tokens, "
         f"median of {settings['runs']} interleaved runs after {settings['warm_ups']} warm-ups, seed {settings['seed']}",
     ]
+    for name, source in (("penalties", "in every arm"), ("generation_config", "from generation_config.json")):
+        if applied := settings.get(name):
+            lines.append(f"* {source}: {', '.join(f'{key} {value:g}' for key, value in applied.items())}")
     disturbed = [entry["stolen"] for entry in results["speed"]]
     if any(share["max"] > 0 for share in disturbed):
         most, middle = (max(share[name] for share in disturbed) for name in ("max", "median"))

@@ -33,6 +33,7 @@ from jaxspec.generator import Generator
 from jaxspec.metrics import Acceptance, acceptance_warning, pooled
 from jaxspec.speculation.params import SamplingParams
 from jaxspec.speculation.tree import TreeConfig
+from jaxspec.targets.generation import GenerationDefaults
 from jaxspec.targets.target import Target
 
 BASELINE = "autoregressive"
@@ -56,6 +57,11 @@ class SpeedBenchmark:
     patience: int = 1
     noise_off: bool = True
     others: Sequence[Arm] = ()
+    penalties: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of `SamplingParams`, by name, in every arm."""
+    generation_config: bool = True
+    """Whether every arm does what else the target's generation_config.json asks for: filters and penalties, so that
+    what is measured is what is served. Temperatures are the benchmark's own."""
 
     def __post_init__(self) -> None:
         for field in ("runs", "max_new_tokens", "patience"):
@@ -68,7 +74,7 @@ class SpeedBenchmark:
         if self.others and 0 not in self.temperatures:
             raise ValueError("other implementations are compared at temperature 0, which is not among the temperatures")
         for temperature in self.temperatures:
-            SamplingParams(temperature=temperature, seed=self.seed)
+            SamplingParams(temperature=temperature, seed=self.seed, **self.penalties)
 
     def arms(self) -> dict[float, list[list[Arm]]]:
         """Groups of arms for every temperature, the baseline first in each. Generators are shared between temperatures.
@@ -77,7 +83,7 @@ class SpeedBenchmark:
         """
 
         def arm(name, drafter=None, tree=None):
-            generator = Generator(self.target, drafter, tree, self.max_length)
+            generator = Generator(self.target, drafter, tree, self.max_length, generation_config=self.generation_config)
             return Arm.of(name, generator, self.max_new_tokens)
 
         common = [arm(BASELINE)] + [arm(name, drafter, tree) for name, (drafter, tree) in self.drafters.items()]
@@ -104,7 +110,7 @@ class SpeedBenchmark:
         with progress("warm-up", len(every_arm)) as bar:
             for arm in every_arm.values():
                 # One program serves all temperatures, but only sampling draws noise: warm up with it where it is used.
-                warm_up([arm], shapes, SamplingParams(max(self.temperatures) if arm.generator else 0.0))
+                warm_up([arm], shapes, self.sampling(max(self.temperatures) if arm.generator else 0.0, 0))
                 bar.advance()
         compiled = {name: arm.compilations for name, arm in every_arm.items()}
         results = []
@@ -138,7 +144,16 @@ class SpeedBenchmark:
         ]
 
     def sampling(self, temperature: float, index: int) -> SamplingParams:
-        return SamplingParams(temperature=temperature, seed=self.seed + index)
+        defaults = self.target.generation_defaults if self.generation_config else GenerationDefaults()
+        return SamplingParams(temperature=temperature, seed=self.seed + index, **self.penalties).resolved(defaults)
+
+    @property
+    def from_folder(self) -> dict[str, float]:
+        """What applies from the target's folder, at one temperature at least."""
+        if not self.generation_config:
+            return {}
+        warmest = SamplingParams(temperature=max(self.temperatures), **self.penalties)
+        return warmest.from_folder(self.target.generation_defaults)
 
     def summary(
         self,
@@ -246,6 +261,8 @@ def settings_of(benchmark: SpeedBenchmark) -> dict:
         "max_new_tokens": benchmark.max_new_tokens,
         "max_length": length_limit(benchmark.max_length, benchmark.target.config.text.max_position_embeddings),
         "seed": benchmark.seed,
+        "penalties": dict(benchmark.penalties),
+        "generation_config": benchmark.from_folder,
         "drafters": {
             name: {
                 "method": drafter.method,

@@ -12,6 +12,7 @@ from jaxspec.detokenizer import detokenize
 from jaxspec.media import open_image
 from jaxspec.metrics import GenerationStats
 from jaxspec.prompting import normalise_messages
+from jaxspec.speculation.params import SamplingParams
 from jaxspec.targets.target import Target
 
 NAME = "transformers generate"
@@ -38,8 +39,15 @@ class Clock:
         pass
 
 
-def transformers_arm(target: Target, dtype: str, max_new_tokens: int) -> tuple[Arm, dict]:
-    """The arm, and what a report must say about it. Raises ValueError where torch is not installed."""
+def transformers_arm(
+    target: Target, dtype: str, max_new_tokens: int, sampling: SamplingParams = SamplingParams()
+) -> tuple[Arm, dict]:
+    """The arm, and what a report must say about it. It decodes greedily, with the repetition penalty and the fewest
+    tokens of `sampling`. Raises ValueError where torch is not installed, and for penalties that `generate` does not
+    have."""
+    for name in ("presence_penalty", "frequency_penalty"):
+        if value := getattr(sampling, name):
+            raise ValueError(f"transformers' generate has no {name}, which the folder sets to {value:g}")
     try:
         import torch
         from transformers import AutoModelForImageTextToText, GenerationConfig
@@ -50,9 +58,14 @@ def transformers_arm(target: Target, dtype: str, max_new_tokens: int) -> tuple[A
         ) from error
     device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
     model = AutoModelForImageTextToText.from_pretrained(target.path, dtype=getattr(torch, dtype)).to(device).eval()
-    # In place of the folder's own, whose penalties and sampling no other arm has.
+    # In place of the folder's own, which may ask for what no other arm has.
     model.generation_config = GenerationConfig(
-        do_sample=False, num_beams=1, eos_token_id=list(target.stop_token_ids) or None, pad_token_id=0
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=float(sampling.repetition_penalty),
+        min_new_tokens=sampling.min_tokens,
+        eos_token_id=list(target.stop_token_ids) or None,
+        pad_token_id=0,
     )
 
     def run(question, limit: int) -> TransformersAnswer:

@@ -3,7 +3,7 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -20,9 +20,11 @@ from jaxspec.benchmark.report import (
     write_report,
 )
 from jaxspec.benchmark.run import BASELINE, SpeedBenchmark, example_prompts, settings_of
-from jaxspec.cli.options import ModelOptions, TreeOptions, load_named_drafter
-from jaxspec.cli.output import ProgressLines, show_warning, table, waiting
+from jaxspec.cli.options import ModelOptions, PenaltyOptions, TreeOptions, load_named_drafter
+from jaxspec.cli.output import ProgressLines, show_applied, show_warning, table, waiting
 from jaxspec.generator import Generator
+from jaxspec.speculation.params import SamplingParams
+from jaxspec.targets.generation import GenerationDefaults
 
 SHOWN = {
     "arm": "",
@@ -47,11 +49,15 @@ def name_of(given: str) -> str:
 class Bench:
     """Measure drafters against autoregressive decoding on held-out scenes.
 
+    What the target's generation_config.json asks for beside a temperature (filters, penalties) applies in every arm, so
+    that what is measured is what is served.
+
     Writes results.json, results.md and (with matplotlib) results.png.
     """
 
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = ModelOptions()
     tree: Annotated[TreeOptions, tyro.conf.arg(name="")] = TreeOptions()
+    penalties: Annotated[PenaltyOptions, tyro.conf.arg(name="")] = PenaltyOptions()
     drafters: tuple[str, ...] = ("eagle2", "vispec")
     """Methods of the embedded model, lookup, folders or repo ids."""
     temperatures: tuple[float, ...] = (0.0, 1.0)
@@ -86,11 +92,13 @@ class Bench:
                 if name in drafters:
                     raise ValueError(f"two drafters are called {name}; their folders need different names")
                 drafters[name] = drafter, self.tree.applied(drafter.tree)
+            defaults = target.generation_defaults if self.model.generation_config else GenerationDefaults()
+            greedy = SamplingParams(temperature=0, **self.penalties.given).resolved(defaults)
             others, about_transformers = [], None
             if self.transformers:
                 from jaxspec.benchmark.transformers_arm import transformers_arm
 
-                arm, about_transformers = transformers_arm(target, self.model.dtype, self.max_new_tokens)
+                arm, about_transformers = transformers_arm(target, self.model.dtype, self.max_new_tokens, greedy)
                 others.append(arm)
             benchmark = SpeedBenchmark(
                 target=target,
@@ -104,7 +112,10 @@ class Bench:
                 patience=self.patience,
                 noise_off=self.noise_off,
                 others=others,
+                penalties=self.penalties.given,
+                generation_config=self.model.generation_config,
             )
+        show_applied(target.generation_defaults, benchmark.from_folder)
         progress = partial(ProgressLines, console)
         results = {
             "environment": environment(target, self.model.dtype, self.model.target, arguments),
@@ -114,10 +125,16 @@ class Bench:
             "quality": [],
         }
         if self.score_prompts:
-            generators = {BASELINE: Generator(target, max_length=self.model.max_length)}
+            options: dict[str, Any] = {
+                "max_length": self.model.max_length,
+                "generation_config": self.model.generation_config,
+            }
+            generators = {BASELINE: Generator(target, **options)}
             for name, (drafter, tree) in drafters.items():
-                generators[name] = Generator(target, drafter, tree, self.model.max_length)
-            results["quality"] = score_answers(generators, self.score_prompts, self.seed, self.max_new_tokens, progress)
+                generators[name] = Generator(target, drafter, tree, **options)
+            results["quality"] = score_answers(
+                generators, self.score_prompts, self.seed, self.max_new_tokens, progress, greedy
+            )
         write_report(results, self.output)
         self.show(console, results)
 

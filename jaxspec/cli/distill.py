@@ -10,7 +10,7 @@ from rich.console import Console
 
 import jaxspec
 from jaxspec.cli.options import ModelOptions, TreeOptions, load_named_drafter
-from jaxspec.cli.output import ProgressLines, show_warning, visible, waiting
+from jaxspec.cli.output import ProgressLines, show_applied, show_warning, visible, waiting
 from jaxspec.data.answers import AnswerParts
 from jaxspec.data.prompts import open_prompts
 from jaxspec.distillation import Distiller, DistillSettings, finish_output, open_output
@@ -24,6 +24,8 @@ SHOWN = 20
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distill:
     """Let the target answer prompts itself: the set that its drafters are trained on.
+
+    Temperature and filters are those given here; penalties are those of the target's generation_config.json.
 
     Writes a tensorflow-datasets folder of ArrayRecord files with token ids and references to the images, and
     distill.json. A run that was stopped goes on with the same command. Records that cannot be answered are skipped and
@@ -60,7 +62,9 @@ class Distill:
             target = self.model.load()
             drafter = None if self.drafter is None else load_named_drafter(self.drafter, target)
             tree = None if drafter is None else self.tree.applied(drafter.tree)
-            generator = Generator(target, drafter, tree, self.model.max_length)
+            generator = Generator(
+                target, drafter, tree, self.model.max_length, generation_config=self.model.generation_config
+            )
             distiller = Distiller(generator, source, self.settings, self.batch_size)
             image_folder = None if source.image_folder is None else str(source.image_folder)
             about = {
@@ -78,8 +82,10 @@ class Distill:
                 "target_fingerprint": about["target_fingerprint"],
                 "dtype": self.model.dtype,
                 "max_length": generator.max_length,
+                "generation_config": distiller.from_folder or None,
             }
             open_output(self.output, settings, about)
+        show_applied(generator.generation_defaults, distiller.from_folder)
         parts = AnswerParts(self.output, distiller.records, self.settings.shard_size)
         self.answer(console, distiller, parts)
         show_warning(console, generator.acceptance_warning)

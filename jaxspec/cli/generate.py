@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from jaxspec import demo
@@ -22,11 +23,19 @@ from jaxspec.benchmark.measure import (
     warm_up,
 )
 from jaxspec.benchmark.report import number
-from jaxspec.cli.options import ModelOptions, TreeOptions, load_named_drafter
-from jaxspec.cli.output import ACCEPTED_STYLE, TokenColours, coloured, show_warning, table, waiting
+from jaxspec.cli.options import ModelOptions, PenaltyOptions, TreeOptions, load_named_drafter
+from jaxspec.cli.output import (
+    ACCEPTED_STYLE,
+    TokenColours,
+    coloured,
+    show_applied,
+    show_warning,
+    table,
+    waiting,
+)
 from jaxspec.generator import Generator, Result
 from jaxspec.media import open_image
-from jaxspec.speculation.params import SamplingParams
+from jaxspec.speculation.params import SAMPLING_ONLY, SamplingParams
 from jaxspec.targets.target import Target
 from jaxspec.video import Video
 
@@ -63,12 +72,15 @@ class Generate:
     """A method of the embedded model (vispec, its default, eagle2, eaglevlm, massv, medusa, specvlm), lookup (for any
     target), a folder or a repo id. Another target without a drafter decodes autoregressively."""
     tree: Annotated[TreeOptions, tyro.conf.arg(name="")] = TreeOptions()
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """0 is greedy. Of sampling, what is not given is what the target's generation_config.json says, else greedy."""
+    top_p: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    top_k: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Of sampling; 0 is off. For the tree see tree-top-k."""
-    min_p: float = 0.0
+    min_p: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    penalties: Annotated[PenaltyOptions, tyro.conf.arg(name="")] = PenaltyOptions()
+    logprobs: Annotated[int | None, tyro.conf.arg(metavar="0..20")] = None
+    """Also list the log-probability of every token, with so many of the most probable ones."""
     seed: int = 0
     stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
     """A text that ends the answer."""
@@ -80,7 +92,9 @@ class Generate:
 
     def run(self, console: Console, arguments: list[str]) -> None:
         del arguments
-        sampling = SamplingParams(self.temperature, self.top_p, self.top_k, self.min_p, self.seed, self.stop)
+        given = {name: value for name in SAMPLING_ONLY if (value := getattr(self, name)) is not None}
+        given |= self.penalties.given
+        sampling = SamplingParams(**given, seed=self.seed, stop=self.stop, logprobs=self.logprobs)
         name = ("vispec" if self.model.embedded else None) if self.drafter is None else self.drafter
         if name is None and self.tree.given:
             raise ValueError("a tree needs a drafter: give --drafter")
@@ -92,16 +106,25 @@ class Generate:
         with waiting(console, "loading ..."):
             target = self.model.load()
             drafter = load_named_drafter(name, target) if name is not None else None
-            generator = Generator(target, max_length=self.model.max_length)
+            options: dict[str, Any] = {
+                "max_length": self.model.max_length,
+                "generation_config": self.model.generation_config,
+            }
+            generator = Generator(target, **options)
+            show_applied(generator.generation_defaults, sampling.from_folder(generator.generation_defaults))
+            sampling = sampling.resolved(generator.generation_defaults)
             arms = [self.arm(AUTOREGRESSIVE, generator)]
             if drafter:
                 tree = self.tree.applied(drafter.tree)
-                generator = Generator(target, drafter, tree, self.model.max_length)
+                generator = Generator(target, drafter, tree, **options)
                 arms.append(self.arm(SPECULATIVE, generator))
         show_question(console, [*paths, *self.video], question)
         with waiting(console, "compiling ..."):
-            warm_up(arms, [question], sampling)
-        self.show_answer(console, generator, question, sampling)
+            warm_up(arms, [question], dataclasses.replace(sampling, logprobs=None))
+        result = self.show_answer(console, generator, question, sampling)
+        if result.logprobs is not None:
+            console.print(logprobs_table(console, target.tokenizer, result))
+            sampling = dataclasses.replace(sampling, logprobs=None)
         with waiting(console, "measuring ..."):
             answers, stolen, _ = interleaved(arms, question, sampling, RUNS, PATIENCE)
         console.print(
@@ -181,6 +204,24 @@ class Generate:
             number(stats.mean_accepted_draft_tokens),
             identical,
         ]
+
+
+def logprobs_table(console: Console, tokenizer: Any, result: Result) -> Table:
+    """Every token with its log-probability, and the most probable ones in its place."""
+    logprobs = result.logprobs
+    assert logprobs is not None
+
+    def spelt(token: int) -> str:
+        return repr(tokenizer.decode([token]))
+
+    rows = [
+        [spelt(token), f"{own:.3f}", *(f"{spelt(each)} {value:.3f}" for each, value in zip(ids, values, strict=True))]
+        for token, own, ids, values in zip(
+            result.tokens, logprobs.token_logprobs, logprobs.top_ids, logprobs.top_logprobs, strict=True
+        )
+    ]
+    alternatives = [f"top {place}" for place in range(1, logprobs.top_ids.shape[1] + 1)]
+    return table(console, ["token", "log-probability", *alternatives], rows)
 
 
 def show_question(console: Console, paths: Sequence[str | Path], question: Question) -> None:

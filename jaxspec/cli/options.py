@@ -42,6 +42,26 @@ class TreeOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class PenaltyOptions:
+    """What changes logits before sampling; where an option is not given, what the target's generation_config.json says,
+    else off."""
+
+    repetition_penalty: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Divides the positive logits of tokens in prompt and answer and multiplies the negative ones; 1 is off."""
+    presence_penalty: Annotated[float | None, tyro.conf.arg(metavar="-2..2")] = None
+    """Taken off the logits of tokens in the answer; 0 is off."""
+    frequency_penalty: Annotated[float | None, tyro.conf.arg(metavar="-2..2")] = None
+    """The same, times how often they are there."""
+    min_tokens: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """No end-of-sequence token before so many tokens."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that are given."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelOptions:
     """Target, precision, compiled programs."""
 
@@ -51,6 +71,8 @@ class ModelOptions:
     """Of parameters and computation: float32, bfloat16 or float16."""
     max_length: int | None = None
     """Most tokens of prompt and answer together; by default all of the target's positions up to 4096."""
+    generation_config: bool = True
+    """Where no option says how to sample, the target's generation_config.json does."""
     compilation_cache: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Where compiled programs are kept for the next run; the user's cache folder by default, "" for nowhere."""
 

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from jaxspec.targets.generation import GenerationDefaults
 
 PIPED_WIDTH = 160
 ACCEPTED_STYLE = "green"
@@ -116,6 +118,13 @@ class TokenColours:
 def show_warning(console: Console, sentence: str | None) -> None:
     if sentence is not None:
         console.print(f"warning: {sentence}", style="yellow", markup=False)
+
+
+def show_applied(defaults: GenerationDefaults, values: Mapping[str, float]) -> None:
+    """One line on stderr that says which of a folder's sampling defaults apply; nothing where none does."""
+    if values:
+        said = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        print(f"from {defaults.source}: {said} (--no-generation-config turns that off)", file=sys.stderr)
 
 
 def coloured(runs: Sequence[tuple[str, bool]]) -> Text:

@@ -11,7 +11,7 @@ object with the contract of `jaxspec.drafters.contract`, or None for autoregress
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic
 
 import jax
@@ -22,10 +22,12 @@ from jaxspec.cache import Cache, LayerKV, write_rows
 from jaxspec.drafters.contract import DraftModel
 from jaxspec.kernels.masks import Mask
 from jaxspec.speculation.accept import accept
+from jaxspec.speculation.logprobs import Logprobs, logprobs_of, no_logprobs
 from jaxspec.speculation.params import BatchSampling, SamplingParams
+from jaxspec.speculation.penalties import Penalties, penalised
 from jaxspec.speculation.prefill import Read, context_of, nothing_read, taps_of
 from jaxspec.speculation.sampling import Noise, choose
-from jaxspec.speculation.tree import Tree, TreeConfig, root_only
+from jaxspec.speculation.tree import Tree, TreeConfig, path_tokens, root_only
 from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.images import Array
 
@@ -41,6 +43,11 @@ class Request(Generic[Array]):
     sampling: BatchSampling
     max_new_tokens: Array  # i32 [B], at least 1
     stop_token_ids: Array  # i32 [B, K], -1 where unused
+    logprobs: Array | None = None  # bool [B], rows whose log-probabilities are told; None where no row's are
+
+    def counted(self, tokens: jax.Array, count: jax.Array) -> "Request":
+        """The same after the first `count` i32 `[B]` of `tokens` i32 `[B, P]` were generated, which penalties count."""
+        return dataclasses.replace(self, sampling=self.sampling.counted(tokens, count))
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +67,7 @@ class DecodeState:
     alone: jax.Array  # bool [B], rows whose next round verifies the root without a draft (see `decode_round`)
     failed: jax.Array  # bool [B], rows that are done because the logits of their next token were not finite
     rounds: jax.Array  # i32 [B], verification steps
+    logprobs: Logprobs[jax.Array] | None = None  # [B, T, ..] of the generated tokens, where a row asks for them
 
     @property
     def lengths(self) -> jax.Array:
@@ -87,7 +95,13 @@ def begin(
     logits = target.unembed(read.last[:, None])  # [B, 1, V]
     failed = ~finite(logits)[:, 0]
     noise = Noise(sampling.seed, lengths, logits.shape[-1])
-    root = choose(logits, lambda: noise.levels(0, 1), sampling)[:, 0]
+    scores = logits if sampling.penalties is None else penalised(logits, sampling.penalties, 0)
+    root = choose(scores, lambda: noise.levels(0, 1), sampling)[:, 0]
+    counts = 1 - failed.astype(jnp.int32)
+    logprobs = None
+    if request.logprobs is not None:
+        room = no_logprobs(batch, capacity, logits.shape[-1])
+        logprobs = told(room, request, lambda: logits, root[:, None], jnp.zeros_like(counts), counts)
     drafter_state = None
     if drafter is not None:
         with jax.named_scope("draft_prefill"):
@@ -97,27 +111,39 @@ def begin(
         offset=offset,
         root=root,
         drafter=drafter_state,
-        request=request,
+        request=request.counted(root[:, None], counts),
         tokens=jnp.zeros((batch, capacity), jnp.int32).at[:, 0].set(root),
         from_draft=jnp.zeros((batch, capacity), bool),
-        counts=1 - failed.astype(jnp.int32),
+        counts=counts,
         done=failed | is_stop(root[:, None], request)[:, 0] | (request.max_new_tokens <= 1),
         alone=jnp.zeros((batch,), bool),
         failed=failed,
         rounds=jnp.zeros((batch,), jnp.int32),
+        logprobs=logprobs,
     )
 
 
 def idle(
-    target: VisionLanguageModel, drafter: DraftModel | None, batch: int, capacity: int, stop_tokens: int
+    target: VisionLanguageModel,
+    drafter: DraftModel | None,
+    batch: int,
+    capacity: int,
+    stop_tokens: int,
+    penalties: bool = False,
+    logprobs: bool = False,
 ) -> DecodeState:
-    """A state whose rows are all done: slots that wait for rows. `stop_tokens` is the width of the requests to come."""
+    """A state whose rows are all done: slots that wait for rows. `stop_tokens` is the width of the requests to come;
+    `penalties` and `logprobs` say whether these have room for such, used or not."""
 
     def nothing() -> DecodeState:
+        params = [SamplingParams()] * batch
+        none = [[]] * batch
+        asked = Penalties.from_params(params, none, none, target.config.text.vocab_size) if penalties else None
         request = Request(
-            BatchSampling.from_params([SamplingParams()] * batch),
+            BatchSampling.from_params(params, asked),
             jnp.ones((batch,), jnp.int32),
             jnp.full((batch, stop_tokens), -1, jnp.int32),
+            jnp.zeros((batch,), bool) if logprobs else None,
         )
         read = nothing_read(target, drafter, batch, capacity)
         return begin(target, drafter, read, request, jnp.zeros((batch,), jnp.int32), capacity)
@@ -128,7 +154,7 @@ def idle(
 
 def insert(state: DecodeState, slots: jax.Array, rows: DecodeState) -> DecodeState:
     """`state` with the n rows of another one in its `slots` i32 `[n]`, whatever stood there; a slot that is not there
-    takes none. Both have the same capacity and the same width of stop tokens."""
+    takes none. Both have the same capacity, the same width of stop tokens, and room for the same extras."""
     return jax.tree.map(lambda whole, new: whole.at[slots].set(new, mode="drop"), state, rows)
 
 
@@ -173,8 +199,10 @@ def decode_round(
             tree = tree._replace(tokens=jnp.where(state.alone[:, None] & (tree.depths > 0), NO_TOKEN, tree.tokens))
     with jax.named_scope("verify"):
         features, new_kv = verify(target, tree, state, taps_of(drafter))
-        logits = target.unembed(features)
-        chosen = choose(logits, lambda: of_nodes(tree, noise.levels(0, room)), sampling)  # [B, N]
+        logits = scores = target.unembed(features)
+        if sampling.penalties is not None:
+            scores = penalised(logits, sampling.penalties, tree.depths, path_tokens(tree, config.max_depth))
+        chosen = choose(scores, lambda: of_nodes(tree, noise.levels(0, room)), sampling)  # [B, N]
         accepted = accept(tree, chosen, config.max_depth)
     with jax.named_scope("commit"):
         emit = emission(accepted.tokens, accepted.length, state)  # [B], 0 for rows that are done
@@ -185,6 +213,13 @@ def decode_round(
         if drafter is not None:
             path_features = jnp.take_along_axis(features, accepted.path[..., None], axis=1)  # [B, P, D]
             drafter_state = drafter.advance(target, drafter_state, accepted.tokens, path_features, emit)
+        logprobs = state.logprobs
+        if logprobs is not None:
+
+            def path_logits() -> jax.Array:  # [B, P, V]
+                return jnp.take_along_axis(logits, accepted.path[..., None], axis=1)
+
+            logprobs = told(logprobs, state.request, path_logits, accepted.tokens, state.counts, emit)
     last = jnp.take_along_axis(accepted.tokens, jnp.maximum(emit - 1, 0)[:, None], axis=1)[:, 0]
     counts = state.counts + emit
     stopped = (emit > 0) & (is_stop(last[:, None], state.request)[:, 0] | (counts >= state.request.max_new_tokens))
@@ -196,7 +231,7 @@ def decode_round(
         offset=state.offset,
         root=jnp.where(emit > 0, accepted.root, state.root),
         drafter=drafter_state,
-        request=state.request,
+        request=state.request.counted(accepted.tokens, emit),
         tokens=write_rows(state.tokens, accepted.tokens, state.counts),
         from_draft=write_rows(state.from_draft, drafted, state.counts),
         counts=counts,
@@ -204,6 +239,7 @@ def decode_round(
         alone=broken & ~failed,
         failed=state.failed | failed,
         rounds=state.rounds + ~state.done,
+        logprobs=logprobs,
     )
 
 
@@ -214,7 +250,11 @@ def finish(state: DecodeState, rows: jax.Array | np.ndarray) -> DecodeState:
 
 def of_rows(sampling: BatchSampling, rows: jax.Array) -> BatchSampling:
     """What the rows bool `[B]` ask for; the others cost what greedy ones do."""
-    return dataclasses.replace(sampling, temperature=jnp.where(rows, sampling.temperature, 0.0))
+    penalties = sampling.penalties
+    if penalties is not None:
+        penalties = dataclasses.replace(penalties, used=penalties.used & rows)
+    temperature = jnp.where(rows, sampling.temperature, 0.0)
+    return dataclasses.replace(sampling, temperature=temperature, penalties=penalties)
 
 
 def verify(
@@ -247,3 +287,21 @@ def is_stop(tokens: jax.Array, request: Request[jax.Array]) -> jax.Array:
 def of_nodes(tree: Tree, levels: jax.Array) -> jax.Array:
     """What `levels` `[B, P, V]` hold for the depth of each node, `[B, N, V]`."""
     return jnp.take_along_axis(levels, tree.depths[..., None], axis=1)
+
+
+def told(
+    logprobs: Logprobs[jax.Array],
+    request: Request[jax.Array],
+    logits: Callable[[], jax.Array],
+    tokens: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
+) -> Logprobs[jax.Array]:
+    """`logprobs` with those of the first `count` i32 `[B]` of `tokens` `[B, P]` from column `start` `[B]` on, chosen
+    from `logits()` `[B, P, V]`, which is called in a branch that is taken where such a row asks for them."""
+
+    def written(logprobs: Logprobs[jax.Array]) -> Logprobs[jax.Array]:
+        return jax.tree.map(lambda old, new: write_rows(old, new, start), logprobs, logprobs_of(logits(), tokens))
+
+    assert request.logprobs is not None  # where there is room for them
+    return jax.lax.cond(jnp.any(request.logprobs & (count > 0)), written, lambda logprobs: logprobs, logprobs)

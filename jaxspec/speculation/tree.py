@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxspec.checks import real_number, whole_number
 from jaxspec.speculation.filters import draft_floor, largest, scale
 from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.penalties import penalised
 from jaxspec.speculation.sampling import Noise
 
 Carry = TypeVar("Carry")
@@ -104,6 +105,15 @@ def root_only(root: jax.Array) -> Tree:
     return Tree(root[:, None], zeros, zeros, jnp.ones((root.shape[0], 1, 1), bool))
 
 
+@jax.named_scope("tree")
+def path_tokens(tree: Tree, max_depth: int) -> jax.Array:
+    """The tokens on each node's path, i32 `[B, N, max_depth]`: at place d that of depth d + 1, the node's own included,
+    the root's left out; -1 behind the node."""
+    depths = jnp.where(tree.ancestors, tree.depths[:, None], 0)  # [B, N, N], of a node's ancestors
+    at_depth = depths[:, :, None] == jnp.arange(1, max_depth + 1)[:, None]  # [B, N, P, N]
+    return jnp.max(jnp.where(at_depth, tree.tokens[:, None, None], -1), axis=-1, initial=-1)
+
+
 @jax.named_scope("choice")
 def draft_children(
     config: TreeConfig,
@@ -120,8 +130,9 @@ def draft_children(
     filters keep; the drafter ranks by its own logits plus the same noise, as log-probabilities so that scores add up
     along a path, and takes for removed what the filters would remove from its own most probable tokens
     (`draft_floor`). The noise has the weight w = `config.noise_weight`: where the target's logits are the draft's
-    divided by w (a drafter that is too flat), `draft + w * noise` orders the tokens as the target does. `level` counts
-    from 0 for the children of the root; `vocabulary` says which tokens the logits are of.
+    divided by w (a drafter that is too flat), `draft + w * noise` orders the tokens as the target does. Penalties
+    are the row's, without what a node's own path adds to them. `level` counts from 0 for the children of the root;
+    `vocabulary` says which tokens the logits are of.
     """
 
     def greedy(logits: jax.Array) -> jax.Array:
@@ -137,6 +148,9 @@ def draft_children(
         return jnp.where((sampling.temperature > 0)[:, None, None], scores, scaled)
 
     logits = logits.astype(jnp.float32)
+    if sampling.penalties is not None:
+        own = sampling.penalties if vocabulary is None else sampling.penalties.among(vocabulary)
+        logits = penalised(logits, own, level)
     scores = jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, greedy, logits)
     best, places = largest(scores, config.top_k)
     best = best - jax.nn.logsumexp(scores, axis=-1, keepdims=True)

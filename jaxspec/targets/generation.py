@@ -55,7 +55,7 @@ The limits `max_length` and `max_new_tokens` are not among them: every request h
 
 @dataclasses.dataclass(frozen=True)
 class GenerationDefaults:
-    """A folder's sampling defaults; None where it says nothing. None of them is applied (`not_applied`)."""
+    """A folder's defaults for what a request leaves unset (`SamplingParams.resolved`); None where it says nothing."""
 
     do_sample: bool | None = None
     temperature: float | None = None
@@ -63,10 +63,11 @@ class GenerationDefaults:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    no_repeat_ngram_size: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     min_new_tokens: int | None = None
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Further settings of transformers' `GenerationConfig` that the folder changes, as they stand in the file."""
+    """Further settings of transformers' `GenerationConfig`, as they stand in the file: none is applied."""
     source: Path | None = None
     """The file that says so."""
 
@@ -75,28 +76,25 @@ class GenerationDefaults:
         """Raises ValueError, naming file and key, for a value of the wrong type."""
         source, *rest = [part for part in places(folder) if part[0].name == FILE] or list(places(folder))
         merged = {}
-        for _, said in (source, *rest):  # the first that says something counts
-            merged = {key: value for key, value in said.items() if key in NEUTRAL and value is not None} | merged
+        for path, said in (source, *rest):  # the first that says something counts
+            own = {key: value for key, value in said.items() if key in NEUTRAL and value is not None}
+            if path.name != FILE:  # older versions of transformers wrote all of their defaults into config.json
+                own = {key: value for key, value in own.items() if value != NEUTRAL[key]}
+            merged = own | merged
         values = {key: checked(source[0], key, value) for key, value in merged.items()}
         own = {field.name for field in dataclasses.fields(cls)}
         others = {key: values.pop(key) for key in list(values) if key not in own}
         return cls(**values, others=others, source=source[0])
 
     def not_applied(self) -> dict[str, Any]:
-        """The settings that differ from those at which nothing changes, with their values; without `do_sample`
-        transformers applies those of sampling no more than we do."""
-        said = {name: getattr(self, name) for name in NEUTRAL if hasattr(self, name)} | dict(self.others)
-        return {name: value for name, value in said.items() if value is not None and value != NEUTRAL[name]}
+        """The settings for which there is no sampling parameter, where they differ from the values at which nothing
+        changes."""
+        return {name: value for name, value in self.others.items() if value is not None and value != NEUTRAL[name]}
 
     def warning(self) -> str | None:
         """One sentence that names what is not applied; None where there is nothing."""
         asked = [f"{name} {shortened(value)}" for name, value in self.not_applied().items()]
-        if not asked:
-            return None
-        return (
-            f"{self.source} asks for {', '.join(asked)}, which is not applied: answers are greedy unless a request's "
-            "SamplingParams say otherwise"
-        )
+        return f"{self.source} asks for {', '.join(asked)}, which is not applied" if asked else None
 
 
 def places(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:

@@ -129,8 +129,8 @@ def load_target(path_or_repo_id: str | Path, dtype: str = "float32", mesh: jax.s
 
     Raises FileNotFoundError where there is no such folder, ValueError for an unsupported model_type, quantised weights,
     adapters and other formats (by name), tensors that do not fit the config (listed at once) or are not finite in
-    `dtype`, and a processor that does not fit it. Warns once of sampling defaults in the folder, which are kept in
-    `generation_defaults` and not applied.
+    `dtype`, and a processor that does not fit it. The folder's sampling defaults are kept in `generation_defaults`, for
+    a `Generator` to apply; warns once of those that it has no parameter for.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")

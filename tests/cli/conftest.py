@@ -1,5 +1,7 @@
 """A random LLaVA folder with the demo's processor, and a random draft head for it: all that a command loads."""
 
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -44,6 +46,15 @@ def jax_settings():
     cache = jax.config.jax_compilation_cache_dir
     yield
     jax.config.update("jax_compilation_cache_dir", cache)
+
+
+@pytest.fixture(scope="package")
+def asking(models, tmp_path_factory) -> Path:
+    """The target's folder, with a generation_config.json."""
+    folder = shutil.copytree(models[0], tmp_path_factory.mktemp("asking") / "target")
+    said = {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.5}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    return folder
 
 
 @pytest.fixture(scope="package")

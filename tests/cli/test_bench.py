@@ -7,9 +7,11 @@ import os
 import numpy as np
 import pytest
 
+import jaxspec
 from jaxspec.benchmark import host, measure
 from jaxspec.benchmark.identity import first_difference
 from jaxspec.benchmark.measure import Arm, Question, Timing, interleaved, speedup, speedup_of_run
+from jaxspec.benchmark.run import example_prompts
 from jaxspec.cli import main
 from jaxspec.metrics import Acceptance, pooled
 
@@ -71,6 +73,27 @@ def test_prompt_lookup_needs_no_folder(models, tmp_path):
     assert main(["bench", *where, *few, "--drafters", "lookup"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert [(entry["arm"], entry["identical"]) for entry in results["speed"]] == [("autoregressive", 1), ("lookup", 1)]
+
+
+def test_what_the_folder_asks_for_applies_in_every_arm(asking, tmp_path, capsys):
+    """But for its temperature: the benchmark has its own."""
+    few = ["--num-prompts", "1", "--score-prompts", "0", "--runs", "1", "--max-new-tokens", "12", "--temperatures", "0"]
+    where = ["--target", str(asking), "--output", str(tmp_path), "--compilation-cache", "", "--drafters", "lookup"]
+    assert main(["bench", *where, *few, "--presence-penalty", "1"]) == 0
+    settings = json.loads((tmp_path / "results.json").read_text())["settings"]
+    assert settings["generation_config"] == {"repetition_penalty": 1.5}
+    assert settings["penalties"] == {"presence_penalty": 1}
+    text = (tmp_path / "results.md").read_text()
+    assert "* in every arm: presence_penalty 1\n* from generation_config.json: repetition_penalty 1.5\n" in text
+    assert "repetition_penalty 1.5 (--no-generation-config turns that off)" in capsys.readouterr().err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [entry["identical"] for entry in results["speed"]] == [1, 1]
+    words = results["speed"][0]["prompts"][0]["text"]
+    target = jaxspec.load_target(asking)
+    sampling = jaxspec.SamplingParams(temperature=0, presence_penalty=1)
+    question = example_prompts(1, 0)[0]
+    expected = jaxspec.Generator(target).generate(question.question, [question.image], sampling, 12)
+    assert words == expected.text
 
 
 @pytest.mark.parametrize(

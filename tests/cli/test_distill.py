@@ -257,6 +257,26 @@ def test_what_a_console_cannot_print_is_escaped(encoding, expected):
     assert console.file.buffer.getvalue().decode(encoding) == expected + "\n"
 
 
+def test_penalties_are_the_folders_and_filters_are_not(models, asking, jsonl, pictures, tmp_path, monkeypatch, capsys):
+    """A set says what applied, and is not gone on with where something else would."""
+    monkeypatch.setattr(jaxspec.cli.distill, "Generator", jaxspec.Generator)
+    ask = (asking, models[1]), jsonl, tmp_path / "set", "--count", "2"
+    assert distill(*ask) == 0
+    assert f"from {asking / 'generation_config.json'}: repetition_penalty 1.5 (" in capsys.readouterr().err
+    source = AnswerSource(tmp_path / "set")
+    assert source.about["settings"]["generation_config"] == {"repetition_penalty": 1.5}
+    plain = jaxspec.Generator(jaxspec.load_target(models[0]), max_length=256)
+    sampling = [jaxspec.SamplingParams(seed=seed, repetition_penalty=1.5) for seed in range(2)]
+    check(source, plain, [(question(index), [pictures / f"{index}.png"]) for index in range(2)], sampling)
+    assert distill(*ask, "--no-generation-config") == 2
+    expected = "made with other settings: generation_config (there {'repetition_penalty': 1.5}, here None)"
+    assert expected in capsys.readouterr().err
+    given = distill(*ask[:2], tmp_path / "given", *ask[3:], "--repetition-penalty", "1.5", "--no-generation-config")
+    assert given == 0 and capsys.readouterr().err == ""
+    for ours, theirs in zip(AnswerSource(tmp_path / "given"), source, strict=True):
+        np.testing.assert_array_equal(ours["answer_ids"], theirs["answer_ids"])
+
+
 def test_suffix_and_progress(models, jsonl, generator, tmp_path, capsys):
     assert distill(models, jsonl, tmp_path, "--suffix", "vispec", "--count", "2") == 0
     words = question(0) + SUFFIXES["vispec"]
@@ -285,6 +305,8 @@ def test_suffix_and_progress(models, jsonl, generator, tmp_path, capsys):
         (["--temperature", "1", "--sampled-share", "0"], "temperature has no effect at sampled_share 0, got 1.0"),
         (["--suffix", "\udc80"], "suffix cannot be written as UTF-8: character 0 is '\\udc80'"),
         (["--temperature", "-1"], "temperature must be finite"),
+        (["--repetition-penalty", "0"], "repetition_penalty must be between 1e-05 and 100000, got 0.0"),
+        (["--min-tokens", "7"], "min_tokens must be at most max_new_tokens (6), got 7"),
     ],
 )
 def test_bad_input_is_one_sentence(models, jsonl, whole, capsys, arguments, sentence):

@@ -60,12 +60,53 @@ def test_without_a_drafter_it_says_so(models, capsys):
     assert "scene.png" not in out and "speculative" not in out
 
 
+def test_what_the_folder_asks_for_is_said_and_done(asking, capsys):
+    """Unless the command line says otherwise, or that nothing of it counts."""
+    target = jaxspec.load_target(asking)
+    plain, sampled = jaxspec.SamplingParams(), jaxspec.SamplingParams(0.7, top_k=20, repetition_penalty=1.5)
+    cases = [
+        ((), "temperature 0.7, top_k 20, repetition_penalty 1.5", sampled),
+        (("--temperature", "0", "--repetition-penalty", "1"), None, plain),
+        (("--no-generation-config",), None, plain),
+    ]
+    arguments = ["--target", str(asking), "--prompt", "Hello?", "--max-new-tokens", "8", "--compilation-cache", ""]
+    for more, said, sampling in cases:
+        generator = jaxspec.Generator(target, generation_config=False)
+        expected = generator.generate("Hello?", (), sampling, 8)
+        assert main(["generate", *arguments, *more]) == 0
+        captured = capsys.readouterr()
+        assert visible(expected.text).split() == captured.out.split()[1:][: len(visible(expected.text).split())]
+        source = asking / "generation_config.json"
+        line = "" if said is None else f"from {source}: {said} (--no-generation-config turns that off)\n"
+        assert [each for each in captured.err.splitlines(True) if each.startswith("from ")] == [line] * bool(line)
+
+
+def test_penalties_and_log_probabilities(models, capsys):
+    flags = ["--repetition-penalty", "1.3", "--presence-penalty", "0.5", "--frequency-penalty", "0.5"]
+    assert run(models, *flags, "--min-tokens", "3", "--logprobs", "2") == 0
+    sampling = jaxspec.SamplingParams(
+        repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.5, min_tokens=3, logprobs=2
+    )
+    target = jaxspec.load_target(models[0])
+    request = "Describe the picture.", [demo.picture_path()], sampling, int(LIMIT)
+    expected = jaxspec.Generator(target).generate(*request)
+    out = capsys.readouterr().out
+    assert re.search(rf"speculative\D+{len(expected.tokens)} .* yes ", out)
+    listed = re.findall(r"^ *'.*' +(-?\d+\.\d{3})  +'.* (-?\d+\.\d{3})  +'.* (-?\d+\.\d{3})", out, re.MULTILINE)
+    own, tops = expected.logprobs.token_logprobs, expected.logprobs.top_logprobs
+    numbers = np.array(listed, float)
+    np.testing.assert_allclose(numbers, np.concatenate([own[:, None], tops], axis=1), atol=2e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--image", "missing.png"], "image 1 (missing.png) does not exist"),
         (["--temperature", "-1"], "temperature must be finite and at least 0"),
         (["--dtype", "int8"], "dtype must be one of"),
+        (["--presence-penalty", "3"], "presence_penalty must be between -2 and 2, got 3.0"),
+        (["--logprobs", "21"], "logprobs must be between 0 and 20, got 21"),
+        (["--min-tokens", "25"], "min_tokens must be at most max_new_tokens (24), got 25"),
         (["--drafter", "/nowhere/drafter"], "no folder /nowhere/drafter"),
         (["--speculative-num-draft-tokens", "1000"], "total_tokens must lie in"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1"),

@@ -87,18 +87,16 @@ def test_end_tokens_of_another_type(folder, raw, value, place):
 QWEN = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 1e-6, "bos_token_id": 1, "eos_token_id": [2, 3]}
 
 
-def test_defaults_that_are_not_applied(folder, raw):
-    write(folder, raw, generation=QWEN | {"suppress_tokens": [5, 6], "max_length": 4096})
+def test_defaults_and_what_is_not_applied(folder, raw):
+    asked = QWEN | {"suppress_tokens": [5, 6], "no_repeat_ngram_size": 3, "num_beams": 1, "max_length": 4096}
+    write(folder, raw, generation=asked)
     defaults = GenerationDefaults.read(folder)
     assert defaults.repetition_penalty == 1.05 and defaults.do_sample is True and defaults.top_p is None
-    assert defaults.not_applied() == {
-        "do_sample": True,
-        "temperature": 1e-6,
-        "repetition_penalty": 1.05,
-        "suppress_tokens": [5, 6],
-    }
-    assert str(folder / "generation_config.json") in defaults.warning() and "\n" not in defaults.warning()
-    assert "repetition_penalty 1.05" in defaults.warning() and "max_length" not in defaults.warning()
+    assert defaults.not_applied() == {"suppress_tokens": [5, 6], "no_repeat_ngram_size": 3}
+    expected = "asks for suppress_tokens [5, 6], no_repeat_ngram_size 3, which is not applied"
+    assert defaults.warning() == f"{folder / 'generation_config.json'} {expected}"
+    write(folder, raw, generation=QWEN)
+    assert GenerationDefaults.read(folder).warning() is None
 
 
 def test_neutral_values_are_not_named(folder, raw):
@@ -112,11 +110,16 @@ def test_neutral_values_are_not_named(folder, raw):
 def test_defaults_in_older_configs(folder, raw):
     """Without generation_config.json they stand in config.json, where the top level comes before the text config."""
     text = raw["text_config"] | {"top_k": 5, "repetition_penalty": 2.0}
+    write(folder, raw | dict(NEUTRAL))
+    defaults = GenerationDefaults.read(folder)
+    assert (defaults.top_k, defaults.do_sample) == (None, None)  # a list of transformers' own defaults asks for nothing
     write(folder, raw | {"repetition_penalty": 1.2, "text_config": text})
-    assert GenerationDefaults.read(folder).not_applied() == {"top_k": 5, "repetition_penalty": 1.2}
+    defaults = GenerationDefaults.read(folder)
+    assert (defaults.top_k, defaults.repetition_penalty) == (5, 1.2)
     file = folder / "generation_config.json"
     file.write_text("{}")
-    assert GenerationDefaults.read(folder).not_applied() == {}
+    defaults = GenerationDefaults.read(folder)
+    assert (defaults.top_k, defaults.repetition_penalty) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +154,8 @@ def test_loading_warns_once(target, tmp_path):
     folder.mkdir()
     for path in target.path.iterdir():
         (folder / path.name).symlink_to(path)
-    (folder / "generation_config.json").write_text(json.dumps(QWEN))
-    with pytest.warns(UserWarning, match="asks for .*repetition_penalty 1.05") as caught:
+    (folder / "generation_config.json").write_text(json.dumps(QWEN | {"num_beams": 3}))
+    with pytest.warns(UserWarning, match="asks for num_beams 3, which is not applied") as caught:
         loaded = jaxspec.load_target(folder)
     assert len([each for each in caught if "asks for" in str(each.message)]) == 1
     assert loaded.stop_token_ids == (2, 3) and loaded.generation_defaults.temperature == 1e-6

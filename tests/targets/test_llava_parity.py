@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxspec import SamplingParams
 from jaxspec.cache import Cache
 from jaxspec.kernels.masks import Mask
 from jaxspec.targets.registry import FAMILIES, load_model
 from jaxspec.targets.target import Target
-from tests.folders import batch_of, llava_config, relative_error, torch_llava, torch_logits
+from tests.folders import IMAGE_TOKEN, batch_of, llava_config, relative_error, torch_llava, torch_logits
 from tests.greedy import check_greedy
 
 TOLERANCE = FAMILIES["llava"].tolerance
@@ -76,6 +77,15 @@ def test_configs(name, tmp_path):
     check(target, model, batch_of([2, "i", 9], [1, "i", 1, "i", 2], tokens_per_image=tokens_per_image))
     rows = [3, "i", 2, "i", 1], [1, "i", 4], [12]
     check_greedy(target, model, batch_of(*rows, tokens_per_image=tokens_per_image, side="left"))
+
+
+@pytest.mark.parametrize("penalty", [1.4, 0.8])
+def test_penalties_and_log_probabilities(default, penalty):
+    """The repetition penalty counts the prompt, image tokens included and padding not; the bias comes before it."""
+    rows = [3, "i", 2, "i", 1], [1, "i", 4], [12]
+    sampling = SamplingParams(repetition_penalty=penalty, logit_bias={5: 2.5, 7: -100, IMAGE_TOKEN: 1.0}, logprobs=4)
+    asked = {"repetition_penalty": penalty, "sequence_bias": {(5,): 2.5, (7,): -100.0, (IMAGE_TOKEN,): 1.0}}
+    check_greedy(*default, batch_of(*rows, side="left"), sampling, asked)
 
 
 def test_settings_matter():
