@@ -4,7 +4,9 @@ All methods of a `DraftModel` are pure; its state is any pytree and belongs to i
 head (frozen, shared), a drafter sees of the target only what `DrafterContext` holds. Some have more to say: one that
 cannot draft every tree has `check_tree(tree)`, which raises ValueError and which a `Generator` asks before anything is
 compiled; one that reads more of the target than its final features has `tap_layers`, a tuple of the layers whose
-outputs stand before these, in `DrafterContext` and in `advance`.
+outputs stand before these, in `DrafterContext` and in `advance`; one that may have nothing to draft has `may_abstain =
+True` and puts `NO_TOKEN` below the root of such a row: a round without a draft then costs an autoregressive one, for
+the price of a second program of the target within the compiled one.
 """
 
 import dataclasses

@@ -15,7 +15,7 @@ from jaxspec.drafters.contract import DrafterContext, Method
 from jaxspec.speculation.loop import write_rows
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.sampling import Noise
-from jaxspec.speculation.tree import Tree, TreeConfig, build_tree
+from jaxspec.speculation.tree import NO_TOKEN, Tree, TreeConfig, build_tree
 from jaxspec.targets.contract import VisionLanguageModel
 
 IMAGE = -1
@@ -42,6 +42,8 @@ class LookupState:
 
 class PromptLookup(nnx.Module):
     """A `jaxspec.drafters.contract.DraftModel` for chains."""
+
+    may_abstain = True
 
     def __init__(self, config: LookupConfig = LookupConfig(), *, rngs: nnx.Rngs | None = None) -> None:
         del rngs
@@ -84,7 +86,7 @@ class PromptLookup(nnx.Module):
 
 def look_up(history: jax.Array, lengths: jax.Array, max_ngram: int, count: int) -> jax.Array:
     """i32 `[B, count]`: what follows the latest earlier occurrence of the longest n-gram, n at most `max_ngram`, that
-    ends `history` i32 `[B, S]` of `lengths` i32 `[B]`; the last token again where nothing is found or an image begins.
+    ends `history` i32 `[B, S]` of `lengths` i32 `[B]`; NO_TOKEN where nothing is found and from where an image begins.
     An occurrence before an image does not count."""
     capacity = history.shape[1]
     places = jnp.arange(capacity)
@@ -104,8 +106,7 @@ def look_up(history: jax.Array, lengths: jax.Array, max_ngram: int, count: int) 
     period = jnp.maximum(lengths[:, None] - 1 - best, 1)
     draft = jnp.take_along_axis(history, best + 1 + jnp.arange(count) % period, axis=1)
     real = usable.any(axis=1, keepdims=True) & jnp.cumprod(draft != IMAGE, axis=1, dtype=bool)
-    last = jnp.take_along_axis(history, lengths[:, None] - 1, axis=1)
-    return jnp.where(real, draft, last)
+    return jnp.where(real, draft, NO_TOKEN)
 
 
 LOOKUP = Method(

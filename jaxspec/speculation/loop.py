@@ -19,16 +19,13 @@ import numpy as np
 from jaxspec import cache as caches
 from jaxspec.drafters.contract import DrafterContext, DraftModel
 from jaxspec.kernels.attention import LayerKV
-from jaxspec.speculation.accept import accept
+from jaxspec.speculation.accept import Accepted, accept
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.sampling import Noise, choose
-from jaxspec.speculation.tree import Tree, TreeConfig, root_only
+from jaxspec.speculation.tree import NO_TOKEN, Tree, TreeConfig, root_only
 from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.images import Array
 from jaxspec.targets.prompts import PromptBatch
-
-NO_TOKEN = -1
-"""Stands in a tree for a draft token that shall not be accepted; the root is read in its place."""
 
 
 @jax.tree_util.register_dataclass
@@ -173,6 +170,8 @@ def decode_round(
 ) -> DecodeState:
     """One verification of one tree; rows that are done stay as they are.
 
+    Where a drafter may abstain and no row has a draft, the target reads the roots alone, in a branch of its own.
+
     A row whose logits are not finite on its accepted path emits nothing. A draft token may be to blame, accepted or not
     (its values reach its siblings through attention, where nothing times NaN is NaN), so the next round of that row
     verifies the root alone: what is still not finite is the target's own answer, and the row has failed.
@@ -188,21 +187,32 @@ def decode_round(
             tree, drafter_state = drafter.propose(target, config, drafter_state, state.root, noise, sampling)
             tree = tree._replace(tokens=jnp.where(state.alone[:, None] & (tree.depths > 0), NO_TOKEN, tree.tokens))
     with jax.named_scope("verify"):
-        features, new_kv = verify(target, tree, state, taps_of(drafter))
-        logits = target.unembed(features)
-        chosen = choose(logits, lambda: of_nodes(tree, noise.levels(0, room)), sampling)  # [B, N]
-        accepted = accept(tree, chosen, config.max_depth)
+
+        def verified(tree: Tree) -> tuple[Accepted, jax.Array, jax.Array, tuple[LayerKV, ...]]:
+            """What was accepted, and of its path: which logits are finite, features, keys and values."""
+            features, new_kv = verify(target, tree, state, taps_of(drafter))
+            logits = target.unembed(features)
+            depth = min(room, tree.tokens.shape[1])
+            chosen = choose(logits, lambda: of_nodes(tree, noise.levels(0, depth)), sampling)  # [B, N]
+            accepted = accept(tree, chosen, config.max_depth)
+            path_kv = tuple(caches.take(new, accepted.path) for new in new_kv)
+            path_features = jnp.take_along_axis(features, accepted.path[..., None], axis=1)
+            return accepted, jnp.take_along_axis(finite(logits), accepted.path, axis=1), path_features, path_kv
+
+        if getattr(drafter, "may_abstain", False):
+            drafts = (tree.tokens != NO_TOKEN) & (tree.depths > 0) & ~state.done[:, None]
+            result = jax.lax.cond(jnp.any(drafts), verified, lambda _: verified(root_only(state.root)), tree)
+        else:
+            result = verified(tree)
+        accepted, whole, path_features, path_kv = result  # [B, P, ..]
     with jax.named_scope("commit"):
         emit = emission(accepted.tokens, accepted.length, state)  # [B], 0 for rows that are done
-        whole = jnp.take_along_axis(finite(logits), accepted.path, axis=1)  # [B, P]
         broken = jnp.any(~whole & (levels < emit[:, None]), axis=1)  # [B]
         emit = jnp.where(broken, 0, emit)
         cache = tuple(
-            caches.write(old, caches.take(new, accepted.path), state.lengths, emit)
-            for old, new in zip(state.cache, new_kv, strict=True)
+            caches.write(old, new, state.lengths, emit) for old, new in zip(state.cache, path_kv, strict=True)
         )
         if drafter is not None:
-            path_features = jnp.take_along_axis(features, accepted.path[..., None], axis=1)  # [B, P, D]
             drafter_state = drafter.advance(target, drafter_state, accepted.tokens, path_features, emit)
     last = jnp.take_along_axis(accepted.tokens, jnp.maximum(emit - 1, 0)[:, None], axis=1)[:, 0]
     counts = state.counts + emit
