@@ -33,9 +33,9 @@ def coarse_bucket(size: int) -> int:
 
 
 def chunk_size(size: int, limit: int, alone: bool) -> int:
-    """What a chunk of `size` tokens is padded to: `coarse_bucket(size)` if it is read `alone`, up to `limit` tokens; one
-    of `limit`, its half and its quarter where a prompt takes several chunks. An image that must be read whole may be
-    longer than `limit`."""
+    """What a chunk of `size` tokens is padded to: `coarse_bucket(size)` if it is read `alone`, up to `limit` tokens;
+    one of `limit`, its half and its quarter where a prompt takes several chunks. An image that must be read whole may
+    be longer than `limit`."""
     if size > limit:
         return coarse_bucket(size)
     if alone:

@@ -54,17 +54,14 @@ class Cache:
 
         return cls(tuple(LayerKV(zeros(), zeros()) for _ in range(layers)), jnp.zeros((batch,), jnp.int32))
 
-    def append(self, new: Sequence[LayerKV], count: jax.Array, path: jax.Array | None = None) -> "Cache":
+    def append(self, new: Sequence[LayerKV], count: jax.Array) -> "Cache":
         """With the first `count` i32 `[B]` of the new rows behind those that are filled; rows past the capacity are
-        dropped. `new` is `[B, Hkv, N, Dh]` per layer: a chunk of a prompt, or the nodes of a tree, of which `path` i32
-        `[B, P]` picks the rows in their order.
+        dropped. `new` is `[B, Hkv, N, Dh]` per layer: a chunk of a prompt, or what `take` picks of a tree.
 
         Nothing is copied inside a compiled loop: XLA writes a scatter in place where nobody reads the old array any
         more. It sees that only where `count` follows from what was computed with the old array, as the length of an
         accepted path does; any other count costs a copy of the cache (docs/LOG.md).
         """
-        if path is not None:
-            new = [LayerKV(*(jnp.take_along_axis(x, path[:, None, :, None], axis=2) for x in kv)) for kv in new]
         batch, _, length, _ = new[0].keys.shape
         steps = jnp.arange(length)
         rows = jnp.where(steps < count[:, None], self.lengths[:, None] + steps, self.capacity)  # [B, N]
@@ -77,6 +74,11 @@ class Cache:
 
         layers = [LayerKV(*map(write, old, kv)) for old, kv in zip(self.layers, new, strict=True)]
         return Cache(tuple(layers), self.lengths + count)
+
+
+def take(new: Sequence[LayerKV], path: jax.Array) -> tuple[LayerKV, ...]:
+    """Of new rows `[B, Hkv, N, Dh]` per layer those at `path` i32 `[B, P]`, in their order."""
+    return tuple(LayerKV(*(jnp.take_along_axis(x, path[:, None, :, None], axis=2) for x in kv)) for kv in new)
 
 
 def write_rows(buffer: jax.Array, block: jax.Array, start: jax.Array, count: jax.Array | None = None) -> jax.Array:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxspec.cache import Cache, LayerKV
+from jaxspec.cache import Cache, LayerKV, take
 
 BATCH, HEADS, CAPACITY, WIDTH, NEW = 3, 2, 12, 4, 5
 append = jax.jit(Cache.append)
@@ -36,7 +36,7 @@ def test_rows_stand_where_they_were_appended(counts, picked, data):
     for count in counts:
         new = new_rows(rng, NEW)
         path = rng.integers(0, NEW, (BATCH, NEW)) if picked else np.tile(np.arange(NEW), (BATCH, 1))
-        cache = append(cache, new, jnp.asarray(count), jnp.asarray(path) if picked else None)
+        cache = append(cache, take(new, jnp.asarray(path)) if picked else new, jnp.asarray(count))
         for rows, part in zip(expected, (np.asarray(part) for kv in new for part in kv), strict=True):
             for row in range(BATCH):
                 rows[row] += [part[row, :, node] for node in path[row, : count[row]]]

@@ -13,16 +13,19 @@ from flax import nnx
 from jaxspec import SamplingParams
 from jaxspec.kernels import attention
 from jaxspec.prompting import encode_prompt
-from jaxspec.speculation import loop
+from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.prefill import ImageFeatures
+from jaxspec.targets.chunks import Chunk
 from jaxspec.targets.prompts import stack_prompts
+from jaxspec.targets.reading import read_prompts
 from jaxspec.training.drafter import DrafterRecipe, teach
 from jaxspec.training.eagle import EagleRecipe
 from jaxspec.training.losses import next_token_loss
 from jaxspec.training.massv import MassvRecipe
 from jaxspec.training.specvlm import SpecVLMRecipe
 from jaxspec.training.vispec import ViSpecRecipe
-from tests.drafting import TREE, fresh_head, linked_lm
+from tests.drafting import fresh_head, linked_lm
 from tests.families import family_target
 from tests.test_dtypes import equations
 
@@ -60,17 +63,25 @@ def prompts(target, pictures):
 
 
 def prefill_program(target, drafter, pictures):
+    """A first chunk of `LENGTH` tokens, as many behind it, and what comes before the first round."""
     prompt = prompts(target, pictures)
+    chunk = Chunk(prompt.input_ids, prompt.lengths, prompt.image_ids, prompt.position_ids)
     request = loop.Request(
         BatchSampling.from_params([SamplingParams(temperature=0.7)] * BATCH),
         np.full(BATCH, 16, np.int32),
         np.full((BATCH, 1), -1),
     )
 
-    def prefill(target, drafter, prompt):
-        return loop.prefill(target, drafter, TREE, prompt, request, LENGTH + 24, 16)
+    def run(target, drafter, prompt):
+        vision = None
+        if prefill.reads_vision(drafter):
+            vision = jnp.zeros((BATCH, LENGTH, target.config.vision_width))
+        images = ImageFeatures(target.embed(prompt.input_ids, prompt.images), vision)
+        read = prefill.read_chunk(target, drafter, None, chunk, images)
+        read = prefill.read_chunk(target, drafter, prefill.grow(read, 2 * LENGTH + 24), chunk, images)
+        return loop.begin(target, drafter, read, request, jnp.zeros(BATCH, jnp.int32), 2 * LENGTH + 24, 2)
 
-    return jax.make_jaxpr(prefill)(target.model, drafter, prompt).jaxpr
+    return jax.make_jaxpr(run)(target.model, drafter, prompt).jaxpr
 
 
 def training_program(target, drafter, recipe, pictures):
@@ -79,7 +90,7 @@ def training_program(target, drafter, recipe, pictures):
 
     def loss(params, model, key):
         drafter = nnx.merge(graph, params)
-        return recipe.loss(drafter, model, teach(model, batch, key, loop.taps_of(drafter)), key)
+        return recipe.loss(drafter, model, teach(model, batch, key, prefill.taps_of(drafter)), key)
 
     gradient = jax.grad(loss, has_aux=True)
     return jax.make_jaxpr(gradient)(params, target.model, jax.random.key(0)).jaxpr
@@ -101,7 +112,7 @@ def test_training_a_text_model(target, pictures):
     prompt, mask = prompts(target, pictures), jnp.ones((BATCH, LENGTH), bool)
 
     def loss(model):
-        features, *_ = loop.read_prompts(model, prompt)
+        features = read_prompts(model, prompt).features
         return next_token_loss(model.language_model, features, prompt.input_ids, mask)[0]
 
     graph, params = nnx.split(target.model)

@@ -11,7 +11,9 @@ that rows can come and go between rounds:
 Some have more to say: one that cannot draft every tree has `check_tree(tree)`, which raises ValueError and which a
 `Generator` asks before anything is compiled; one that reads more of the target than its final features has
 `tap_layers`, a tuple of the layers whose outputs stand before these, in `DrafterContext` and in `advance`; one that
-reads what the tower saw before the target's projector has `reads_vision = True`.
+reads what the tower saw before the target's projector has `reads_vision = True`; one that may have nothing to draft has
+`may_abstain = True` and puts `NO_TOKEN` below the root of such a row: a round without a draft then costs an
+autoregressive one, for the price of a second program of the target within the compiled one.
 """
 
 import dataclasses

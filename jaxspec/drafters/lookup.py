@@ -15,7 +15,7 @@ from jaxspec.cache import write_rows
 from jaxspec.drafters.contract import DrafterContext, Method
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.sampling import Noise
-from jaxspec.speculation.tree import Tree, TreeConfig, build_tree
+from jaxspec.speculation.tree import NO_TOKEN, Tree, TreeConfig, build_tree
 from jaxspec.targets.contract import VisionLanguageModel
 
 IMAGE = -1
@@ -24,13 +24,17 @@ IMAGE = -1
 
 @dataclasses.dataclass(frozen=True)
 class LookupConfig:
-    """`max_ngram`: the most tokens that are looked for; where they did not occur before, fewer are, down to one."""
+    """`max_ngram`: the most tokens that are looked for; where they did not occur before, fewer are, down to
+    `min_ngram`. A single token that occurred before says little: with `min_ngram` 2 more rounds go without a draft."""
 
     max_ngram: int = 3
+    min_ngram: int = 1
 
     def __post_init__(self) -> None:
         if self.max_ngram < 1:
             raise ValueError(f"max_ngram must be at least 1, got {self.max_ngram}")
+        if not 1 <= self.min_ngram <= self.max_ngram:
+            raise ValueError(f"min_ngram must be between 1 and max_ngram ({self.max_ngram}), got {self.min_ngram}")
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +46,8 @@ class LookupState:
 
 class PromptLookup(nnx.Module):
     """A `jaxspec.drafters.contract.DraftModel` for chains."""
+
+    may_abstain = True
 
     def __init__(self, config: LookupConfig = LookupConfig(), *, rngs: nnx.Rngs | None = None) -> None:
         del rngs
@@ -66,7 +72,7 @@ class PromptLookup(nnx.Module):
         noise: Noise,
         sampling: BatchSampling,
     ) -> tuple[Tree, LookupState]:
-        draft = look_up(state.history, state.lengths, self.config.max_ngram, config.max_depth)
+        draft = look_up(state.history, state.lengths, self.config, config.max_depth)
         tokens = jnp.concatenate([root[:, None], draft], axis=1)
         depths = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         return build_tree(tokens, jnp.maximum(depths - 1, 0), depths, config.max_depth), state
@@ -82,36 +88,35 @@ class PromptLookup(nnx.Module):
         return LookupState(write_rows(state.history, tokens, state.lengths), state.lengths + count)
 
 
-def look_up(history: jax.Array, lengths: jax.Array, max_ngram: int, count: int) -> jax.Array:
-    """i32 `[B, count]`: what follows the latest earlier occurrence of the longest n-gram, n at most `max_ngram`, that
-    ends `history` i32 `[B, S]` of `lengths` i32 `[B]`; the last token again where nothing is found or an image begins.
+def look_up(history: jax.Array, lengths: jax.Array, config: LookupConfig, count: int) -> jax.Array:
+    """i32 `[B, count]`: what follows the latest earlier occurrence of the longest n-gram that
+    ends `history` i32 `[B, S]` of `lengths` i32 `[B]`; NO_TOKEN where nothing is found and from where an image begins.
     An occurrence before an image does not count."""
     capacity = history.shape[1]
     places = jnp.arange(capacity)
     # How many of the last tokens, counted backwards, are also the last ones at each place.
     matched, matches = jnp.zeros(history.shape, jnp.int32), jnp.ones(history.shape, bool)
-    for back in range(max_ngram):
+    for back in range(config.max_ngram):
         wanted = jnp.take_along_axis(history, jnp.maximum(lengths - 1 - back, 0)[:, None], axis=1)  # [B, 1]
         wanted = jnp.where((lengths > back)[:, None], wanted, IMAGE)
         there = jnp.pad(history, ((0, 0), (back, 0)), constant_values=IMAGE)[:, :capacity]
         matches &= (there == wanted) & (wanted != IMAGE)
         matched += matches
     follower = jnp.pad(history, ((0, 0), (0, 1)), constant_values=IMAGE)[:, 1:]
-    usable = (matched > 0) & (places < (lengths - 1)[:, None]) & (follower != IMAGE)
+    usable = (matched >= config.min_ngram) & (places < (lengths - 1)[:, None]) & (follower != IMAGE)
     rank = jnp.where(usable, matched * capacity + places, -1)  # longest first, then latest
     best = jnp.argmax(rank, axis=1)[:, None]  # [B, 1]
     # Beyond the last token the draft goes on with itself.
     period = jnp.maximum(lengths[:, None] - 1 - best, 1)
     draft = jnp.take_along_axis(history, best + 1 + jnp.arange(count) % period, axis=1)
     real = usable.any(axis=1, keepdims=True) & jnp.cumprod(draft != IMAGE, axis=1, dtype=bool)
-    last = jnp.take_along_axis(history, lengths[:, None] - 1, axis=1)
-    return jnp.where(real, draft, last)
+    return jnp.where(real, draft, NO_TOKEN)
 
 
 LOOKUP = Method(
     title="Prompt lookup",
     module=PromptLookup,
-    read_config=lambda raw: LookupConfig(raw.get("max_ngram", LookupConfig.max_ngram)),
+    read_config=lambda raw: LookupConfig(**{name: raw[name] for name in ("max_ngram", "min_ngram") if name in raw}),
     write_config=dataclasses.asdict,
     tree=TreeConfig.chain(10),  # Saxena's notebook
     misfits=lambda config, target_config: [],

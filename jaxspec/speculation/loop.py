@@ -12,27 +12,24 @@ object with the contract of `jaxspec.drafters.contract`, or None for autoregress
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Generic
+from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.cache import Cache, LayerKV, write_rows
+from jaxspec.cache import Cache, LayerKV, take, write_rows
 from jaxspec.drafters.contract import DraftModel
 from jaxspec.kernels.masks import Mask
-from jaxspec.speculation.accept import accept
+from jaxspec.speculation.accept import Accepted, accept
 from jaxspec.speculation.logprobs import Logprobs, logprobs_of, no_logprobs
 from jaxspec.speculation.params import BatchSampling, SamplingParams
 from jaxspec.speculation.penalties import Penalties, penalised
 from jaxspec.speculation.prefill import Read, context_of, nothing_read, taps_of
 from jaxspec.speculation.sampling import Noise, choose
-from jaxspec.speculation.tree import Tree, TreeConfig, path_tokens, root_only
+from jaxspec.speculation.tree import NO_TOKEN, Tree, TreeConfig, path_tokens, root_only
 from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.images import Array
-
-NO_TOKEN = -1
-"""Stands in a tree for a draft token that shall not be accepted; the root is read in its place."""
 
 
 @jax.tree_util.register_dataclass
@@ -75,6 +72,16 @@ class DecodeState:
         return self.cache.lengths
 
 
+class Verified(NamedTuple):
+    """What a round learns from the target: of the accepted path, of P entries."""
+
+    accepted: Accepted
+    finite: jax.Array  # bool [B, P], whether a node's logits are
+    features: jax.Array  # [B, P, (T + 1) * D]
+    kv: tuple[LayerKV, ...]  # per layer, [B, Hkv, P, Dh]
+    logprobs: Logprobs[jax.Array] | None  # [B, P, ..]
+
+
 def begin(
     target: VisionLanguageModel,
     drafter: DraftModel | None,
@@ -100,8 +107,8 @@ def begin(
     counts = 1 - failed.astype(jnp.int32)
     logprobs = None
     if request.logprobs is not None:
-        room = no_logprobs(batch, capacity, logits.shape[-1])
-        logprobs = told(room, request, lambda: logits, root[:, None], jnp.zeros_like(counts), counts)
+        first = asked_logprobs(request, ~failed, lambda: logits, root[:, None])
+        logprobs = written(no_logprobs(batch, capacity, logits.shape[-1]), first, jnp.zeros_like(counts))
     drafter_state = None
     if drafter is not None:
         with jax.named_scope("draft_prefill"):
@@ -137,8 +144,10 @@ def idle(
 
     def nothing() -> DecodeState:
         params = [SamplingParams()] * batch
-        none = [[]] * batch
-        asked = Penalties.from_params(params, none, none, target.config.text.vocab_size) if penalties else None
+        asked = None
+        if penalties:
+            ids, stops = [np.zeros(0, np.int32)] * batch, [()] * batch
+            asked = Penalties.from_params(params, ids, stops, target.config.text.vocab_size)
         request = Request(
             BatchSampling.from_params(params, asked),
             jnp.ones((batch,), jnp.int32),
@@ -183,6 +192,8 @@ def decode_round(
 ) -> DecodeState:
     """One verification of one tree; rows that are done stay as they are.
 
+    Where a drafter may abstain and no row has a draft, the target reads the roots alone, in a branch of its own.
+
     A row whose logits are not finite on its accepted path emits nothing. A draft token may be to blame, accepted or not
     (its values reach its siblings through attention, where nothing times NaN is NaN), so the next round of that row
     verifies the root alone: what is still not finite is the target's own answer, and the row has failed.
@@ -198,28 +209,40 @@ def decode_round(
             tree, drafter_state = drafter.propose(target, config, drafter_state, state.root, noise, sampling)
             tree = tree._replace(tokens=jnp.where(state.alone[:, None] & (tree.depths > 0), NO_TOKEN, tree.tokens))
     with jax.named_scope("verify"):
-        features, new_kv = verify(target, tree, state, taps_of(drafter))
-        logits = scores = target.unembed(features)
-        if sampling.penalties is not None:
-            scores = penalised(logits, sampling.penalties, tree.depths, path_tokens(tree, config.max_depth))
-        chosen = choose(scores, lambda: of_nodes(tree, noise.levels(0, room)), sampling)  # [B, N]
-        accepted = accept(tree, chosen, config.max_depth)
+
+        def verified(tree: Tree) -> Verified:
+            features, new_kv = verify(target, tree, state, taps_of(drafter))
+            logits = scores = target.unembed(features)
+            depth = min(room, tree.tokens.shape[1])
+            if sampling.penalties is not None:
+                scores = penalised(logits, sampling.penalties, tree.depths, path_tokens(tree, depth - 1))
+            chosen = choose(scores, lambda: of_nodes(tree, noise.levels(0, depth)), sampling)  # [B, N]
+            accepted = accept(tree, chosen, config.max_depth)
+
+            def on_path(x: jax.Array) -> jax.Array:  # [B, N, ..] -> [B, P, ..]
+                return jnp.take_along_axis(x, accepted.path.reshape(*accepted.path.shape, *[1] * (x.ndim - 2)), axis=1)
+
+            return Verified(
+                accepted,
+                finite=on_path(finite(logits)),
+                features=on_path(features),
+                kv=take(new_kv, accepted.path),
+                logprobs=asked_logprobs(state.request, ~state.done, lambda: on_path(logits), accepted.tokens),
+            )
+
+        if getattr(drafter, "may_abstain", False):
+            drafts = (tree.tokens != NO_TOKEN) & (tree.depths > 0) & ~state.done[:, None]
+            result = jax.lax.cond(jnp.any(drafts), verified, lambda _: verified(root_only(state.root)), tree)
+        else:
+            result = verified(tree)
+        accepted = result.accepted
     with jax.named_scope("commit"):
         emit = emission(accepted.tokens, accepted.length, state)  # [B], 0 for rows that are done
-        whole = jnp.take_along_axis(finite(logits), accepted.path, axis=1)  # [B, P]
-        broken = jnp.any(~whole & (levels < emit[:, None]), axis=1)  # [B]
+        broken = jnp.any(~result.finite & (levels < emit[:, None]), axis=1)  # [B]
         emit = jnp.where(broken, 0, emit)
-        cache = state.cache.append(new_kv, emit, accepted.path)
+        cache = state.cache.append(result.kv, emit)
         if drafter is not None:
-            path_features = jnp.take_along_axis(features, accepted.path[..., None], axis=1)  # [B, P, D]
-            drafter_state = drafter.advance(target, drafter_state, accepted.tokens, path_features, emit)
-        logprobs = state.logprobs
-        if logprobs is not None:
-
-            def path_logits() -> jax.Array:  # [B, P, V]
-                return jnp.take_along_axis(logits, accepted.path[..., None], axis=1)
-
-            logprobs = told(logprobs, state.request, path_logits, accepted.tokens, state.counts, emit)
+            drafter_state = drafter.advance(target, drafter_state, accepted.tokens, result.features, emit)
     last = jnp.take_along_axis(accepted.tokens, jnp.maximum(emit - 1, 0)[:, None], axis=1)[:, 0]
     counts = state.counts + emit
     stopped = (emit > 0) & (is_stop(last[:, None], state.request)[:, 0] | (counts >= state.request.max_new_tokens))
@@ -239,7 +262,7 @@ def decode_round(
         alone=broken & ~failed,
         failed=state.failed | failed,
         rounds=state.rounds + ~state.done,
-        logprobs=logprobs,
+        logprobs=written(state.logprobs, result.logprobs, state.counts),
     )
 
 
@@ -289,19 +312,20 @@ def of_nodes(tree: Tree, levels: jax.Array) -> jax.Array:
     return jnp.take_along_axis(levels, tree.depths[..., None], axis=1)
 
 
-def told(
-    logprobs: Logprobs[jax.Array],
-    request: Request[jax.Array],
-    logits: Callable[[], jax.Array],
-    tokens: jax.Array,
-    start: jax.Array,
-    count: jax.Array,
-) -> Logprobs[jax.Array]:
-    """`logprobs` with those of the first `count` i32 `[B]` of `tokens` `[B, P]` from column `start` `[B]` on, chosen
-    from `logits()` `[B, P, V]`, which is called in a branch that is taken where such a row asks for them."""
+def asked_logprobs(
+    request: Request[jax.Array], rows: jax.Array, logits: Callable[[], jax.Array], tokens: jax.Array
+) -> Logprobs[jax.Array] | None:
+    """Those of tokens i32 `[B, P]`, chosen from `logits()` `[B, P, V]`, which is called in a branch that is taken where
+    one of the `rows` bool `[B]` asks for them; zeros if not. None where there is no room for any."""
+    if request.logprobs is None:
+        return None
+    shapes = jax.eval_shape(lambda: logprobs_of(logits(), tokens))
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.cond(jnp.any(request.logprobs & rows), lambda: logprobs_of(logits(), tokens), lambda: nothing)
 
-    def written(logprobs: Logprobs[jax.Array]) -> Logprobs[jax.Array]:
-        return jax.tree.map(lambda old, new: write_rows(old, new, start), logprobs, logprobs_of(logits(), tokens))
 
-    assert request.logprobs is not None  # where there is room for them
-    return jax.lax.cond(jnp.any(request.logprobs & (count > 0)), written, lambda logprobs: logprobs, logprobs)
+def written(
+    logprobs: Logprobs[jax.Array] | None, new: Logprobs[jax.Array] | None, start: jax.Array
+) -> Logprobs[jax.Array] | None:
+    """`logprobs` with `new` ones from column `start` `[B]` on."""
+    return jax.tree.map(lambda old, block: write_rows(old, block, start), logprobs, new)

@@ -26,16 +26,19 @@ import jax.numpy as jnp
 
 from jaxspec.speculation.filters import min_p_floor, scale, top_k_floor, top_p_mass, uses_min_p, uses_top_k, uses_top_p
 from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.threefry import random_bits
 
 BLOCK = 128
 """Logits whose largest is found at once."""
+PARTS = 8
+"""Top-p is asked about the nodes of a row in so many parts."""
 
 
 def gumbel_noise(seed: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
     """The standard Gumbel noise of every (seed, position); a function of nothing else.
 
     A row's noise does not change with the batch around it, with the positions asked for together, with the mesh, or
-    with the default PRNG of the process (the generator is always threefry, keyed by `fold_in(key(seed), position)`).
+    with the PRNG settings of the process (the generator is always threefry, keyed by `fold_in(key(seed), position)`).
 
     It is not `jax.random.gumbel`, whose float32 noise ends at 15.9 because it draws 23 bits: with 150k tokens, those
     less probable than 1e-7 can hold a visible share of the probability, and could not be drawn. All 32 bits of the
@@ -50,17 +53,10 @@ def gumbel_noise(seed: jax.Array, positions: jax.Array, vocab_size: int) -> jax.
       f32 [B, T, V].
     """
 
-    def one_position(key, position):
-        bits = jax.random.bits(jax.random.fold_in(key, position), (vocab_size,), jnp.uint32)
-        # Upper tail mass: small values, where float32 is dense, become the large noise that decides an argmax.
-        tail = bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33
-        return -jnp.log(-jnp.log1p(-jnp.minimum(tail, 1 - 2.0**-24)))
-
-    def one_row(row_seed, row_positions):
-        key = jax.random.key(row_seed, impl="threefry2x32")
-        return jax.vmap(one_position, in_axes=(None, 0))(key, row_positions)
-
-    return jax.vmap(one_row)(seed, positions)
+    bits = random_bits(seed, positions, vocab_size)
+    # Upper tail mass: small values, where float32 is dense, become the large noise that decides an argmax.
+    tail = bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33
+    return -jnp.log(-jnp.log1p(-jnp.minimum(tail, 1 - 2.0**-24)))
 
 
 @jax.tree_util.register_dataclass
@@ -141,25 +137,45 @@ def _choose_bounded(logits: jax.Array, noise: jax.Array, sampling: BatchSampling
 
 def _choose_nucleus(logits: jax.Array, noise: jax.Array, sampling: BatchSampling) -> jax.Array:
     """Top-p as well, which is asked about one token after the other: about the best one, and as long as it is removed,
-    about the best of those more probable than it (2 rounds at top_p 0.9, seldom more)."""
+    about the best of those more probable than it (2 rounds at top_p 0.9, seldom more).
+
+    The most probable token always stays, so only the nodes where another one is best are asked about, a few at a time:
+    whole passes over all nodes are those of the unfiltered choice and one for the largest logit.
+    """
+    batch, nodes, _ = logits.shape
+    nothing = jnp.full((batch, nodes), -jnp.inf)
+
+    def floors() -> tuple[jax.Array, jax.Array]:
+        scaled = scale(logits, sampling)
+        top_k = top_k_floor(scaled, sampling)
+        return top_k, jnp.maximum(top_k, min_p_floor(scaled, sampling))
+
+    few = -(-nodes // PARTS)
+    bounded = jnp.any(uses_top_k(sampling) | uses_min_p(sampling))
+    top_k, floor = jax.lax.cond(bounded, floors, lambda: (nothing, nothing))  # [B, N]
     scaled = scale(logits, sampling)
-    top_k = top_k_floor(scaled, sampling)
-    floor = jnp.maximum(top_k, min_p_floor(scaled, sampling))[..., None]
-    weights = jnp.where(scaled >= top_k[..., None], jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True)), 0.0)
-    mass = top_p_mass(weights, sampling)
+    token = first_argmax(jnp.where(scaled >= floor[..., None], _scores(logits, noise, sampling), -jnp.inf))
+    peak = scale(jnp.max(logits, axis=-1, keepdims=True), sampling)[..., 0]
+    value = scale(jnp.take_along_axis(logits, token[..., None], axis=-1), sampling)[..., 0]
+    noise = jnp.broadcast_to(noise, logits.shape)
 
-    def best(below: jax.Array) -> jax.Array:  # the best token that is more probable than `below` f32 [B, N]
-        kept = (scaled >= floor) & (scaled > below[..., None])
-        return first_argmax(jnp.where(kept, _scores(logits, noise, sampling), -jnp.inf))
+    def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        token, unsure = carry  # i32 and bool [B, N]
+        some, places = jax.lax.top_k(unsure.astype(jnp.int32), few)  # [B, n]
 
-    def removed(token: jax.Array) -> tuple[jax.Array, jax.Array]:  # and its own scaled logit
-        value = jnp.take_along_axis(scaled, token[..., None], axis=-1)
-        return jnp.sum(jnp.where(scaled > value, weights, 0.0), axis=-1) >= mass, value[..., 0]
+        def of_some(x: jax.Array) -> jax.Array:  # [B, N, ..] -> [B, n, ..]
+            return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1)
 
-    def again(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        token, outside, value = carry
-        token = jnp.where(outside, best(value), token)
-        return token, *removed(token)
+        scaled = scale(of_some(logits), sampling)  # [B, n, V]
+        value = jnp.take_along_axis(scaled, of_some(token)[..., None], axis=-1)  # [B, n, 1]
+        weights = jnp.exp(scaled - of_some(peak)[..., None])
+        mass = top_p_mass(jnp.where(scaled >= of_some(top_k)[..., None], weights, 0.0), sampling)
+        removed = jnp.sum(jnp.where(scaled > value, weights, 0.0), axis=-1) >= mass
+        kept = (scaled >= of_some(floor)[..., None]) & (scaled > value)
+        best = first_argmax(jnp.where(kept, scaled + of_some(noise), -jnp.inf))
+        rows, columns = jnp.arange(batch)[:, None], jnp.where(some > 0, places, nodes)
+        token = token.at[rows, columns].set(jnp.where(removed, best, of_some(token)), mode="drop")
+        return token, unsure.at[rows, columns].set(removed, mode="drop")
 
-    token = best(jnp.full(scaled.shape[:-1], -jnp.inf))
-    return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), again, (token, *removed(token)))[0]
+    unsure = uses_top_p(sampling)[:, None] & (value < peak)
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), again, (token, unsure))[0]

@@ -19,6 +19,9 @@ from jaxspec.speculation.sampling import Noise
 
 Carry = TypeVar("Carry")
 
+NO_TOKEN = -1
+"""Stands in a tree for a draft token that shall not be accepted; the root is read in its place."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TreeConfig:
@@ -78,7 +81,7 @@ class TreeConfig:
 
 
 class Tree(NamedTuple):
-    """A batch of trees. Parents come before children; `parents` of the root is 0."""
+    """A batch of trees. Parents come before children; `parents` of the root is 0; a node of `NO_TOKEN` is no draft."""
 
     tokens: jax.Array  # i32 [B, N]
     parents: jax.Array  # i32 [B, N]

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process
 
 from jaxspec import SamplingParams
-from jaxspec.speculation.loop import NO_TOKEN
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.penalties import Penalties, penalised
-from jaxspec.speculation.tree import TreeConfig, build_tree, draft_children, path_tokens
+from jaxspec.speculation.tree import NO_TOKEN, TreeConfig, build_tree, draft_children, path_tokens
 from tests.helpers import GivenNoise
 from tests.plain_penalties import penalised_logits
 

@@ -15,6 +15,7 @@ from transformers.generation import logits_process as oracle
 from jaxspec.speculation.filters import draft_floor, scale, warp
 from jaxspec.speculation.params import BatchSampling, SamplingParams
 from jaxspec.speculation.sampling import Noise, choose, first_argmax, gumbel_noise
+from jaxspec.speculation.threefry import random_bits
 
 warp_jit = jax.jit(warp)
 choose_jit = jax.jit(lambda logits, noise, sampling: choose(logits, lambda: noise, sampling))
@@ -178,7 +179,7 @@ def params_of():
 @given(st.integers(0, 2**31), st.lists(params_of(), min_size=3, max_size=3), st.sampled_from([0.0, 0.25, 1.0]))
 def test_the_choice_is_the_best_token_of_the_filtered_distribution(seed, rows, step):
     """Rows with any filters beside each other; with a `step` logits have few values, so that ties are everywhere."""
-    logits = random_logits(seed, 3, 6, 90)
+    logits = random_logits(seed, 3, 11, 90)
     logits = np.round(logits / step) * np.float32(step) if step else logits
     noise = np.random.default_rng(seed + 1).gumbel(size=logits.shape).astype(np.float32)
     sampling = BatchSampling.from_params(rows)
@@ -186,6 +187,20 @@ def test_the_choice_is_the_best_token_of_the_filtered_distribution(seed, rows, s
     sampled = np.asarray(sampling.temperature > 0)[:, None, None]
     expected = np.where(sampled, warped + noise, warped).argmax(-1)
     np.testing.assert_array_equal(choose_jit(jnp.asarray(logits), jnp.asarray(noise), sampling), expected)
+
+
+@pytest.mark.parametrize("step", [0.0, 0.5])
+@pytest.mark.parametrize("spread", [0.3, 2.0, 6.0])
+def test_the_choice_at_a_real_vocabulary(spread, step):
+    """From half of the tokens in the nucleus to a handful, with one parameter for each of seven rows."""
+    filters = [{}, {"top_p": 0.5}, {"top_p": 0.9}, {"top_p": 0.99}, {"top_p": 0.9, "top_k": 64}]
+    filters += [{"top_p": 0.9, "min_p": 0.01}, {"top_p": 1e-20}]
+    sampling = BatchSampling.from_params([SamplingParams(1.0, seed=row, **each) for row, each in enumerate(filters)])
+    logits = random_logits(1, len(filters), 6, 32_064, scale=spread)
+    logits = np.round(logits / step) * np.float32(step) if step else logits
+    noise = noise_jit(sampling.seed, jnp.tile(jnp.arange(6), (len(filters), 1)), 32_064)
+    expected = np.argmax(np.asarray(warp_jit(jnp.asarray(logits), sampling)) + np.asarray(noise), -1)
+    np.testing.assert_array_equal(choose_jit(jnp.asarray(logits), noise, sampling), expected)
 
 
 @pytest.mark.parametrize("size", [1, 3, 127, 128, 129, 640, 1000])
@@ -239,6 +254,28 @@ def test_noise_depends_on_seed_and_position_only():
     assert len(np.unique(together[[0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]], axis=0)) == 8
     with jax.default_prng_impl("rbg"):
         np.testing.assert_array_equal(noise_jit(seeds, positions, 33), together)
+
+
+@pytest.mark.parametrize("count", [1, 2, 33, 1000])
+def test_bits_are_those_of_jax_random(count):
+    seeds = np.array([0, 7, 2**31, 2**32 - 1], np.uint32)
+    positions = np.array([[0, 1], [5, 900], [2**20, 2**31 - 1], [3, 3]], np.int32)
+    ours = np.asarray(jax.jit(random_bits, static_argnums=2)(seeds, positions, count))
+    for row, seed in enumerate(seeds):
+        key = jax.random.key(seed, impl="threefry2x32")
+        for column, position in enumerate(positions[row]):
+            theirs = jax.random.bits(jax.random.fold_in(key, position), (count,), jnp.uint32)
+            np.testing.assert_array_equal(ours[row, column], theirs)
+
+
+def test_the_noise_of_a_seed_stays_what_it_was():
+    """A seed's answers rest on it from version to version."""
+    noise = noise_jit(jnp.array([0, 2**32 - 1], jnp.uint32), jnp.array([[0, 7], [3, 2**20]]), 3)
+    expected = [
+        [[-0.61364454, 1.6026809, 1.3559327], [0.43936551, 2.5947201, 1.5824964]],
+        [[-0.014600692, -0.72467852, 1.062286], [2.426502, 1.2835729, 0.92902136]],
+    ]
+    np.testing.assert_allclose(noise, expected, rtol=1e-6)
 
 
 def test_noise_is_standard_gumbel_and_independent_over_tokens_positions_and_seeds():

@@ -8,8 +8,8 @@ its frames.
 import numpy as np
 import pytest
 
-from jaxspec.speculation.loop import position_offset
-from jaxspec.targets.prompts import EncodedPrompt, stack_prompts
+from jaxspec.targets.chunks import position_offset
+from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.qwen2_5_vl import Qwen2_5VLConfig, QwenVisionConfig, frame_windows
 from tests.families import family_target
 
@@ -79,5 +79,5 @@ def test_decoding_goes_on_behind_the_largest_position():
     assert layout.tokens == 4
     prompt = EncodedPrompt.of(ours, ids, [layout])
     assert prompt.position_ids[0].tolist() == [0, 1, 13, 25, 37, 38]
-    batch = stack_prompts(ours, [prompt, EncodedPrompt(np.array([TEXT] * 3), [])], 8)
-    assert np.asarray(position_offset(batch)).tolist() == [39 - 6, 0]
+    plain = EncodedPrompt(np.array([TEXT] * 3), [])
+    assert [position_offset(each) for each in (prompt, plain)] == [39 - 6, 0]
