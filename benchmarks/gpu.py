@@ -84,21 +84,21 @@ class Rounds:
     def measure(self, shape: str, batch: int):
         """A row per arm."""
         config = SHAPES[shape]
-        target = random_module(partial(Llava, config), self.dtype)
+        model = random_module(partial(Llava, config), self.dtype)
         arms = {"autoregressive": (None, TreeConfig.autoregressive())}
         for name in self.heads:
             method, config_of = HEADS[name]
             head = config_of(config.text.plain())
-            drafter = random_module(partial(METHODS[method].module, head), self.dtype)
+            draft_model = random_module(partial(METHODS[method].module, head), self.dtype)
             for label, tree in TREES.items():
-                arms[f"{name}, {label}"] = drafter, tree or METHODS[method].tree
-        runners = {name: Runner(config, target, *arm, batch, self.rounds) for name, arm in arms.items()}
+                arms[f"{name}, {label}"] = draft_model, tree or METHODS[method].tree
+        runners = {name: Runner(config, model, *arm, batch, self.rounds) for name, arm in arms.items()}
         times = {name: [] for name in runners}
         for _ in range(self.runs):
             for name, runner in runners.items():
                 times[name].append(runner())
         prefill, step = (statistics.median(pair[i] for pair in times["autoregressive"]) for i in (0, 1))
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(target.language_model)))
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model.language_model)))
         speed = next((value for kind, value in MEMORY.items() if kind in jax.devices()[0].device_kind), None)
         for name, (_, tree) in arms.items():
             seconds = statistics.median(pair[1] for pair in times[name])
@@ -117,7 +117,7 @@ class Rounds:
 class Runner:
     """Prefill once more and decode `rounds` rounds; seconds of the prefill and of one round."""
 
-    def __init__(self, config: LlavaConfig, target, drafter, tree: TreeConfig, batch: int, rounds: int):
+    def __init__(self, config: LlavaConfig, model, draft_model, tree: TreeConfig, batch: int, rounds: int):
         rng = np.random.default_rng(0)
         ids = rng.integers(0, config.image_token_id, 32 + config.tokens_per_image + 16)
         ids[32 : 32 + config.tokens_per_image] = config.image_token_id
@@ -129,8 +129,8 @@ class Runner:
             BatchSampling.from_params([SamplingParams()] * batch), jnp.full((batch,), limit), jnp.full((batch, 1), -1)
         )
         self.rounds, self.capacity = rounds, len(ids) + limit
-        self.programs = Programs(target, drafter, tree)
-        self.params = self.programs.params_of(target, drafter)
+        self.programs = Programs(model, draft_model, tree)
+        self.params = self.programs.params_of(model, draft_model)
         self()
 
     def __call__(self) -> tuple[float, float]:

@@ -84,11 +84,11 @@ class Count:
             self.count(family, compiled)
 
     def count(self, family: str, compiled: collections.Counter) -> None:
-        (config, model), picture = FAMILIES[family][0](), FAMILIES[family][1]
-        target = model(config, rngs=nnx.Rngs(0))
-        drafter = ViSpecHead(ViSpecConfig(TEXT), rngs=nnx.Rngs(1))
-        programs = Programs(target, drafter, TREE)
-        params = programs.params_of(target, drafter)
+        (config, kind), picture = FAMILIES[family][0](), FAMILIES[family][1]
+        model = kind(config, rngs=nnx.Rngs(0))
+        draft_model = ViSpecHead(ViSpecConfig(TEXT), rngs=nnx.Rngs(1))
+        programs = Programs(model, draft_model, TREE)
+        params = programs.params_of(model, draft_model)
         rng, before = np.random.default_rng(self.seed), compiled.total()
         towers, caches = set(), set()
         for number in range(1, self.requests + 1):

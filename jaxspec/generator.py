@@ -137,9 +137,9 @@ class Generator:
             own = tree == drafter.tree
             self._watch = AcceptanceWatch(drafter.about.get("mean_acceptance_length") if own else None)
         self.allow_local_files = allow_local_files
-        model = drafter.model if drafter else None
-        self.programs = Programs(target.model, model, tree, prefill_chunk)
-        self._params = self.programs.params_of(target.model, model)
+        draft_model = drafter.model if drafter else None
+        self.programs = Programs(target.model, draft_model, tree, prefill_chunk)
+        self._params = self.programs.params_of(target.model, draft_model)
 
     @property
     def compilations(self) -> int:

@@ -29,12 +29,12 @@ CHUNK = 512
 
 
 class Programs:
-    """What is compiled for a target, a drafter (or None) and a tree; parameters are arguments, so that copies with
-    other ones share it.
+    """What is compiled for a target's model, a draft model (or None) and a tree; parameters are arguments, so that
+    copies with other ones share it.
 
     Args:
-      target: the model.
-      drafter: a `DraftModel`, or None for autoregressive decoding.
+      model: the target's.
+      draft_model: what drafts for it, or None for autoregressive decoding.
       tree: what it drafts.
       chunk: tokens of a prompt that are read at a time, a multiple of 4 and at least 16.
 
@@ -42,12 +42,12 @@ class Programs:
     """
 
     def __init__(
-        self, target: VisionLanguageModel, drafter: DraftModel | None, tree: TreeConfig, chunk: int = CHUNK
+        self, model: VisionLanguageModel, draft_model: DraftModel | None, tree: TreeConfig, chunk: int = CHUNK
     ) -> None:
-        self.config, self.chunk = target.config, whole_number("prefill_chunk", chunk, 16)
+        self.config, self.chunk = model.config, whole_number("prefill_chunk", chunk, 16)
         if self.chunk % 4:
             raise ValueError(f"prefill_chunk must be a multiple of 4, got {self.chunk}")
-        self.graph, _ = nnx.split((target, drafter))
+        self.graph, _ = nnx.split((model, draft_model))
         self.traced: list[str] = []
 
         def compiled(function: Callable, with_tree: bool = False, **options: Any) -> Callable:
@@ -92,9 +92,9 @@ class Programs:
         """Programs compiled so far."""
         return len(self.traced)
 
-    def params_of(self, target: VisionLanguageModel, drafter: DraftModel | None) -> nnx.State:
+    def params_of(self, model: VisionLanguageModel, draft_model: DraftModel | None) -> nnx.State:
         """The parameters of models with the structure of these programs'. Raises ValueError for others."""
-        graph, params = nnx.split((target, drafter))
+        graph, params = nnx.split((model, draft_model))
         if graph != self.graph:
             raise ValueError("the programs are of models with another structure")
         return params

@@ -180,17 +180,17 @@ class SelfDrafter(nnx.Module):
     def __init__(self, disturbance: float):
         self.disturbance = disturbance
 
-    def prefill(self, target, context, capacity: int) -> SelfState:
-        _, kv = target.prefill(context.embeds, context.lengths)
+    def prefill(self, model, context, capacity: int) -> SelfState:
+        _, kv = model.prefill(context.embeds, context.lengths)
         return SelfState(Cache.of_prompt(kv, context.lengths, capacity), context.root)
 
-    def propose(self, target, config: TreeConfig, state: SelfState, root, noise, sampling) -> tuple[Any, SelfState]:
-        lengths, language = state.cache.lengths, target.language_model
+    def propose(self, model, config: TreeConfig, state: SelfState, root, noise, sampling) -> tuple[Any, SelfState]:
+        lengths, language = state.cache.lengths, model.language_model
 
         def run(tokens, positions, drafted):
             own = Mask(ancestors=jnp.eye(tokens.shape[1], dtype=bool))
-            features, kv = language(target.embed(tokens), positions, own, state.cache, drafted)
-            return Uncommitted.level(kv, positions, drafted), self.disturb(target.unembed(features), positions)
+            features, kv = language(model.embed(tokens), positions, own, state.cache, drafted)
+            return Uncommitted.level(kv, positions, drafted), self.disturb(model.unembed(features), positions)
 
         def expand(drafted, tokens, parent, level):
             positions = jnp.broadcast_to((lengths + 1 + level)[:, None], tokens.shape)
@@ -203,11 +203,11 @@ class SelfDrafter(nnx.Module):
         draw = lambda position: jax.random.normal(jax.random.fold_in(jax.random.key(0), position), logits.shape[-1:])  # noqa: E731
         return logits + self.disturbance * jax.vmap(jax.vmap(draw))(positions)
 
-    def advance(self, target, state: SelfState, tokens, features, count) -> SelfState:
+    def advance(self, model, state: SelfState, tokens, features, count) -> SelfState:
         length = tokens.shape[1]
         nodes = jnp.concatenate([state.root[:, None], tokens[:, :-1]], axis=1)
         positions = state.cache.lengths[:, None] + jnp.arange(length)
-        _, new = target.forward(target.embed(nodes), positions, Mask(causal=True), state.cache)
+        _, new = model.forward(model.embed(nodes), positions, Mask(causal=True), state.cache)
         last = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
         return SelfState(
             cache=state.cache.append(new, count),

@@ -76,10 +76,10 @@ class ScriptedHead(nnx.Module):
     def __init__(self, table: np.ndarray):
         self.table = nnx.Variable(jnp.asarray(table, jnp.int32))
 
-    def prefill(self, target, context, capacity: int):
+    def prefill(self, model, context, capacity: int):
         return jnp.zeros_like(context.root)
 
-    def propose(self, target, config: TreeConfig, state, root, noise, sampling):
+    def propose(self, model, config: TreeConfig, state, root, noise, sampling):
         table = self.table[...]
         first = table[root, 0]
         second = table[first, 0]
@@ -89,7 +89,7 @@ class ScriptedHead(nnx.Module):
         depths = jnp.broadcast_to(jnp.array([0, 1, 1, 2, 3]), shape)
         return build_tree(tokens, parents, depths, config.max_depth), state
 
-    def advance(self, target, state, tokens, features, count):
+    def advance(self, model, state, tokens, features, count):
         return state
 
 

@@ -102,7 +102,7 @@ def assert_computes_in(dtype, target: Target, drafter: Drafter, images: list) ->
     model, head = in_dtype(target.model, dtype), in_dtype(drafter.model, dtype)
     target, drafter = Target(model, target.processor, None, ()), Drafter(head, drafter.tree, drafter.method, {})
     state, traced = programs(target, drafter, images)
-    floats = {leaf.dtype for leaf in jax.tree.leaves((state.cache, state.drafter)) if leaf.dtype.kind not in "iub"}
+    floats = {leaf.dtype for leaf in jax.tree.leaves((state.cache, state.draft_state)) if leaf.dtype.kind not in "iub"}
     assert floats == {jnp.dtype(dtype)}
     text = target.config.text
     vocabularies = text.vocab_size, NARROW.size

@@ -53,7 +53,7 @@ def pairs(jaxpr) -> list[str]:
     ]
 
 
-def drafter_of(target, name: str):
+def draft_model_of(target, name: str):
     return linked_lm(target, True, 643) if name == "massv" else fresh_head(target, name, 1)
 
 
@@ -62,7 +62,7 @@ def prompts(target, pictures):
     return stack_prompts(target.config, encoded, LENGTH)
 
 
-def prefill_program(target, drafter, pictures):
+def prefill_program(target, draft_model, pictures):
     """A first chunk of `LENGTH` tokens, as many behind it, and what comes before the first round."""
     prompt = prompts(target, pictures)
     chunk = Chunk(prompt.input_ids, prompt.lengths, prompt.image_ids, prompt.position_ids)
@@ -72,25 +72,25 @@ def prefill_program(target, drafter, pictures):
         np.full((BATCH, 1), -1),
     )
 
-    def run(target, drafter, prompt):
+    def run(model, draft_model, prompt):
         vision = None
-        if prefill.reads_vision(drafter):
-            vision = jnp.zeros((BATCH, LENGTH, target.config.vision_width))
-        images = ImageFeatures(target.embed(prompt.input_ids, prompt.images), vision)
-        read = prefill.read_chunk(target, drafter, None, chunk, images)
-        read = prefill.read_chunk(target, drafter, prefill.grow(read, 2 * LENGTH + 24), chunk, images)
-        return loop.begin(target, drafter, read, request, jnp.zeros(BATCH, jnp.int32), 2 * LENGTH + 24, 2)
+        if prefill.reads_vision(draft_model):
+            vision = jnp.zeros((BATCH, LENGTH, model.config.vision_width))
+        images = ImageFeatures(model.embed(prompt.input_ids, prompt.images), vision)
+        read = prefill.read_chunk(model, draft_model, None, chunk, images)
+        read = prefill.read_chunk(model, draft_model, prefill.grow(read, 2 * LENGTH + 24), chunk, images)
+        return loop.begin(model, draft_model, read, request, jnp.zeros(BATCH, jnp.int32), 2 * LENGTH + 24, 2)
 
-    return jax.make_jaxpr(run)(target.model, drafter, prompt).jaxpr
+    return jax.make_jaxpr(run)(target.model, draft_model, prompt).jaxpr
 
 
-def training_program(target, drafter, recipe, pictures):
+def training_program(target, draft_model, recipe, pictures):
     batch = {"prompts": prompts(target, pictures), "loss_mask": np.ones((BATCH, LENGTH), bool)}
-    graph, params = nnx.split(drafter)
+    graph, params = nnx.split(draft_model)
 
     def loss(params, model, key):
-        drafter = nnx.merge(graph, params)
-        return recipe.loss(drafter, model, teach(model, batch, key, prefill.taps_of(drafter)), key)
+        draft_model = nnx.merge(graph, params)
+        return recipe.loss(draft_model, model, teach(model, batch, key, prefill.taps_of(draft_model)), key)
 
     gradient = jax.grad(loss, has_aux=True)
     return jax.make_jaxpr(gradient)(params, target.model, jax.random.key(0)).jaxpr
@@ -98,9 +98,9 @@ def training_program(target, drafter, recipe, pictures):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_prefill_and_losses(name, target, pictures):
-    drafter = drafter_of(target, name)
-    assert not pairs(prefill_program(target, drafter, pictures))
-    assert not pairs(training_program(target, drafter, RECIPES[name], pictures))
+    draft_model = draft_model_of(target, name)
+    assert not pairs(prefill_program(target, draft_model, pictures))
+    assert not pairs(training_program(target, draft_model, RECIPES[name], pictures))
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
@@ -122,13 +122,15 @@ def test_training_a_text_model(target, pictures):
 
 def test_the_walk_sees_attention_that_is_not_in_blocks(target, pictures, monkeypatch):
     monkeypatch.setattr(attention, "LONG", LENGTH + 1)
-    drafter = drafter_of(target, "eagle2")
-    assert any("attention" in each for each in pairs(prefill_program(target, drafter, pictures)))
-    assert any("attention" in each for each in pairs(training_program(target, drafter, RECIPES["eagle2"], pictures)))
+    draft_model = draft_model_of(target, "eagle2")
+    assert any("attention" in each for each in pairs(prefill_program(target, draft_model, pictures)))
+    assert any(
+        "attention" in each for each in pairs(training_program(target, draft_model, RECIPES["eagle2"], pictures))
+    )
 
 
 def test_the_walk_sees_what_a_backward_pass_keeps(target, pictures, monkeypatch):
     """Blocks whose scores are kept for the gradient are all pairs again, one block after another."""
     monkeypatch.setattr(attention.jax, "checkpoint", lambda function: function)
-    program = training_program(target, drafter_of(target, "eagle2"), RECIPES["eagle2"], pictures)
+    program = training_program(target, draft_model_of(target, "eagle2"), RECIPES["eagle2"], pictures)
     assert any("attention" in each for each in pairs(program))

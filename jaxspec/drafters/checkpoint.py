@@ -32,59 +32,59 @@ NOISE = "noise_weight"  # ours
 
 
 def load_drafter_folder(
-    folder: Path, target: VisionLanguageModel | None, dtype: DTypeLike = jnp.float32
+    folder: Path, model: VisionLanguageModel | None, dtype: DTypeLike = jnp.float32
 ) -> tuple[DraftModel, TreeConfig]:
-    """The drafter of a folder and its tree. Raises FileNotFoundError or ValueError, naming what does not fit.
+    """The draft model of a folder and its tree. Raises FileNotFoundError or ValueError, naming what does not fit.
 
-    Without a target (None) only the folder itself is checked.
+    Without the target's `model` (None) only the folder itself is checked.
     """
     raw, tensors, name = read_drafter_folder(folder)
     method = METHODS[name]
-    text = None if target is None else target.config.text
+    text = None if model is None else model.config.text
     sizes = {} if text is None else {"hidden_size": text.hidden_size, "vocab_size": text.vocab_size}
     with one_sentence(folder):
         config = method.read_config(sizes | raw)
         tree = tree_of(raw, method)
     config = method.complete_config(config, tensors)
-    if target is not None and (problems := method.misfits(config, target.config)):
+    if model is not None and (problems := method.misfits(config, model.config)):
         raise ValueError(f"drafter {folder} was made for another target: {', '.join(problems)}")
     embedding = tensors.pop(EMBEDDING, None) if method.copies_embedding else None
-    if target is not None and embedding is not None:
-        check_embedding(embedding, target, folder)
+    if model is not None and embedding is not None:
+        check_embedding(embedding, model, folder)
     config, tensors = settle_tying(config, tensors, method.names)
-    drafter = abstract(lambda rngs: method.module(config, rngs=rngs))
-    return fill(drafter, tensors, method.names, str(folder), dtype), tree
+    draft_model = abstract(lambda rngs: method.module(config, rngs=rngs))
+    return fill(draft_model, tensors, method.names, str(folder), dtype), tree
 
 
 def save_drafter_folder(
-    drafter: DraftModel,
+    draft_model: DraftModel,
     name: str,
     tree: TreeConfig,
-    target: VisionLanguageModel | None,
+    model: VisionLanguageModel | None,
     folder: Path,
     dtype: DTypeLike,
     about: dict | None = None,
     embedding: np.ndarray | None = None,
 ) -> None:
-    """Write a drafter of the method `name`; `about` goes under `jaxspec` of config.json. Replaces `folder`.
+    """Write a draft model of the method `name`; `about` goes under `jaxspec` of config.json. Replaces `folder`.
 
-    `embedding` is written where the method's files hold a copy of the target's: that of `target`, unless given. Raises
-    OSError where the files cannot be written; `folder` is then as it was.
+    `embedding` is written where the method's files hold a copy of the target's: that of its `model`, unless given.
+    Raises OSError where the files cannot be written; `folder` is then as it was.
     """
     method = METHODS[name]
     noise = {} if tree.noise_weight == 1 else {NOISE: tree.noise_weight}
-    config = method.write_config(drafter.config) | {
+    config = method.write_config(draft_model.config) | {
         "dtype": jnp.dtype(dtype).name,
         **{theirs: getattr(tree, ours) for theirs, ours in TREE_KEYS.items()},
         **noise,
         "jaxspec": {"method": name, **(about or {})},
     }
-    tensors = to_tensors(drafter, method.names, dtype)
+    tensors = to_tensors(draft_model, method.names, dtype)
     if method.copies_embedding:
         if embedding is None:
-            if target is None:
+            if model is None:
                 raise ValueError(f"the files of a {name} drafter hold the target's embedding: give one or the target")
-            embedding = np.asarray(target.language_model.embed_tokens.embedding[...])
+            embedding = np.asarray(model.language_model.embed_tokens.embedding[...])
         tensors[EMBEDDING] = embedding.astype(dtype)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -139,11 +139,11 @@ def tree_of(raw: dict, method: Method) -> TreeConfig:
     return TreeConfig(**{ours: raw[theirs] for theirs, ours in TREE_KEYS.items()}, noise_weight=raw.get(NOISE, 1.0))
 
 
-def check_embedding(embedding: np.ndarray, target: VisionLanguageModel, folder: Path) -> None:
+def check_embedding(embedding: np.ndarray, model: VisionLanguageModel, folder: Path) -> None:
     """Raises ValueError where the drafter's copy of the embedding is not this target's, up to a change of dtype."""
     if not is_finite(embedding):
         raise ValueError(f"drafter {folder} holds weights that are not finite: {EMBEDDING}")
-    theirs = np.asarray(target.language_model.embed_tokens.embedding[...], np.float32)
+    theirs = np.asarray(model.language_model.embed_tokens.embedding[...], np.float32)
     if embedding.shape != theirs.shape:
         raise ValueError(f"drafter {folder}: {EMBEDDING} is {embedding.shape}, the target's embedding {theirs.shape}")
     sample = np.linspace(0, len(theirs) - 1, min(len(theirs), 256)).astype(int)

@@ -1,5 +1,8 @@
 """What a drafter must offer, and what there is to know of a method of drafting.
 
+Words: a `Target` and a `Drafter` are what their folders hold, loaded, with tokens, tree and records; the modules in
+them, which compiled code sees, are `model` (a `VisionLanguageModel`) and `draft_model` (a `DraftModel`).
+
 All methods of a `DraftModel` are pure. Beside the target's embedding and LM head (frozen, shared), a drafter sees of
 the target only what `DrafterContext` holds. Its state is any pytree of arrays and belongs to it, on two conditions, so
 that rows can come and go between rounds:
@@ -106,18 +109,18 @@ class DrafterContext:
 
 
 class DraftModel(Protocol):
-    """An nnx module with these methods."""
+    """An nnx module with these methods; `model` is always the target's."""
 
     config: Any
     """What it was built from, as of its `Method`."""
 
-    def prefill(self, target: VisionLanguageModel, context: DrafterContext, capacity: int) -> Any:
+    def prefill(self, model: VisionLanguageModel, context: DrafterContext, capacity: int) -> Any:
         """The state after the prompt and the first chosen token, for answers that end within `capacity` positions. The
         context has room for S tokens, at most `capacity`."""
 
     def propose(
         self,
-        target: VisionLanguageModel,
+        model: VisionLanguageModel,
         config: TreeConfig,
         state: Any,
         root: jax.Array,
@@ -127,7 +130,7 @@ class DraftModel(Protocol):
         """A tree whose root is `root` i32 `[B]`; `noise` is that of the tokens below it."""
 
     def advance(
-        self, target: VisionLanguageModel, state: Any, tokens: jax.Array, features: jax.Array, count: jax.Array
+        self, model: VisionLanguageModel, state: Any, tokens: jax.Array, features: jax.Array, count: jax.Array
     ) -> Any:
         """Take in what was accepted: `features` `[B, P, (T + 1) * D]` of the accepted nodes (root first) and the token
         `tokens` i32 `[B, P]` the target chose after each; `count` i32 `[B]` of them are real, 0 for finished rows."""

@@ -116,9 +116,9 @@ class EagleHead(nnx.Module, Generic[Config]):
         """Which tokens the head's logits are of, i32 `[Vd]`; None where of all."""
         return None if self.config.draft_vocab_size is None else self.draft_head.ids[...]
 
-    def logits(self, target: VisionLanguageModel, output: jax.Array) -> jax.Array:
+    def logits(self, model: VisionLanguageModel, output: jax.Array) -> jax.Array:
         """Of the head's output `[.., D]`: `[.., V]` or `[.., Vd]`."""
-        return target.unembed(output) if self.config.draft_vocab_size is None else self.draft_head(output)
+        return model.unembed(output) if self.config.draft_vocab_size is None else self.draft_head(output)
 
     def run(
         self,
@@ -156,10 +156,10 @@ class EagleHead(nnx.Module, Generic[Config]):
 
     # -- decoding (jaxspec.drafters.contract.DraftModel) ---------------------------------------------------------
 
-    def prefill(self, target: VisionLanguageModel, context: DrafterContext, capacity: int) -> EagleState:
+    def prefill(self, model: VisionLanguageModel, context: DrafterContext, capacity: int) -> EagleState:
         batch = jnp.arange(context.lengths.shape[0])
         next_embeds = jnp.roll(context.embeds, -1, axis=1)
-        next_embeds = next_embeds.at[batch, context.lengths - 1].set(target.embed(context.root[:, None])[:, 0])
+        next_embeds = next_embeds.at[batch, context.lengths - 1].set(model.embed(context.root[:, None])[:, 0])
         rows = self.rows_of(context, next_embeds)
         output, kv = self.forward(rows)
         count = rows.count
@@ -172,7 +172,7 @@ class EagleHead(nnx.Module, Generic[Config]):
 
     def propose(
         self,
-        target: VisionLanguageModel,
+        model: VisionLanguageModel,
         config: TreeConfig,
         state: EagleState,
         root: jax.Array,
@@ -184,18 +184,18 @@ class EagleHead(nnx.Module, Generic[Config]):
         def expand(carry, tokens, parent, level):
             outputs, drafted = carry  # outputs [B, k, D] of the level before, and all levels so far
             features = jnp.take_along_axis(outputs, parent[..., None], axis=1)
-            x = self.step_inputs(target, tokens, features, state)
+            x = self.step_inputs(model, tokens, features, state)
             drafted = None if drafted is None else drafted.children(parent)
             positions = jnp.broadcast_to((state.next_position + level)[:, None], tokens.shape)
             outputs, kv = self.run(x, positions, own, state.cache, drafted)
-            return (outputs, Uncommitted.level([kv], positions, drafted)), self.logits(target, outputs)
+            return (outputs, Uncommitted.level([kv], positions, drafted)), self.logits(model, outputs)
 
-        first, carry = self.logits(target, state.output), (state.output[:, None], None)
+        first, carry = self.logits(model, state.output), (state.output[:, None], None)
         return grow_tree(config, root, first, noise, sampling, expand, carry, self.draft_ids), state
 
     def advance(
         self,
-        target: VisionLanguageModel,
+        model: VisionLanguageModel,
         state: EagleState,
         tokens: jax.Array,
         features: jax.Array,
@@ -203,7 +203,7 @@ class EagleHead(nnx.Module, Generic[Config]):
     ) -> EagleState:
         length = tokens.shape[1]
         steps = jnp.arange(length)
-        x = self.step_inputs(target, tokens, self.observe(features), state)
+        x = self.step_inputs(model, tokens, self.observe(features), state)
         positions = state.next_position[:, None] + steps
         output, kv = self.run(x, positions, Mask(count, causal=True), state.cache)
         last = jnp.take_along_axis(output, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -215,12 +215,12 @@ class EagleHead(nnx.Module, Generic[Config]):
         )
 
     def step_inputs(
-        self, target: VisionLanguageModel, tokens: jax.Array, features: jax.Array, state: EagleState
+        self, model: VisionLanguageModel, tokens: jax.Array, features: jax.Array, state: EagleState
     ) -> jax.Array:
         """Layer inputs `[B, N, D]` of text tokens after the prompt."""
         beside = state.global_feature
         beside = None if beside is None else jnp.broadcast_to(beside[:, None], features.shape)
-        return self.combine(target.embed(tokens), features, beside)
+        return self.combine(model.embed(tokens), features, beside)
 
 
 def read_eagle_fields(raw: dict) -> dict:

@@ -58,14 +58,14 @@ class PromptLookup(nnx.Module):
         if tree.top_k > 1:
             raise ValueError(f"prompt lookup drafts a chain: the tree's top_k must be 1, got {tree.top_k}")
 
-    def prefill(self, target: VisionLanguageModel, context: DrafterContext, capacity: int) -> LookupState:
+    def prefill(self, model: VisionLanguageModel, context: DrafterContext, capacity: int) -> LookupState:
         prompt = jnp.where(context.image_ids >= 0, IMAGE, context.input_ids)
         history = jnp.pad(prompt, ((0, 0), (0, capacity - prompt.shape[1])))
         return LookupState(write_rows(history, context.root[:, None], context.lengths), context.lengths + 1)
 
     def propose(
         self,
-        target: VisionLanguageModel,
+        model: VisionLanguageModel,
         config: TreeConfig,
         state: LookupState,
         root: jax.Array,
@@ -79,7 +79,7 @@ class PromptLookup(nnx.Module):
 
     def advance(
         self,
-        target: VisionLanguageModel,
+        model: VisionLanguageModel,
         state: LookupState,
         tokens: jax.Array,
         features: jax.Array,

@@ -110,7 +110,7 @@ class MassvDrafter(nnx.Module):
 
     # -- decoding (jaxspec.drafters.contract.DraftModel) ---------------------------------------------------------
 
-    def prefill(self, target: VisionLanguageModel, context: DrafterContext, capacity: int) -> MassvState:
+    def prefill(self, model: VisionLanguageModel, context: DrafterContext, capacity: int) -> MassvState:
         sequence = self.sequence(with_root(context))
         features, new_kv = self.forward(sequence)
         last = jnp.take_along_axis(features, (sequence.lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -120,14 +120,14 @@ class MassvDrafter(nnx.Module):
 
     def propose(
         self,
-        target: VisionLanguageModel,
+        model: VisionLanguageModel,
         config: TreeConfig,
         state: MassvState,
         root: jax.Array,
         noise: Noise,
         sampling: BatchSampling,
     ) -> tuple[Tree, MassvState]:
-        vocab_size = target.config.text.vocab_size
+        vocab_size = model.config.text.vocab_size
         own = Mask(ancestors=jnp.eye(config.top_k, dtype=bool))
 
         def expand(drafted, tokens, parent, level):
@@ -141,7 +141,7 @@ class MassvDrafter(nnx.Module):
 
     def advance(
         self,
-        target: VisionLanguageModel,
+        model: VisionLanguageModel,
         state: MassvState,
         tokens: jax.Array,
         features: jax.Array,

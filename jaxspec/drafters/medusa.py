@@ -63,13 +63,13 @@ class MedusaHeads(nnx.Module):
 
         self.heads = nnx.List([head() for _ in range(config.num_heads)])
 
-    def logits(self, target: VisionLanguageModel, features: jax.Array, number: int) -> jax.Array:
+    def logits(self, model: VisionLanguageModel, features: jax.Array, number: int) -> jax.Array:
         """What head `number` (1, 2, ..) makes of features `[.., D]`: logits f32 `[.., V]`."""
         block, *own = self.heads[number - 1]
         hidden = block(features)
         if own:
             return jnp.dot(hidden, own[0].kernel[...], preferred_element_type=jnp.float32)
-        return target.unembed(hidden)
+        return model.unembed(hidden)
 
     def check_tree(self, tree: TreeConfig) -> None:
         """Raises ValueError for a tree deeper than there are heads."""
@@ -79,12 +79,12 @@ class MedusaHeads(nnx.Module):
                 f"heads: depth may be at most {self.config.num_heads - 1}, got {tree.depth}"
             )
 
-    def prefill(self, target: VisionLanguageModel, context: DrafterContext, capacity: int) -> jax.Array:
+    def prefill(self, model: VisionLanguageModel, context: DrafterContext, capacity: int) -> jax.Array:
         return context.features[jnp.arange(context.lengths.shape[0]), context.lengths - 1]
 
     def propose(
         self,
-        target: VisionLanguageModel,
+        model: VisionLanguageModel,
         config: TreeConfig,
         state: jax.Array,
         root: jax.Array,
@@ -92,13 +92,13 @@ class MedusaHeads(nnx.Module):
         sampling: BatchSampling,
     ) -> tuple[Tree, jax.Array]:
         def expand(carry, tokens, parent, level):
-            return carry, self.logits(target, state, level + 2)[:, None]  # whatever the parent is
+            return carry, self.logits(model, state, level + 2)[:, None]  # whatever the parent is
 
-        first = self.logits(target, state, 1)
+        first = self.logits(model, state, 1)
         return grow_tree(config, root, first, noise, sampling, expand, None), state
 
     def advance(
-        self, target: VisionLanguageModel, state: jax.Array, tokens: jax.Array, features: jax.Array, count: jax.Array
+        self, model: VisionLanguageModel, state: jax.Array, tokens: jax.Array, features: jax.Array, count: jax.Array
     ) -> jax.Array:
         last = jnp.take_along_axis(features, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         return jnp.where((count > 0)[:, None], last, state)

@@ -45,9 +45,9 @@ def most_frequent(answers: Iterable[np.ndarray], vocab_size: int, size: int) -> 
     return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)
 
 
-def take_from_target(head: DraftHead, target: VisionLanguageModel, ids: np.ndarray) -> None:
-    """Make the head the columns `ids` of the target's LM head."""
+def take_from_target(head: DraftHead, model: VisionLanguageModel, ids: np.ndarray) -> None:
+    """Make the head the columns `ids` of the LM head of a target's model."""
     width = head.kernel.shape[0]
-    rows = [target.unembed(jnp.eye(min(BLOCK, width - at), width, k=at))[:, ids] for at in range(0, width, BLOCK)]
+    rows = [model.unembed(jnp.eye(min(BLOCK, width - at), width, k=at))[:, ids] for at in range(0, width, BLOCK)]
     head.kernel[...] = jnp.concatenate(rows).astype(head.kernel.dtype)
     head.ids[...] = jnp.asarray(ids)

@@ -1,13 +1,13 @@
 """The decode loop: rounds of propose, verify, accept, commit, all on the device.
 
-    state = begin(target, drafter, read, request, offset)         # of prompts that prefill.py has read
-    state = decode(target, drafter, tree, state, max_rounds)      # until all rows are done, or a slice for streaming
+    state = begin(model, draft_model, read, request, offset)      # of prompts that prefill.py has read
+    state = decode(model, draft_model, tree, state, max_rounds)   # until all rows are done, or a slice for streaming
     state = insert(state, slots, rows)                            # rows of another state take the place of some
     state = finish(state, rows)                                   # and some are done because the host says so
 
 All are pure and jitted by the caller (jaxspec/programs.py); whole generation and streaming run the same round. Every
-row has its own length, seed, sampling parameters and stop state, and answers as if it were alone. The drafter is any
-object with the contract of `jaxspec.drafters.contract`, or None for autoregressive decoding.
+row has its own length, seed, sampling parameters and stop state, and answers as if it were alone. The draft model
+is any object with the contract of `jaxspec.drafters.contract`, or None for autoregressive decoding.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class DecodeState:
     cache: Cache
     offset: jax.Array  # i32 [B], position of the root minus `lengths`: not 0 where images take fewer positions
     root: jax.Array  # i32 [B], last chosen token, not yet in the cache
-    drafter: Any
+    draft_state: Any  # what the draft model keeps of each row, as its contract says; None without one
     request: Request[jax.Array]
     tokens: jax.Array  # i32 [B, S], generated tokens; S is the capacity of the cache
     from_draft: jax.Array  # bool [B, S], True where the drafter had proposed the token
@@ -83,8 +83,8 @@ class Verified(NamedTuple):
 
 
 def begin(
-    target: VisionLanguageModel,
-    drafter: DraftModel | None,
+    model: VisionLanguageModel,
+    draft_model: DraftModel | None,
     read: Read,
     request: Request[jax.Array],
     offset: jax.Array,
@@ -99,7 +99,7 @@ def begin(
     """
     lengths, sampling = read.cache.lengths, request.sampling
     batch = lengths.shape[0]
-    logits = target.unembed(read.last[:, None])  # [B, 1, V]
+    logits = model.unembed(read.last[:, None])  # [B, 1, V]
     failed = ~finite(logits)[:, 0]
     noise = Noise(sampling.seed, lengths, logits.shape[-1])
     scores = logits if sampling.penalties is None else penalised(logits, sampling.penalties, 0)
@@ -109,15 +109,15 @@ def begin(
     if request.logprobs is not None:
         first = asked_logprobs(request, ~failed, lambda: logits, root[:, None])
         logprobs = written(no_logprobs(batch, capacity, logits.shape[-1]), first, jnp.zeros_like(counts))
-    drafter_state = None
-    if drafter is not None:
+    draft_state = None
+    if draft_model is not None:
         with jax.named_scope("draft_prefill"):
-            drafter_state = drafter.prefill(target, context_of(read, sampling.seed, root, max_images), capacity)
+            draft_state = draft_model.prefill(model, context_of(read, sampling.seed, root, max_images), capacity)
     return DecodeState(
         cache=Cache.of_prompt(read.cache.layers, lengths, capacity),
         offset=offset,
         root=root,
-        drafter=drafter_state,
+        draft_state=draft_state,
         request=request.counted(root[:, None], counts),
         tokens=jnp.zeros((batch, capacity), jnp.int32).at[:, 0].set(root),
         from_draft=jnp.zeros((batch, capacity), bool),
@@ -131,8 +131,8 @@ def begin(
 
 
 def idle(
-    target: VisionLanguageModel,
-    drafter: DraftModel | None,
+    model: VisionLanguageModel,
+    draft_model: DraftModel | None,
     batch: int,
     capacity: int,
     stop_tokens: int,
@@ -147,15 +147,15 @@ def idle(
         asked = None
         if penalties:
             ids, stops = [np.zeros(0, np.int32)] * batch, [()] * batch
-            asked = Penalties.from_params(params, ids, stops, target.config.text.vocab_size)
+            asked = Penalties.from_params(params, ids, stops, model.config.text.vocab_size)
         request = Request(
             BatchSampling.from_params(params, asked),
             jnp.ones((batch,), jnp.int32),
             jnp.full((batch, stop_tokens), -1, jnp.int32),
             jnp.zeros((batch,), bool) if logprobs else None,
         )
-        read = nothing_read(target, drafter, batch, capacity)
-        return begin(target, drafter, read, request, jnp.zeros((batch,), jnp.int32), capacity)
+        read = nothing_read(model, draft_model, batch, capacity)
+        return begin(model, draft_model, read, request, jnp.zeros((batch,), jnp.int32), capacity)
 
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(nothing))
     return dataclasses.replace(state, done=jnp.ones((batch,), bool))
@@ -168,8 +168,8 @@ def insert(state: DecodeState, slots: jax.Array, rows: DecodeState) -> DecodeSta
 
 
 def decode(
-    target: VisionLanguageModel,
-    drafter: DraftModel | None,
+    model: VisionLanguageModel,
+    draft_model: DraftModel | None,
     tree: TreeConfig,
     state: DecodeState,
     max_rounds: jax.Array,
@@ -182,13 +182,13 @@ def decode(
 
     def body(carry):
         rounds, state = carry
-        return rounds + 1, decode_round(target, drafter, tree, state)
+        return rounds + 1, decode_round(model, draft_model, tree, state)
 
     return jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1]
 
 
 def decode_round(
-    target: VisionLanguageModel, drafter: DraftModel | None, config: TreeConfig, state: DecodeState
+    model: VisionLanguageModel, draft_model: DraftModel | None, config: TreeConfig, state: DecodeState
 ) -> DecodeState:
     """One verification of one tree; rows that are done stay as they are.
 
@@ -200,19 +200,19 @@ def decode_round(
     """
     sampling, room = of_rows(state.request.sampling, ~state.done), config.max_depth + 1
     levels = jnp.arange(room)
-    noise = Noise(sampling.seed, state.lengths + 1, target.config.text.vocab_size)
-    drafter_state = state.drafter
+    noise = Noise(sampling.seed, state.lengths + 1, model.config.text.vocab_size)
+    draft_state = state.draft_state
     with jax.named_scope("propose"):
-        if drafter is None:
+        if draft_model is None:
             tree = root_only(state.root)
         else:
-            tree, drafter_state = drafter.propose(target, config, drafter_state, state.root, noise, sampling)
+            tree, draft_state = draft_model.propose(model, config, draft_state, state.root, noise, sampling)
             tree = tree._replace(tokens=jnp.where(state.alone[:, None] & (tree.depths > 0), NO_TOKEN, tree.tokens))
     with jax.named_scope("verify"):
 
         def verified(tree: Tree) -> Verified:
-            features, new_kv = verify(target, tree, state, taps_of(drafter))
-            logits = scores = target.unembed(features)
+            features, new_kv = verify(model, tree, state, taps_of(draft_model))
+            logits = scores = model.unembed(features)
             depth = min(room, tree.tokens.shape[1])
             if sampling.penalties is not None:
                 scores = penalised(logits, sampling.penalties, tree.depths, path_tokens(tree, depth - 1))
@@ -230,7 +230,7 @@ def decode_round(
                 logprobs=asked_logprobs(state.request, ~state.done, lambda: on_path(logits), accepted.tokens),
             )
 
-        if getattr(drafter, "may_abstain", False):
+        if getattr(draft_model, "may_abstain", False):
             drafts = (tree.tokens != NO_TOKEN) & (tree.depths > 0) & ~state.done[:, None]
             result = jax.lax.cond(jnp.any(drafts), verified, lambda _: verified(root_only(state.root)), tree)
         else:
@@ -241,8 +241,8 @@ def decode_round(
         broken = jnp.any(~result.finite & (levels < emit[:, None]), axis=1)  # [B]
         emit = jnp.where(broken, 0, emit)
         cache = state.cache.append(result.kv, emit)
-        if drafter is not None:
-            drafter_state = drafter.advance(target, drafter_state, accepted.tokens, result.features, emit)
+        if draft_model is not None:
+            draft_state = draft_model.advance(model, draft_state, accepted.tokens, result.features, emit)
     last = jnp.take_along_axis(accepted.tokens, jnp.maximum(emit - 1, 0)[:, None], axis=1)[:, 0]
     counts = state.counts + emit
     stopped = (emit > 0) & (is_stop(last[:, None], state.request)[:, 0] | (counts >= state.request.max_new_tokens))
@@ -253,7 +253,7 @@ def decode_round(
         cache=cache,
         offset=state.offset,
         root=jnp.where(emit > 0, accepted.root, state.root),
-        drafter=drafter_state,
+        draft_state=draft_state,
         request=state.request.counted(accepted.tokens, emit),
         tokens=write_rows(state.tokens, accepted.tokens, state.counts),
         from_draft=write_rows(state.from_draft, drafted, state.counts),
@@ -281,12 +281,12 @@ def of_rows(sampling: BatchSampling, rows: jax.Array) -> BatchSampling:
 
 
 def verify(
-    target: VisionLanguageModel, tree: Tree, state: DecodeState, tap_layers: Sequence[int] = ()
+    model: VisionLanguageModel, tree: Tree, state: DecodeState, tap_layers: Sequence[int] = ()
 ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
     """The target on all nodes of the tree at once: features `[B, N, (T + 1) * D]`, keys and values per layer."""
     positions = (state.lengths + state.offset)[:, None] + tree.depths
-    embeds = target.embed(jnp.where(tree.tokens == NO_TOKEN, tree.tokens[:, :1], tree.tokens))
-    return target.forward(embeds, positions, Mask(ancestors=tree.ancestors), state.cache, tap_layers)
+    embeds = model.embed(jnp.where(tree.tokens == NO_TOKEN, tree.tokens[:, :1], tree.tokens))
+    return model.forward(embeds, positions, Mask(ancestors=tree.ancestors), state.cache, tap_layers)
 
 
 def finite(logits: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
 """Reading prompts before decoding, in programs that add up instead of multiplying.
 
-    table  = encode_image(target, pixels)                     # one per shape of the tower; kept for an image seen again
-    images = place(images, table, rows)                       # features of images at the tokens of a chunk
-    read   = read_chunk(target, drafter, read, chunk, images) # again and again, until the prompts are in the cache
-    state  = loop.begin(target, drafter, read, request, ..)   # the drafter's prefill and the first token
+    table  = encode_image(model, draft_model, pixels)  # one per shape of the tower; kept for an image seen again
+    images = place(images, table, rows)                # features of images at the tokens of a chunk
+    read   = read_chunk(model, draft_model, read, chunk, images)  # until the prompts are in the cache
+    state  = loop.begin(model, draft_model, read, request, ..)    # the drafter's prefill and the first token
 
 A prompt may be read in any number of chunks; what stands in `Read` of an earlier prompt that begins alike is gone on
 from (`rewind`). The drafter is given the whole prompt, so that a method which needs all of it has it.
@@ -50,28 +50,28 @@ class Read:
     inputs: DraftInputs | None  # None without a drafter
 
 
-def taps_of(drafter: DraftModel | None) -> tuple[int, ...]:
+def taps_of(draft_model: DraftModel | None) -> tuple[int, ...]:
     """The layers of the target whose outputs a drafter reads beside the final features."""
-    return getattr(drafter, "tap_layers", ())
+    return getattr(draft_model, "tap_layers", ())
 
 
-def reads_vision(drafter: DraftModel | None) -> bool:
+def reads_vision(draft_model: DraftModel | None) -> bool:
     """Whether a drafter reads what the tower saw before the target's projector."""
-    return getattr(drafter, "reads_vision", False)
+    return getattr(draft_model, "reads_vision", False)
 
 
-def encode_image(target: VisionLanguageModel, drafter: DraftModel | None, pixels: Any) -> ImageFeatures:
+def encode_image(model: VisionLanguageModel, draft_model: DraftModel | None, pixels: Any) -> ImageFeatures:
     """The table of one image (or of several, collated): `pixels` as `TargetConfig.collate` makes them; R is padded to a
     power of two, so that tables of many shapes share the programs behind them."""
-    vision = target.encode_vision(pixels)
+    vision = model.encode_vision(pixels)
     with jax.named_scope("projector"):
-        features = target.project(vision)
+        features = model.project(vision)
 
     def padded(x):
         size = 1 << (x.shape[0] - 1).bit_length()
         return jnp.pad(x, ((0, size - x.shape[0]), (0, 0)))
 
-    return ImageFeatures(padded(features), padded(vision) if reads_vision(drafter) else None)
+    return ImageFeatures(padded(features), padded(vision) if reads_vision(draft_model) else None)
 
 
 def place(images: ImageFeatures | None, table: ImageFeatures, rows: jax.Array) -> ImageFeatures:
@@ -81,13 +81,13 @@ def place(images: ImageFeatures | None, table: ImageFeatures, rows: jax.Array) -
     return placed if images is None else jax.tree.map(lambda new, old: jnp.where(here, new, old), placed, images)
 
 
-def nothing_read(target: VisionLanguageModel, drafter: DraftModel | None, batch: int, capacity: int) -> Read:
+def nothing_read(model: VisionLanguageModel, draft_model: DraftModel | None, batch: int, capacity: int) -> Read:
     """Prompts of which nothing is read yet, with room for `capacity` tokens in each row."""
-    text, dtype = target.config.text, target.dtype
-    width = text.hidden_size * (len(taps_of(drafter)) + 1)
+    text, dtype = model.config.text, model.dtype
+    width = text.hidden_size * (len(taps_of(draft_model)) + 1)
     inputs = None
-    if drafter is not None:
-        vision = jnp.zeros((batch, capacity, target.config.vision_width), dtype) if reads_vision(drafter) else None
+    if draft_model is not None:
+        vision = jnp.zeros((batch, capacity, model.config.vision_width), dtype) if reads_vision(draft_model) else None
         inputs = DraftInputs(
             embeds=jnp.zeros((batch, capacity, text.hidden_size), dtype),
             features=jnp.zeros((batch, capacity, width), dtype),
@@ -100,8 +100,8 @@ def nothing_read(target: VisionLanguageModel, drafter: DraftModel | None, batch:
 
 
 def read_chunk(
-    target: VisionLanguageModel,
-    drafter: DraftModel | None,
+    model: VisionLanguageModel,
+    draft_model: DraftModel | None,
     read: Read | None,
     chunk: Chunk[jax.Array],
     images: ImageFeatures | None,
@@ -110,23 +110,23 @@ def read_chunk(
 
     `images` are the features at the tokens of images, None where the chunk has none.
     """
-    embeds = target.splice(chunk.input_ids, None if images is None else images.features, chunk.image_ids)
+    embeds = model.splice(chunk.input_ids, None if images is None else images.features, chunk.image_ids)
     with jax.named_scope("prefill"):
         before = None if read is None else read.cache
-        features, new_kv = target.prefill(
-            embeds, chunk.count, chunk.image_ids, chunk.position_ids, taps_of(drafter), before
+        features, new_kv = model.prefill(
+            embeds, chunk.count, chunk.image_ids, chunk.position_ids, taps_of(draft_model), before
         )
     at = jnp.maximum(chunk.count - 1, 0)[:, None, None]
     last = jnp.take_along_axis(features, at, axis=1)[:, 0]
     vision = None
-    if reads_vision(drafter):
-        vision = no_vision(target, embeds) if images is None else images.vision
+    if reads_vision(draft_model):
+        vision = no_vision(model, embeds) if images is None else images.vision
     inputs = None
-    if drafter is not None:
+    if draft_model is not None:
         inputs = DraftInputs(embeds, features, vision, chunk.input_ids, chunk.image_ids)
     if read is None:
         return Read(Cache(new_kv, chunk.count), last, inputs)
-    if drafter is not None:
+    if draft_model is not None:
         inputs = jax.tree.map(
             lambda old, new: write_rows(old, new, read.cache.lengths, chunk.count), read.inputs, inputs
         )
@@ -159,9 +159,9 @@ def context_of(read: Read, seeds: jax.Array, root: jax.Array, max_images: int) -
     )
 
 
-def no_vision(target: VisionLanguageModel, embeds: jax.Array) -> jax.Array:
+def no_vision(model: VisionLanguageModel, embeds: jax.Array) -> jax.Array:
     """Zeros where a drafter would read what the tower saw."""
-    return jnp.zeros((*embeds.shape[:2], target.config.vision_width), embeds.dtype)
+    return jnp.zeros((*embeds.shape[:2], model.config.vision_width), embeds.dtype)
 
 
 def grow(read: Read, capacity: int) -> Read:

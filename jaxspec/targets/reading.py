@@ -22,12 +22,12 @@ class PromptPass(NamedTuple):
 
 
 def read_prompts(
-    target: VisionLanguageModel, prompts: PromptBatch[jax.Array], tap_layers: Sequence[int] = ()
+    model: VisionLanguageModel, prompts: PromptBatch[jax.Array], tap_layers: Sequence[int] = ()
 ) -> PromptPass:
-    """The target over a right-padded batch of prompts, with their answers or without."""
+    """The model over a right-padded batch of prompts, with their answers or without."""
     images = prompts.images
-    vision = None if images is None else target.encode_vision(images.pixels)
-    embeds = target.embed(prompts.input_ids, images, vision)
+    vision = None if images is None else model.encode_vision(images.pixels)
+    embeds = model.embed(prompts.input_ids, images, vision)
     image_ids = None if images is None else images.ids
-    features, kv = target.prefill(embeds, prompts.lengths, image_ids, prompts.position_ids, tap_layers)
+    features, kv = model.prefill(embeds, prompts.lengths, image_ids, prompts.position_ids, tap_layers)
     return PromptPass(features, kv, embeds, vision)

@@ -45,7 +45,7 @@ class Teacher(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DrafterRecipe(Recipe):
-    """A drafter for a trained target. A method subclasses it with its settings, `new_drafter` and `loss`."""
+    """A drafter for a trained target. A method subclasses it with its settings, `new_draft_model` and `loss`."""
 
     method: str = ""
     target: str = "demo"
@@ -107,16 +107,16 @@ class DrafterRecipe(Recipe):
     def tree(self) -> TreeConfig:
         return TreeConfig(self.depth, self.top_k, self.total_tokens, self.noise_weight)
 
-    def new_drafter(self, target: jaxspec.Target) -> DraftModel:
+    def new_draft_model(self, target: jaxspec.Target) -> DraftModel:
         """What training starts from."""
-        raise NotImplementedError(f"{type(self).__name__} must implement new_drafter")
+        raise NotImplementedError(f"{type(self).__name__} must implement new_draft_model")
 
     def trains(self, path: tuple) -> bool:
         """Whether the parameter at `path` learns; the others stay as they are."""
         return True
 
     def loss(
-        self, drafter: Any, target: VisionLanguageModel, teacher: Teacher, key: jax.Array
+        self, draft_model: Any, model: VisionLanguageModel, teacher: Teacher, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss and what the log shall tell; pure."""
         raise NotImplementedError(f"{type(self).__name__} must implement loss")
@@ -131,26 +131,26 @@ def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None, an
     mesh = recipe.mesh()
     target = target or load_teacher(recipe)
     recipe.tree.check_vocabulary(target.config.text.vocab_size)
-    graph, params, rest = split_drafter(recipe, target)
+    graph, params, rest = split_draft_model(recipe, target)
     params, rest = place_parameters(params, mesh), place_parameters(rest, mesh)
-    target_graph, target_params = nnx.split(target.model)
+    model_graph, model_params = nnx.split(target.model)
     records, encoder = records_and_encoder(recipe, target)
     held_out = held_out_of(recipe.validation_records, records)
     check_records(recipe, target, records, held_out)
     training, validation = pipelines(recipe, records, held_out, encoder, answer_run or recipe.answer_run)
 
     def loss(params, constants, batch, key):
-        rest, target_params = constants
-        model = nnx.merge(target_graph, target_params)
-        drafter = nnx.merge(graph, params, rest)
-        return recipe.loss(drafter, model, teach(model, batch, key, taps_of(drafter)), key)
+        rest, model_params = constants
+        model = nnx.merge(model_graph, model_params)
+        draft_model = nnx.merge(graph, params, rest)
+        return recipe.loss(draft_model, model, teach(model, batch, key, taps_of(draft_model)), key)
 
-    def model(*states) -> DraftModel:
+    def draft_model_of(*states) -> DraftModel:
         return nnx.merge(graph, *states)
 
     def served(params) -> Drafter:
         """As it is loaded beside the target."""
-        return Drafter(model(*in_dtype((params, rest), target.model.dtype)), recipe.tree, recipe.method, {})
+        return Drafter(draft_model_of(*in_dtype((params, rest), target.model.dtype)), recipe.tree, recipe.method, {})
 
     positions = target.config.text.max_position_embeddings
     questions = questions_of(recipe, target, Span(records, 0, held_out), encoder)
@@ -166,12 +166,12 @@ def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None, an
     def export(params, folder: Path, about: dict) -> None:
         about = about_run(recipe, target) | about
         save_drafter_folder(
-            model(params, rest), recipe.method, recipe.tree, target.model, folder, recipe.save_dtype, about
+            draft_model_of(params, rest), recipe.method, recipe.tree, target.model, folder, recipe.save_dtype, about
         )
 
     return Task(
         params=params,
-        constants=(rest, target_params),
+        constants=(rest, model_params),
         loss=loss,
         batches=training.batches,
         validation=validation,
@@ -197,11 +197,11 @@ def drafter_tasks(recipes: Sequence[DrafterRecipe]) -> list[Task]:
     return [drafter_task(recipe, target, answer_run) for recipe in recipes]
 
 
-def split_drafter(
+def split_draft_model(
     recipe: DrafterRecipe, target: jaxspec.Target
 ) -> tuple[nnx.GraphDef[DraftModel], nnx.State, nnx.State]:
     """What training starts from: structure, parameters that learn, parameters that stay."""
-    graph, learning, others = nnx.split(recipe.new_drafter(target), lambda path, _: recipe.trains(path), ...)
+    graph, learning, others = nnx.split(recipe.new_draft_model(target), lambda path, _: recipe.trains(path), ...)
     return graph, learning, others
 
 
@@ -281,11 +281,11 @@ def questions_of(
     return questions
 
 
-def start_from(drafter: nnx.Module, folder: str, target: jaxspec.Target) -> None:
-    """Give `drafter` the parameters of the trained one in `folder`; those that it lacks stay. Raises ValueError,
+def start_from(draft_model: nnx.Module, folder: str, target: jaxspec.Target) -> None:
+    """Give `draft_model` the parameters of the trained one in `folder`; those that it lacks stay. Raises ValueError,
     listing the parameters that do not fit."""
     trained, _ = load_drafter_folder(resolve_folder(folder), target.model)
-    ours = parameter_paths(drafter)
+    ours = parameter_paths(draft_model)
     problems = [
         f"{path} {leaf.shape} (here {ours[path].shape if path in ours else 'there is none'})"
         for path, leaf in parameter_paths(trained).items()
@@ -293,15 +293,15 @@ def start_from(drafter: nnx.Module, folder: str, target: jaxspec.Target) -> None
     ]
     if problems:
         raise ValueError(f"init_from {folder} does not fit the recipe: {', '.join(problems)}")
-    nnx.update(drafter, nnx.state(trained))
+    nnx.update(draft_model, nnx.state(trained))
 
 
 def teach(
-    target: VisionLanguageModel, batch: Mapping[str, Any], key: jax.Array, tap_layers: Sequence[int] = ()
+    model: VisionLanguageModel, batch: Mapping[str, Any], key: jax.Array, tap_layers: Sequence[int] = ()
 ) -> Teacher:
-    """One pass of the target over a batch of `jaxspec.data.pipeline`; no gradient goes into it."""
+    """One pass of the target's model over a batch of `jaxspec.data.pipeline`; no gradient goes into it."""
     prompts, answer = batch["prompts"], batch["loss_mask"]
-    read = jax.lax.stop_gradient(read_prompts(target, prompts, tap_layers))
+    read = jax.lax.stop_gradient(read_prompts(model, prompts, tap_layers))
     count = prompts.lengths.shape[0]
     first = jnp.argmax(answer, axis=1)  # of the answer's tokens
     context = DrafterContext.of_pass(

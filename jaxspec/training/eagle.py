@@ -74,7 +74,7 @@ class EagleRecipe(DrafterRecipe):
     def trains(self, path: tuple[Any, ...]) -> bool:
         return path[-1] != "ids"  # of the draft vocabulary
 
-    def new_drafter(self, target: Target) -> EagleHead[EagleConfig]:
+    def new_draft_model(self, target: Target) -> EagleHead[EagleConfig]:
         """A head of the target's shape, or that of `init_from` with what it lacks."""
         config = self.head_config(dataclasses.replace(target.config.text.plain(), tie_word_embeddings=False))
         head = cast(EagleHead, METHODS[self.method].module(config, rngs=nnx.Rngs(self.seed)))
@@ -88,12 +88,12 @@ class EagleRecipe(DrafterRecipe):
         return head
 
     def loss(
-        self, drafter: EagleHead[EagleConfig], target: VisionLanguageModel, teacher: Teacher, key: jax.Array
+        self, draft_model: EagleHead[EagleConfig], model: VisionLanguageModel, teacher: Teacher, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The recipe's loss and, per draft position, how often the head's first choice is the target's."""
         context, answer = teacher
         rows_key, noise_key = jax.random.split(key)
-        rows = drafter.rows_of(context, jnp.roll(context.embeds, -1, axis=1), rows_key)
+        rows = draft_model.rows_of(context, jnp.roll(context.embeds, -1, axis=1), rows_key)
         features, lengths = context.features, context.lengths
 
         def at_rows(x, shift):  # what stands `shift` positions after each row
@@ -103,7 +103,7 @@ class EagleRecipe(DrafterRecipe):
         # Row i drafts token i + 2 from the feature that stands at i + 1; the token before must be the answer's, too.
         mask = rows.valid & at_rows(answer, 1) & at_rows(answer, 2) & (rows.positions + 2 < lengths[:, None])
         target_features = at_rows(features[..., -context.embeds.shape[-1] :], 1)
-        ids = drafter.draft_ids
+        ids = draft_model.draft_ids
         weights = {
             "feature": (self.feature_weight, None),
             "soft_ce": (self.soft_cross_entropy_weight, soft_cross_entropy),
@@ -114,7 +114,7 @@ class EagleRecipe(DrafterRecipe):
 
         def compare(output, target_features):
             """What the logits of the head's outputs and of the target's features say of each other, by name."""
-            logits, target_logits = drafter.logits(target, output), target.unembed(target_features)
+            logits, target_logits = draft_model.logits(model, output), model.unembed(target_features)
             choice, target_choice = logits.argmax(axis=-1), target_logits.argmax(axis=-1)
             if ids is not None:  # the head learns the target's distribution over the tokens that it drafts
                 choice, target_logits = ids[choice], target_logits[..., ids]
@@ -127,8 +127,8 @@ class EagleRecipe(DrafterRecipe):
             inputs = inputs + jax.random.uniform(noise_key, inputs.shape, minval=-amplitude, maxval=amplitude)
         total, metrics, overlaps = jnp.zeros(()), {}, []
         for step in range(self.mtp_steps + 1):
-            output, _ = drafter.forward(rows, inputs)
-            values = by_columns(compare, target.config.text.vocab_size, output, target_features)
+            output, _ = draft_model.forward(rows, inputs)
+            values = by_columns(compare, model.config.text.vocab_size, output, target_features)
             values["feature"] = smooth_l1(output, target_features)
             overlaps.append(values["overlap"] * mask)
             for name, (weight, _) in weights.items():

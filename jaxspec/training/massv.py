@@ -36,7 +36,7 @@ class MassvRecipe(DrafterRecipe):
     total_tokens: int = 6
     """A chain of 5, as published."""
 
-    def new_drafter(self, target: Target) -> MassvDrafter:
+    def new_draft_model(self, target: Target) -> MassvDrafter:
         return new_massv(target, self.init_from or self.lm, self.phase != 0, self.seed)
 
     @property
@@ -47,38 +47,38 @@ class MassvRecipe(DrafterRecipe):
         return self.phase != 1 or path[0] == "projector"
 
     def loss(
-        self, drafter: MassvDrafter, target: VisionLanguageModel, teacher: Teacher, key: jax.Array
+        self, draft_model: MassvDrafter, model: VisionLanguageModel, teacher: Teacher, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy of the answers' tokens. Of the target only its vision features are used; what else the teacher
         computes falls away when the step is compiled."""
         context, answer = teacher
-        sequence = drafter.sequence(context)
-        features, _ = drafter.forward(sequence)
+        sequence = draft_model.sequence(context)
+        features, _ = draft_model.forward(sequence)
         ids, answer = (jnp.take_along_axis(x, sequence.places, axis=1) for x in (context.input_ids, answer))
         # Image tokens may lie outside of the text model's vocabulary; they are no part of an answer.
-        ids = jnp.minimum(ids, drafter.config.text.vocab_size - 1)
-        return next_token_loss(drafter.language_model, features, ids, answer & sequence.valid)
+        ids = jnp.minimum(ids, draft_model.config.text.vocab_size - 1)
+        return next_token_loss(draft_model.language_model, features, ids, answer & sequence.valid)
 
 
 def new_massv(target: Target, source: str | Path, multimodal: bool, seed: int = 0) -> MassvDrafter:
-    """A drafter for a loaded target from `source`, a text model or a MASSV drafter (folder or repo id), in float32.
+    """A draft model for a loaded target from `source`, a text model or a MASSV drafter (folder or repo id), in float32.
 
     A projector that `source` lacks starts fresh; without `multimodal` there is none. Raises ValueError for a target
     without vision features or with another tokenizer than the text model's, and whatever `load_drafter_folder` raises.
     """
     folder = resolve_folder(source)
     check_tokenizer(folder, target.tokenizer)
-    drafter, _ = load_drafter_folder(folder, target.model)
-    if not isinstance(drafter, MassvDrafter):
-        raise ValueError(f"{source} is no text model and no MASSV drafter: it holds a {type(drafter).__name__}")
-    if drafter.config.multimodal == multimodal:
-        return drafter
+    draft_model, _ = load_drafter_folder(folder, target.model)
+    if not isinstance(draft_model, MassvDrafter):
+        raise ValueError(f"{source} is no text model and no MASSV drafter: it holds a {type(draft_model).__name__}")
+    if draft_model.config.multimodal == multimodal:
+        return draft_model
     width = target.config.vision_width if multimodal else 0
     if multimodal and not width:
         raise ValueError("a multimodal drafter needs a target with vision features, this one reads only text")
-    config = dataclasses.replace(drafter.config, vision_width=width)
+    config = dataclasses.replace(draft_model.config, vision_width=width)
     changed = abstract(lambda rngs: MassvDrafter(config, rngs=rngs))
-    changed.language_model = drafter.language_model
+    changed.language_model = draft_model.language_model
     if multimodal:
         changed.projector = Projector(width, config.text.hidden_size, bias=True, rngs=nnx.Rngs(seed))
     return changed

@@ -26,7 +26,7 @@ class MedusaRecipe(DrafterRecipe):
     head_decay: float = 0.8
     """The loss of head k has the weight `head_decay ** k`."""
 
-    def new_drafter(self, target: Target) -> MedusaHeads:
+    def new_draft_model(self, target: Target) -> MedusaHeads:
         """Heads of the target's width, or those of `init_from` and fresh ones where it has fewer."""
         text = target.config.text
         heads = MedusaHeads(MedusaConfig(text.hidden_size, text.vocab_size, self.num_heads), rngs=nnx.Rngs(self.seed))
@@ -36,7 +36,7 @@ class MedusaRecipe(DrafterRecipe):
         return heads
 
     def loss(
-        self, drafter: MedusaHeads, target: VisionLanguageModel, teacher: Teacher, key: jax.Array
+        self, draft_model: MedusaHeads, model: VisionLanguageModel, teacher: Teacher, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The recipe's loss and, per head, how often its first choice is the target's."""
         # The target's features at position i say what token i + 1 is, which head k foresees at i - k.
@@ -48,11 +48,11 @@ class MedusaRecipe(DrafterRecipe):
 
         def compare(number):
             def values(before, features):
-                logits, target_logits = drafter.logits(target, before, number), target.unembed(features)
+                logits, target_logits = draft_model.logits(model, before, number), model.unembed(features)
                 agreement = logits.argmax(axis=-1) == target_logits.argmax(axis=-1)
                 return {"soft_ce": soft_cross_entropy(logits, target_logits), "agreement": agreement}
 
-            return by_columns(values, target.config.text.vocab_size, earlier(features, number), features)
+            return by_columns(values, model.config.text.vocab_size, earlier(features, number), features)
 
         # A draft begins behind a token of the answer, and every token up to the one foreseen is the answer's.
         total, metrics, mask = jnp.zeros(()), {}, foreseen

@@ -10,7 +10,7 @@ import jaxspec
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.training.checkpoints import BEST, LATEST, manager, restore
-from jaxspec.training.drafter import DrafterRecipe, about_run, split_drafter
+from jaxspec.training.drafter import DrafterRecipe, about_run, split_draft_model
 from jaxspec.training.member import initial_state
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def drafter_of_run(folder: Path, recipe: DrafterRecipe, target: jaxspec.Target) 
     """The drafter that the run would export now: of its best checkpoint, if it has one and the recipe wants it, else of
     the latest. Raises FileNotFoundError where no checkpoint was saved."""
     folder = folder.absolute()  # as orbax wants it
-    graph, params, rest = split_drafter(recipe, target)
+    graph, params, rest = split_draft_model(recipe, target)
     about = about_run(recipe, target)
     if recipe.export_checkpoint == "best" and (folder / BEST).is_dir():
         with manager(folder / BEST, read_only=True) as source:

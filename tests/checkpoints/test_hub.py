@@ -123,8 +123,8 @@ def test_the_embedded_model_stands_wherever_a_folder_can():
     assert jaxspec.load_drafter("demo:vispec", target).method == "vispec"
     for recipe in (ViSpecRecipe, MassvRecipe, SmallLanguageModelRecipe):
         assert recipe(name="new").target == "demo"
-    head = ViSpecRecipe(name="head", num_q=10).new_drafter(target)
+    head = ViSpecRecipe(name="head", num_q=10).new_draft_model(target)
     start_from(head, "demo:vispec", target)
-    MassvRecipe(name="massv", lm="demo:massv").new_drafter(target)
+    MassvRecipe(name="massv", lm="demo:massv").new_draft_model(target)
     with pytest.raises(ValueError, match="init_from demo:vispec does not fit"):
-        start_from(ViSpecRecipe(name="head", num_q=3).new_drafter(target), "demo:vispec", target)
+        start_from(ViSpecRecipe(name="head", num_q=3).new_draft_model(target), "demo:vispec", target)

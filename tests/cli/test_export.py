@@ -17,7 +17,7 @@ from jaxspec.checkpoints.tensors import read_folder
 from jaxspec.cli import main
 from jaxspec.training import ViSpecRecipe
 from jaxspec.training.checkpoints import Checkpoints
-from jaxspec.training.drafter import split_drafter
+from jaxspec.training.drafter import split_draft_model
 from jaxspec.training.member import initial_state
 from jaxspec.training.recipe import write_recipe
 
@@ -116,7 +116,7 @@ def test_a_run_exports_its_chosen_checkpoint(models, tmp_path, monkeypatch, caps
     recipe = dataclasses.replace(recipe, export_checkpoint=choice)
     recipe.folder.mkdir()
     write_recipe(recipe, resuming=False)
-    graph, params, rest = split_drafter(recipe, jaxspec.load_target(models[0]))
+    graph, params, rest = split_draft_model(recipe, jaxspec.load_target(models[0]))
     with Checkpoints(recipe.folder, keep_best=True) as checkpoints:
         for at, length in ((2, 1.5), (4, 2.5), (6, 2.0)):
             moved = jax.tree.map(lambda leaf, at=at: leaf + at, params)

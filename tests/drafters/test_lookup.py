@@ -92,14 +92,14 @@ def context_of(input_ids, image_ids, lengths, root) -> DrafterContext:
 def test_rounds_see_the_whole_text():
     """Through prompts with images and padding, and rounds that emit different numbers of tokens, to the last row."""
     rng, batch, config = np.random.default_rng(0), 3, TreeConfig.chain(3)
-    drafter, sampling = PromptLookup(), BatchSampling.from_params([SamplingParams()] * batch)
+    lookup, sampling = PromptLookup(), BatchSampling.from_params([SamplingParams()] * batch)
     lengths = [4, 9, 7]
     ids, image_ids = rng.integers(0, 4, (batch, 9)), np.full((batch, 9), -1)
     image_ids[1, 2:5], image_ids[2, 0], image_ids[2, 3:5] = 0, 0, 1
     root = rng.integers(0, 4, batch).astype(np.int32)
-    propose = jax.jit(lambda state, root: drafter.propose(None, config, state, root, None, sampling))
-    advance = jax.jit(lambda state, tokens, count: drafter.advance(None, state, tokens, None, count))
-    state = drafter.prefill(None, context_of(ids, image_ids, lengths, root), CAPACITY)
+    propose = jax.jit(lambda state, root: lookup.propose(None, config, state, root, None, sampling))
+    advance = jax.jit(lambda state, tokens, count: lookup.advance(None, state, tokens, None, count))
+    state = lookup.prefill(None, context_of(ids, image_ids, lengths, root), CAPACITY)
     texts = [
         [*np.where(image_ids[row] >= 0, IMAGE, ids[row])[: lengths[row]].tolist(), int(root[row])]
         for row in range(batch)

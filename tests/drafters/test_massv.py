@@ -46,12 +46,12 @@ GREEDY = BatchSampling.from_params([SamplingParams()] * 3)
 targets = functools.cache(family_target)
 
 
-def random_drafter(target, model_type: str, multimodal: bool, fewer: int = 3, seed: int = 1) -> MassvDrafter:
+def random_massv(model, model_type: str, multimodal: bool, fewer: int = 3, seed: int = 1) -> MassvDrafter:
     """A text model with random weights and `fewer` tokens than the target has."""
     hf_config, _ = FAMILIES[model_type]()
     text = family_of(hf_config).config_from_hf(hf_config).text
-    text = dataclasses.replace(text, vocab_size=target.config.text.vocab_size - fewer)
-    config = MassvConfig(text, model_type, target.config.vision_width if multimodal else 0)
+    text = dataclasses.replace(text, vocab_size=model.config.text.vocab_size - fewer)
+    config = MassvConfig(text, model_type, model.config.vision_width if multimodal else 0)
     graph, state = nnx.split(abstract(lambda rngs: MassvDrafter(config, rngs=rngs)))
     rng = np.random.default_rng(seed)
 
@@ -60,9 +60,9 @@ def random_drafter(target, model_type: str, multimodal: bool, fewer: int = 3, se
         values = values / leaf.shape[0] ** 0.5 if leaf.ndim > 1 else 1 + 0.2 * values
         return jnp.asarray(values, jnp.float32)
 
-    drafter = nnx.merge(graph, jax.tree.map(draw, state))
-    drafter.language_model.embed_tokens.embedding[...] *= text.vocab_size**0.5
-    return drafter
+    draft_model = nnx.merge(graph, jax.tree.map(draw, state))
+    draft_model.language_model.embed_tokens.embedding[...] *= text.vocab_size**0.5
+    return draft_model
 
 
 @jax.jit
@@ -73,14 +73,14 @@ def run_plainly(language, embeds, lengths):
     return last, language.unembed(features), kv
 
 
-def plain(drafter, rows: list[np.ndarray], room: tuple[int, int]):
+def plain(draft_model, rows: list[np.ndarray], room: tuple[int, int]):
     """Last features `[n, D]`, logits `[n, S, V]` and keys and values of the text model on embedded rows `[S, D]`;
     `room` is what they are padded to, so that few programs compile."""
-    embeds = np.zeros((*room, drafter.config.text.hidden_size), np.float32)
+    embeds = np.zeros((*room, draft_model.config.text.hidden_size), np.float32)
     for index, row in enumerate(rows):
         embeds[index, : len(row)] = row
     lengths = np.array([len(row) for row in rows] + [1] * (room[0] - len(rows)))
-    return run_plainly(drafter.language_model, embeds, lengths)
+    return run_plainly(draft_model.language_model, embeds, lengths)
 
 
 def text_context(rows: list[np.ndarray], roots) -> DrafterContext:
@@ -111,14 +111,14 @@ def text_context(rows: list[np.ndarray], roots) -> DrafterContext:
 def test_drafts_are_those_of_the_plain_text_model(family, config):
     """Over rounds that accept some of a draft: what follows the root and every node of the tree, and in the end the
     cache, which then is that of a fresh prefill."""
-    target = targets(family).model
-    drafter = random_drafter(target, family, False)
-    prefill = jax.jit(lambda context: drafter.prefill(target, context, 96))
-    propose = jax.jit(lambda state, root: drafter.propose(target, config, state, root, noise, GREEDY)[0])
-    advance = jax.jit(lambda state, tokens, count: drafter.advance(target, state, tokens, None, count))
-    vocab_size, room = target.config.text.vocab_size, config.max_depth + 1
+    model = targets(family).model
+    draft_model = random_massv(model, family, False)
+    prefill = jax.jit(lambda context: draft_model.prefill(model, context, 96))
+    propose = jax.jit(lambda state, root: draft_model.propose(model, config, state, root, noise, GREEDY)[0])
+    advance = jax.jit(lambda state, tokens, count: draft_model.advance(model, state, tokens, None, count))
+    vocab_size, room = model.config.text.vocab_size, config.max_depth + 1
     noise = GivenNoise(jnp.zeros((3, room, vocab_size)))
-    embed = np.asarray(drafter.language_model.embed(jnp.arange(vocab_size - 3)))
+    embed = np.asarray(draft_model.language_model.embed(jnp.arange(vocab_size - 3)))
     embed = np.concatenate([embed, embed[[-1] * 3]])  # the target's last tokens are none of the drafter's
 
     rng = np.random.default_rng(0)
@@ -129,9 +129,9 @@ def test_drafts_are_those_of_the_plain_text_model(family, config):
         nodes = [(row, node) for row in range(3) for node in range(tree.tokens.shape[1])]
         paths = {(row, node): np.flatnonzero(tree.ancestors[row, node])[1:] for row, node in nodes}
         contexts = [embed[texts[row] + tree.tokens[row, paths[row, node]].tolist()] for row, node in nodes]
-        expected = plain(drafter, contexts, (3 * 11, 64))[1]
+        expected = plain(draft_model, contexts, (3 * 11, 64))[1]
         after = {key: expected[index, len(contexts[index]) - 1] for index, key in enumerate(nodes)}
-        logits = drafter.unembed(state.output, vocab_size)
+        logits = draft_model.unembed(state.output, vocab_size)
         assert np.isneginf(logits[:, -3:]).all()
         for row in range(3):
             np.testing.assert_allclose(logits[row, :-3], after[row, 0], rtol=1e-4, atol=1e-4)
@@ -184,18 +184,18 @@ def read_images(family: str, more: tuple = ((), (), ())):
     return prompts, context
 
 
-def spliced(drafter, target, prompts, context, tails) -> list[np.ndarray]:
+def spliced(draft_model, target, prompts, context, tails) -> list[np.ndarray]:
     """Each prompt and its tail as the text model shall read them: made row by row."""
     vision = np.asarray(context.vision)
-    last = drafter.config.text.vocab_size - 1
+    last = draft_model.config.text.vocab_size - 1
     rows = []
     for index, (prompt, tail) in enumerate(zip(prompts, tails, strict=True)):
         row = []
         for place, token in enumerate([*prompt.input_ids.tolist(), *tail]):
             if token not in target.config.image_token_ids:
-                row.append(drafter.language_model.embed(jnp.array(min(token, last))))
-            elif drafter.config.multimodal:
-                row.append(drafter.projector(vision[int(context.vision_rows[index, place])]))
+                row.append(draft_model.language_model.embed(jnp.array(min(token, last))))
+            elif draft_model.config.multimodal:
+                row.append(draft_model.projector(vision[int(context.vision_rows[index, place])]))
         rows.append(np.stack(row))
     return rows
 
@@ -206,23 +206,23 @@ def test_prompts_with_images(family, multimodal):
     """The prefill is the plain text model on embeddings with projected features spliced in, or on the text alone; and
     what rounds leave behind is what a prefill of the longer prompt gives."""
     target = targets(family)
-    drafter = random_drafter(target.model, LMS[family], multimodal)
+    draft_model = random_massv(target.model, LMS[family], multimodal)
     prompts, context = read_images(family)
     assert max(len(prompt.input_ids) for prompt in prompts) < 250 and context.max_images == 2
     roots = np.array([8, 9, 10], np.int32)
     context = dataclasses.replace(context, root=roots)
-    prefill = jax.jit(lambda drafter, context: drafter.prefill(target.model, context, 288))
-    state = prefill(drafter, context)
-    rows = spliced(drafter, target, prompts, context, roots[:, None])
-    last, _, kv = plain(drafter, rows, (3, 256))
+    prefill = jax.jit(lambda draft_model, context: draft_model.prefill(target.model, context, 288))
+    state = prefill(draft_model, context)
+    rows = spliced(draft_model, target, prompts, context, roots[:, None])
+    last, _, kv = plain(draft_model, rows, (3, 256))
     expected = Cache(kv, np.array([len(row) for row in rows]))
     check_states(state, dataclasses.replace(state, cache=expected, output=last))
 
     tokens = np.array([[11, 12, 13], [14, 15, 16], [17, 18, 19]], np.int32)
-    advance = jax.jit(lambda drafter, state, count: drafter.advance(target.model, state, tokens, None, count))
-    state = advance(drafter, state, np.array([2, 0, 3]))
+    advance = jax.jit(lambda draft_model, state, count: draft_model.advance(target.model, state, tokens, None, count))
+    state = advance(draft_model, state, np.array([2, 0, 3]))
     _, longer = read_images(family, ((8, 11), (), (10, 17, 18)))
-    check_states(state, prefill(drafter, dataclasses.replace(longer, root=np.array([12, 9, 19], np.int32))))
+    check_states(state, prefill(draft_model, dataclasses.replace(longer, root=np.array([12, 9, 19], np.int32))))
 
 
 # Training
@@ -232,7 +232,7 @@ def test_prompts_with_images(family, multimodal):
 def test_loss_is_the_cross_entropy_of_the_answers(phase):
     """And each phase trains its part, all of it."""
     target = targets("gemma3")
-    drafter = random_drafter(target.model, "gemma3_text", phase != 0)
+    draft_model = random_massv(target.model, "gemma3_text", phase != 0)
     answers = ((5, 6, 7, 8), (9, 10), (11, 12, 13))
     prompts, context = read_images("gemma3", answers)
     outside = target.config.text.vocab_size - 1  # as Gemma3's image token lies outside of its text model's vocabulary
@@ -241,14 +241,14 @@ def test_loss_is_the_cross_entropy_of_the_answers(phase):
     places = np.arange(256)
     answer = (places < lengths[:, None]) & (places >= (lengths - [4, 2, 3])[:, None])
     recipe = MassvRecipe(name="massv", phase=phase)
-    graph, params, rest = nnx.split(drafter, lambda path, _: recipe.trains(path), ...)
+    graph, params, rest = nnx.split(draft_model, lambda path, _: recipe.trains(path), ...)
 
     def loss_of(params, rest):
         return recipe.loss(nnx.merge(graph, params, rest), target.model, Teacher(context, answer), None)
 
     (loss, metrics), grads = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params, rest)
-    rows = spliced(drafter, target, prompts, context, [[]] * 3)
-    logits = jax.nn.log_softmax(plain(drafter, rows, (3, 256))[1])
+    rows = spliced(draft_model, target, prompts, context, [[]] * 3)
+    logits = jax.nn.log_softmax(plain(draft_model, rows, (3, 256))[1])
     ends = zip(range(3), rows, answers, strict=True)
     picked = [logits[i, len(row) - len(own) + j - 1, own[j]] for i, row, own in ends for j in range(len(own))]
     np.testing.assert_allclose(loss, -np.mean(picked), rtol=1e-5)
@@ -295,12 +295,12 @@ def assert_same(state, other):
 def test_saved_drafters_come_back(family, tmp_path):
     target = targets(family)
     for multimodal in {target.config.vision_width > 0, False}:
-        drafter = random_drafter(target.model, LMS[family], multimodal)
-        save_drafter_folder(drafter, "massv", TreeConfig(2, 2, 9), target.model, tmp_path / "it", np.float32)
+        draft_model = random_massv(target.model, LMS[family], multimodal)
+        save_drafter_folder(draft_model, "massv", TreeConfig(2, 2, 9), target.model, tmp_path / "it", np.float32)
         loaded = load_drafter(tmp_path / "it", target)
         assert (loaded.method, loaded.tree) == ("massv", TreeConfig(2, 2, 9))
-        assert loaded.model.config == drafter.config
-        assert_same(nnx.state(loaded.model), nnx.state(drafter))
+        assert loaded.model.config == draft_model.config
+        assert_same(nnx.state(loaded.model), nnx.state(draft_model))
         config = json.loads((tmp_path / "it/config.json").read_text())
         assert config["model_type"] == LMS[family] and config["architectures"][0].endswith("ForCausalLM")
         names = {name.split(".")[0] for name in read_file(tmp_path / "it/model.safetensors")}
@@ -385,8 +385,8 @@ def test_refusals(tmp_path):
     assert f"vocab_size {vocab_size + 65} (target: {vocab_size}, more than padding explains)" in message
 
     other = targets("qwen2_5_vl")
-    drafter = random_drafter(other.model, "qwen2", True)
-    save_drafter_folder(drafter, "massv", TreeConfig.chain(5), other.model, tmp_path / "it", np.float32)
+    draft_model = random_massv(other.model, "qwen2", True)
+    save_drafter_folder(draft_model, "massv", TreeConfig.chain(5), other.model, tmp_path / "it", np.float32)
     message = refusal(tmp_path / "it", target)
     assert f"vision_width {other.config.vision_width} (target: {width})" in message
     assert "vision_width" in refusal(tmp_path / "it", targets("qwen2"))

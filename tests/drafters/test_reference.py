@@ -22,12 +22,12 @@ GREEDY = BatchSampling.from_params([SamplingParams()])
 def case(request):
     folder = REFERENCE / request.param
     expected = np.load(folder / "expected.npz")
-    target = tiny_llava(vocab_size=199, hidden_size=64, image_token_id=198, patches=36)
+    model = tiny_llava(vocab_size=199, hidden_size=64, image_token_id=198, patches=36)
     embedding = load_file(folder / "model.safetensors")["embed_tokens.weight"]
-    target.language_model.embed_tokens.embedding[...] = jnp.asarray(embedding)
-    target.language_model.lm_head.kernel[...] = jnp.asarray(expected["lm_head"].T)
-    drafter, tree = load_drafter_folder(folder, target)
-    return request.param, target, drafter, tree, expected
+    model.language_model.embed_tokens.embedding[...] = jnp.asarray(embedding)
+    model.language_model.lm_head.kernel[...] = jnp.asarray(expected["lm_head"].T)
+    draft_model, tree = load_drafter_folder(folder, model)
+    return request.param, model, draft_model, tree, expected
 
 
 def context_of(expected) -> DrafterContext:
@@ -59,11 +59,11 @@ def check_tree(tree, expected, prefix):
 
 
 def test_teacher_forced_output(case):
-    name, target, drafter, _, expected = case
+    name, model, draft_model, _, expected = case
     context = context_of(expected)
     next_embeds = jnp.concatenate([context.embeds[:, 1:], jnp.zeros_like(context.embeds[:, :1])], axis=1)
-    rows = drafter.rows_of(context, next_embeds)
-    output, _ = jax.jit(lambda drafter, rows: drafter.forward(rows))(drafter, rows)
+    rows = draft_model.rows_of(context, next_embeds)
+    output, _ = jax.jit(lambda draft_model, rows: draft_model.forward(rows))(draft_model, rows)
     full = np.zeros_like(expected["train_output"])
     positions = np.asarray(rows.positions)[0]
     valid = np.asarray(rows.valid)[0]
@@ -74,16 +74,16 @@ def test_teacher_forced_output(case):
 
 
 def test_first_and_second_tree(case):
-    _, target, drafter, config, expected = case
+    _, model, draft_model, config, expected = case
     context = context_of(expected)
     noise = GivenNoise(jnp.zeros((1, config.max_depth + 1, 199)))
 
     @jax.jit
-    def first_round(drafter, target):
-        state = drafter.prefill(target, context, capacity=128)
-        return drafter.propose(target, config, state, context.root, noise, GREEDY)
+    def first_round(draft_model, model):
+        state = draft_model.prefill(model, context, capacity=128)
+        return draft_model.propose(model, config, state, context.root, noise, GREEDY)
 
-    tree, state = first_round(drafter, target)
+    tree, state = first_round(draft_model, model)
     check_tree(tree, expected, "")
 
     accepted, hidden = expected["round2_accepted"], expected["round2_hidden"]
@@ -95,25 +95,25 @@ def test_first_and_second_tree(case):
     features[:, :count] = hidden
 
     @jax.jit
-    def second_round(drafter, target, state):
-        state = drafter.advance(target, state, jnp.asarray(tokens), jnp.asarray(features), jnp.array([count]))
+    def second_round(draft_model, model, state):
+        state = draft_model.advance(model, state, jnp.asarray(tokens), jnp.asarray(features), jnp.array([count]))
         root = jnp.asarray(expected["round2_sample"][0])
-        return drafter.propose(target, config, state, root, noise, GREEDY)[0]
+        return draft_model.propose(model, config, state, root, noise, GREEDY)[0]
 
-    check_tree(second_round(drafter, target, state), expected, "round2")
+    check_tree(second_round(draft_model, model, state), expected, "round2")
 
 
 def test_published_files_round_trip(case, tmp_path):
     from jaxspec.drafters.checkpoint import save_drafter_folder
 
-    name, target, drafter, tree, _ = case
-    save_drafter_folder(drafter, name, tree, target, tmp_path / name, np.float32)
+    name, model, draft_model, tree, _ = case
+    save_drafter_folder(draft_model, name, tree, model, tmp_path / name, np.float32)
     saved = load_file(tmp_path / name / "model.safetensors")
     published = load_file(REFERENCE / name / "model.safetensors")
     assert saved.keys() == published.keys()
     for key, value in published.items():
         np.testing.assert_array_equal(saved[key], value)
-    again, tree_again = load_drafter_folder(tmp_path / name, target)
+    again, tree_again = load_drafter_folder(tmp_path / name, model)
     assert tree_again == tree
-    for a, b in zip(jax.tree.leaves(nnx.state(again)), jax.tree.leaves(nnx.state(drafter)), strict=True):
+    for a, b in zip(jax.tree.leaves(nnx.state(again)), jax.tree.leaves(nnx.state(draft_model)), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -22,8 +22,8 @@ from jaxspec.training import EagleRecipe, SpecVLMRecipe
 from jaxspec.training.drafter import Teacher
 from tests.helpers import randomized, tiny_llava
 
-TARGET = tiny_llava(vocab_size=53, hidden_size=16, image_token_id=52)
-TEXT = TARGET.config.text.plain()
+MODEL = tiny_llava(vocab_size=53, hidden_size=16, image_token_id=52)
+TEXT = MODEL.config.text.plain()
 SMALL = CompressorConfig(pruning_ratio=4, pooling_ratio=5, convolution_ratio=3, num_queries=2, gate_hidden_size=8)
 LENGTH = 40
 # Of each prompt: its length, and (first token, tokens) of its images.
@@ -299,7 +299,7 @@ def test_the_loss_teaches_every_parameter(mode):
     def gradients(head, target):
         return nnx.grad(lambda head: recipe.loss(head, target, Teacher(context, answer), jax.random.key(5))[0])(head)
 
-    for path, gradient in nnx.to_flat_state(gradients(head, TARGET)):
+    for path, gradient in nnx.to_flat_state(gradients(head, MODEL)):
         assert np.isfinite(gradient[...]).all() and np.abs(gradient[...]).max() > 0, path
 
 
@@ -318,15 +318,15 @@ def test_a_fresh_convolution_pools():
 @pytest.mark.parametrize("mode", MODES)
 def test_folders_round_trip(mode, tmp_path):
     head = head_of(mode, shared_ratio=2, gate_temperature=0.5)
-    save_drafter_folder(head, "specvlm", METHODS["specvlm"].tree, TARGET, tmp_path / "head", np.float32)
-    assert_same(head, *load_drafter_folder(tmp_path / "head", TARGET))
+    save_drafter_folder(head, "specvlm", METHODS["specvlm"].tree, MODEL, tmp_path / "head", np.float32)
+    assert_same(head, *load_drafter_folder(tmp_path / "head", MODEL))
 
 
 def test_eaglevlm_folders_round_trip(tmp_path):
     head = randomized(EagleHead(EagleConfig(TEXT, input_norm=True), rngs=nnx.Rngs(0)), seed=1, scale=1.0)
-    save_drafter_folder(head, "eaglevlm", METHODS["eaglevlm"].tree, TARGET, tmp_path / "head", np.float32)
+    save_drafter_folder(head, "eaglevlm", METHODS["eaglevlm"].tree, MODEL, tmp_path / "head", np.float32)
     assert json.loads((tmp_path / "head/config.json").read_text())["input_norm"] is True
-    assert_same(head, *load_drafter_folder(tmp_path / "head", TARGET))
+    assert_same(head, *load_drafter_folder(tmp_path / "head", MODEL))
 
 
 def assert_same(head, again, tree):
@@ -363,13 +363,13 @@ def test_impossible_compressors(changes, message):
 
 
 def test_unknown_keys_of_a_folder_are_named(tmp_path):
-    save_drafter_folder(head_of("pooling"), "specvlm", METHODS["specvlm"].tree, TARGET, tmp_path / "head", np.float32)
+    save_drafter_folder(head_of("pooling"), "specvlm", METHODS["specvlm"].tree, MODEL, tmp_path / "head", np.float32)
     path = tmp_path / "head/config.json"
     config = json.loads(path.read_text())
     config["compressor"]["stride"] = 2
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="compressor has no stride; it has mode, pruning_ratio"):
-        load_drafter_folder(tmp_path / "head", TARGET)
+        load_drafter_folder(tmp_path / "head", MODEL)
 
 
 def test_recipes_refuse_what_they_do_not_train():

@@ -49,10 +49,10 @@ def random_massv(target) -> MassvDrafter:
     """A text model of one layer that shares only its LM head with the target."""
     vocabulary, width = target.config.text.vocab_size, target.config.text.hidden_size
     text = TextConfig(vocabulary, width, 48, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8)
-    drafter = MassvDrafter(MassvConfig(text, "llama", target.config.vision_width), rngs=nnx.Rngs(0))
-    drafter = randomized(drafter, seed=3, scale=1.0)
-    drafter.language_model.lm_head.kernel[...] = target.model.unembed(jnp.eye(width))
-    return drafter
+    draft_model = MassvDrafter(MassvConfig(text, "llama", target.config.vision_width), rngs=nnx.Rngs(0))
+    draft_model = randomized(draft_model, seed=3, scale=1.0)
+    draft_model.language_model.lm_head.kernel[...] = target.model.unembed(jnp.eye(width))
+    return draft_model
 
 
 def random_medusa(target) -> MedusaHeads:

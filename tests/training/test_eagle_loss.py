@@ -27,7 +27,7 @@ from tests.families import FAMILIES, family_target
 from tests.helpers import randomized, tiny_llava
 
 WIDTH, VOCAB, LENGTH = 16, 23, 14
-TARGET = tiny_llava(vocab_size=VOCAB, hidden_size=WIDTH, image_token_id=VOCAB - 1, layers=2)
+MODEL = tiny_llava(vocab_size=VOCAB, hidden_size=WIDTH, image_token_id=VOCAB - 1, layers=2)
 NARROW = np.flatnonzero(np.arange(VOCAB) % 3 > 0).astype(np.int32)
 LENGTHS = (14, 11, 9, 12)
 SPANS = (((3, 6), (9, 14)), ((5, 14),), ((2, 3), (6, 7)), ())
@@ -57,11 +57,11 @@ SILENT = {"feature_noise": 0.0} | dict.fromkeys(PARTS.values(), 0.0)
 @functools.cache
 def head_of(name: str) -> nnx.Module:
     recipe = RECIPES[name]
-    config = recipe.head_config(TARGET.config.text.plain())
+    config = recipe.head_config(MODEL.config.text.plain())
     head = METHODS[recipe.method].module(config, rngs=nnx.Rngs(0))
     head = randomized(head, seed=1, scale=1.0)
     if name == "narrow":
-        take_from_target(head.draft_head, TARGET, NARROW)
+        take_from_target(head.draft_head, MODEL, NARROW)
         head.draft_head.kernel[...] *= jnp.linspace(0.5, 1.5, len(NARROW))  # it has learnt
     return head
 
@@ -133,7 +133,7 @@ def defined(name: str, teacher: Teacher, runs: int, noise=0.0) -> dict[str, list
     rows = rows_of(name, context)
     positions, valid, answer = np.asarray(rows.positions), np.asarray(rows.valid), np.asarray(answer)
     final = np.asarray(context.features)[..., -WIDTH:]
-    target_logits = np.asarray(TARGET.unembed(final), np.float64)
+    target_logits = np.asarray(MODEL.unembed(final), np.float64)
     ids = NARROW if name == "narrow" else np.arange(VOCAB)
     counted = [
         (b, r)
@@ -145,7 +145,7 @@ def defined(name: str, teacher: Teacher, runs: int, noise=0.0) -> dict[str, list
     @jax.jit
     def run_head(head, inputs):
         output, _ = head.forward(rows, inputs)
-        return output, head.logits(TARGET, output)
+        return output, head.logits(MODEL, output)
 
     true = np.asarray(rows.features)
     inputs, parts, accepted = true + noise, {part: [] for part in TOLD}, []
@@ -195,7 +195,7 @@ def test_loss_is_its_definition(name, steps):
 
     @jax.jit
     def losses(head):
-        return [each.loss(head, TARGET, teacher, jax.random.key(0)) for each in recipes]
+        return [each.loss(head, MODEL, teacher, jax.random.key(0)) for each in recipes]
 
     results, expected = losses(head_of(name)), defined(name, teacher, steps + 1)
     means = {part: np.mean(expected[part]) for part in PARTS}
@@ -232,7 +232,7 @@ def test_noise_is_uniform_on_the_features_of_the_first_run(name):
     @jax.jit
     def noisy(head, key):
         head = Recording(head)
-        loss, _ = recipe.loss(head, TARGET, teacher, key)
+        loss, _ = recipe.loss(head, MODEL, teacher, key)
         return loss, head.inputs
 
     loss, (noise, later) = noisy(head_of(name), jax.random.key(0))
@@ -251,7 +251,7 @@ def test_noise_is_uniform_on_the_features_of_the_first_run(name):
 def test_nothing_to_learn_from_is_no_loss():
     context, answer = teacher_of("eagle2")
     teacher, recipe = Teacher(context, jnp.zeros_like(answer)), EagleRecipe(name="", probability_l1_weight=1.0)
-    loss, _ = jax.jit(lambda head: recipe.loss(head, TARGET, teacher, jax.random.key(0)))(head_of("eagle2"))
+    loss, _ = jax.jit(lambda head: recipe.loss(head, MODEL, teacher, jax.random.key(0)))(head_of("eagle2"))
     assert loss == 0
 
 
@@ -283,7 +283,7 @@ def test_a_vispec_head_learns_from_qwens_images(tmp_path):
         sequence_length=96,
         save_dtype="float32",
     )
-    before = recipe.new_drafter(target := jaxspec.load_target(recipe.target))
+    before = recipe.new_draft_model(target := jaxspec.load_target(recipe.target))
     run(recipe)
     log = [json.loads(line) for line in (tmp_path / "head/log.jsonl").read_text().splitlines()]
     steps = [line for line in log if line["split"] == "train"]

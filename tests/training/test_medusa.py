@@ -23,7 +23,7 @@ def softmax(logits):
 
 @dataclasses.dataclass(frozen=True)
 class ModelOnly:
-    """As much of a target as `new_drafter` looks at."""
+    """As much of a target as `new_draft_model` looks at."""
 
     model: nnx.Module
 
@@ -36,7 +36,7 @@ def test_loss_is_its_definition():
     """Head by head and position by position; one answer of several turns, one cut short, one row without any."""
     model = tiny_llava(vocab_size=13, hidden_size=16, image_token_id=12, layers=1)
     recipe = MedusaRecipe(name="", num_heads=3, depth=1, top_k=2, total_tokens=4)
-    heads = randomized(recipe.new_drafter(ModelOnly(model)), seed=2, scale=2.0)
+    heads = randomized(recipe.new_draft_model(ModelOnly(model)), seed=2, scale=2.0)
     batch, length = 3, 12
     features = np.random.default_rng(0).normal(size=(batch, length, 16)).astype(np.float32)
     answer = np.zeros((batch, length), bool)
@@ -67,7 +67,7 @@ def test_loss_is_its_definition():
 def test_tree_deeper_than_the_heads_is_refused_before_training():
     model = tiny_llava(vocab_size=13, hidden_size=16, image_token_id=12, layers=1)
     with pytest.raises(ValueError, match="5 tokens ahead, .* only 3 Medusa heads"):
-        MedusaRecipe(name="", num_heads=3).new_drafter(ModelOnly(model))
+        MedusaRecipe(name="", num_heads=3).new_draft_model(ModelOnly(model))
 
 
 def test_heads_learn_and_change_no_answer(target, tmp_path):
@@ -92,7 +92,7 @@ def test_heads_learn_and_change_no_answer(target, tmp_path):
     result = jaxspec.Generator(target, drafter).generate("What is this?", max_new_tokens=16)
     np.testing.assert_array_equal(result.tokens, expected.tokens)
 
-    more = dataclasses.replace(recipe, num_heads=4, init_from=str(tmp_path / "medusa/export")).new_drafter(target)
+    more = dataclasses.replace(recipe, num_heads=4, init_from=str(tmp_path / "medusa/export")).new_draft_model(target)
     for index, head in enumerate(more.heads):
         kernel = head[0].linear.kernel[...]
         np.testing.assert_array_equal(kernel, drafter.model.heads[index][0].linear.kernel[...] if index < 3 else 0)
