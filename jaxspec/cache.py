@@ -1,7 +1,7 @@
-"""Key-value caches of fixed capacity that know how many of their rows are filled.
+"""Key-value caches of fixed capacity that know how many of their positions are filled.
 
-Rows past a length hold leftovers and are masked, so rolling back is not writing, and taking in what was accepted is one
-scatter per layer.
+Positions past a length hold leftovers and are masked, so rolling back is not writing, and taking in what was accepted
+is one scatter per layer.
 """
 
 import dataclasses
@@ -26,28 +26,28 @@ class Cache:
     """The keys and values of whole sequences, of a model or of a head of one layer."""
 
     layers: tuple[LayerKV, ...]  # [B, Hkv, S, Dh], all of one capacity S
-    lengths: jax.Array  # i32 [B], rows filled
+    lengths: jax.Array  # i32 [B], positions filled
 
     @property
     def capacity(self) -> int:
-        """Rows that there are, S."""
+        """Positions that there are, S."""
         return self.layers[0].keys.shape[2]
 
     @classmethod
     def of_prompt(cls, new: Sequence[LayerKV], lengths: jax.Array, capacity: int) -> "Cache":
-        """What reading prompts gave, `[B, Hkv, N, Dh]` per layer of which the first `lengths` i32 `[B]` rows are real,
-        with room for `capacity` rows. Raises ValueError where N is more."""
-        rows = new[0].keys.shape[2]
-        if rows > capacity:
-            raise ValueError(f"a prompt of {rows} rows does not fit a cache of {capacity}")
-        room = ((0, 0), (0, 0), (0, capacity - rows), (0, 0))
+        """What reading prompts gave, `[B, Hkv, N, Dh]` per layer of which the first `lengths` i32 `[B]` positions are
+        real, with room for `capacity` of them. Raises ValueError where N is more."""
+        length = new[0].keys.shape[2]
+        if length > capacity:
+            raise ValueError(f"a prompt of {length} positions does not fit a cache of {capacity}")
+        room = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
         return cls(tuple(LayerKV(*(jnp.pad(part, room) for part in kv)) for kv in new), lengths)
 
     @classmethod
     def empty(
         cls, layers: int, batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: DTypeLike = jnp.float32
     ) -> "Cache":
-        """A cache of `capacity` rows of which none is filled."""
+        """A cache of `capacity` positions of which none is filled."""
 
         def zeros() -> jax.Array:  # each an array of its own, which can be donated
             return jnp.zeros((batch, kv_heads, capacity, head_dim), dtype)
@@ -55,8 +55,8 @@ class Cache:
         return cls(tuple(LayerKV(zeros(), zeros()) for _ in range(layers)), jnp.zeros((batch,), jnp.int32))
 
     def append(self, new: Sequence[LayerKV], count: jax.Array) -> "Cache":
-        """With the first `count` i32 `[B]` of the new rows behind those that are filled; rows past the capacity are
-        dropped. `new` is `[B, Hkv, N, Dh]` per layer: a chunk of a prompt, or what `take` picks of a tree.
+        """With the first `count` i32 `[B]` of the new keys and values behind those that are there; what falls past the
+        capacity is dropped. `new` is `[B, Hkv, N, Dh]` per layer: a chunk of a prompt, or what `take` picks of a tree.
 
         Nothing is copied inside a compiled loop: XLA writes a scatter in place where nobody reads the old array any
         more. It sees that only where `count` follows from what was computed with the old array, as the length of an
@@ -64,29 +64,29 @@ class Cache:
         """
         batch, _, length, _ = new[0].keys.shape
         steps = jnp.arange(length)
-        rows = jnp.where(steps < count[:, None], self.lengths[:, None] + steps, self.capacity)  # [B, N]
-        entries = jnp.arange(batch)[:, None]
+        positions = jnp.where(steps < count[:, None], self.lengths[:, None] + steps, self.capacity)  # [B, N]
+        rows = jnp.arange(batch)[:, None]
 
         def write(old: jax.Array, block: jax.Array) -> jax.Array:
             # A scatter: slice updates row by row were 24 times slower at batch 32 on CPU (docs/LOG.md).
             block = block.swapaxes(1, 2).astype(old.dtype)  # [B, N, Hkv, Dh]
-            return old.at[entries, :, rows].set(block, mode="drop")
+            return old.at[rows, :, positions].set(block, mode="drop")
 
         layers = [LayerKV(*map(write, old, kv)) for old, kv in zip(self.layers, new, strict=True)]
         return Cache(tuple(layers), self.lengths + count)
 
 
 def take(new: Sequence[LayerKV], path: jax.Array) -> tuple[LayerKV, ...]:
-    """Of new rows `[B, Hkv, N, Dh]` per layer those at `path` i32 `[B, P]`, in their order."""
+    """Of new keys and values `[B, Hkv, N, Dh]` per layer those at `path` i32 `[B, P]`, in their order."""
     return tuple(LayerKV(*(jnp.take_along_axis(x, path[:, None, :, None], axis=2) for x in kv)) for kv in new)
 
 
-def write_rows(buffer: jax.Array, block: jax.Array, start: jax.Array, count: jax.Array | None = None) -> jax.Array:
-    """`block` `[B, N, ..]` written into `buffer` `[B, S, ..]` from column `start` i32 `[B]` on; of each row the first
-    `count` i32 `[B]` entries, all if not given. What falls past S is dropped."""
+def write_at(buffer: jax.Array, block: jax.Array, start: jax.Array, count: jax.Array | None = None) -> jax.Array:
+    """`block` `[B, N, ..]` written into `buffer` `[B, S, ..]` from position `start` i32 `[B]` on; of each row the
+    first `count` i32 `[B]` of them, all if not given. What falls past S is dropped."""
     batch, length = block.shape[:2]
     steps = jnp.arange(length)
-    columns = start[:, None] + steps
+    positions = start[:, None] + steps
     if count is not None:
-        columns = jnp.where(steps < count[:, None], columns, buffer.shape[1])
-    return buffer.at[jnp.arange(batch)[:, None], columns].set(block.astype(buffer.dtype), mode="drop")
+        positions = jnp.where(steps < count[:, None], positions, buffer.shape[1])
+    return buffer.at[jnp.arange(batch)[:, None], positions].set(block.astype(buffer.dtype), mode="drop")

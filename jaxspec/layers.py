@@ -337,7 +337,7 @@ def segments_before(
 ) -> list[Segment]:
     """What new tokens at `position_ids` i32 `[B, N]` attend to beside each other in the layer of that index."""
     past, places, drafts = [], None, None
-    if window is not None:  # row j of a cache holds position j
+    if window is not None:  # the j-th key of a cache has position j
         places, drafts = position_ids, None if drafted is None else drafted.position_ids
     if cache is not None:
         past.append(Segment(cache.layers[index], Mask(cache.lengths, places, window=window)))
@@ -375,7 +375,7 @@ class LanguageModel(nnx.Module):
           embeds: `[B, N, D]`.
           position_ids: i32 `[B, N]`, or `[3, B, N]` for multimodal rope. Windows count them.
           mask: who sees whom among the new tokens.
-          cache: what is behind them; every token sees all its filled rows, but for windows.
+          cache: what is behind them; every token sees all that is filled, but for windows.
           drafted: tokens between the cache and them.
           tap_layers: whose outputs stand before the final features (0: the embeddings, i: the i-th layer).
           additions: `[B, N, D]` to be added to the output of the layer of that index (Qwen3-VL's DeepStack).

@@ -112,8 +112,8 @@ class Programs:
         past: Read | None = None,
         starts: Sequence[int] | None = None,
     ) -> Read:
-        """A batch of prompts, for caches of `capacity` rows. Tables of images are taken from `tables` by their key,
-        where they are there. With `past` (consumed) the first `starts[row]` tokens of each are in it already."""
+        """A batch of prompts, for caches of `capacity` positions. Tables of images are taken from `tables` by their
+        key, where they are there. With `past` (consumed) the first `starts[row]` tokens of each are in it already."""
         tables, images = dict(tables or {}), images_of(prompts)
         steps = steps_of(self.config, prompts, self.chunk, capacity, starts)
         for step in steps:
@@ -131,8 +131,8 @@ class Programs:
     def read_step(self, params: Any, read: Read | None, step: Step, tables: Mapping[Hashable, ImageFeatures]) -> Read:
         """One chunk of it; `read` is consumed."""
         images = None
-        for key, rows in step.placements.items():
-            images = self._place(images, tables[key], rows)
+        for key, index in step.placements.items():
+            images = self._place(images, tables[key], index)
         return self._read(params, read, step.chunk, images)
 
     def begin(

@@ -15,7 +15,7 @@ BATCH, HEADS, CAPACITY, WIDTH, NEW = 3, 2, 12, 4, 5
 append = jax.jit(Cache.append)
 
 
-def new_rows(rng: np.random.Generator, length: int, layers: int = 2) -> tuple[LayerKV, ...]:
+def new_kv(rng: np.random.Generator, length: int, layers: int = 2) -> tuple[LayerKV, ...]:
     def draw():
         return jnp.asarray(rng.normal(size=(BATCH, HEADS, length, WIDTH)), jnp.float32)
 
@@ -24,32 +24,32 @@ def new_rows(rng: np.random.Generator, length: int, layers: int = 2) -> tuple[La
 
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.lists(st.integers(0, NEW), min_size=BATCH, max_size=BATCH), max_size=5), st.booleans(), st.data())
-def test_rows_stand_where_they_were_appended(counts, picked, data):
-    """Against lists per batch entry; rows past the capacity are dropped."""
+def test_keys_and_values_stand_where_they_were_appended(counts, picked, data):
+    """Against lists per row; what falls past the capacity is dropped."""
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-    prompt = new_rows(rng, 4)
+    prompt = new_kv(rng, 4)
     lengths = np.array([4, 0, 2])
     cache = Cache.of_prompt(prompt, jnp.asarray(lengths), CAPACITY)
     assert cache.capacity == CAPACITY
     flat = [np.asarray(part) for kv in prompt for part in kv]
     expected = [[[part[row, :, i] for i in range(lengths[row])] for row in range(BATCH)] for part in flat]
     for count in counts:
-        new = new_rows(rng, NEW)
+        new = new_kv(rng, NEW)
         path = rng.integers(0, NEW, (BATCH, NEW)) if picked else np.tile(np.arange(NEW), (BATCH, 1))
         cache = append(cache, take(new, jnp.asarray(path)) if picked else new, jnp.asarray(count))
-        for rows, part in zip(expected, (np.asarray(part) for kv in new for part in kv), strict=True):
+        for lists, part in zip(expected, (np.asarray(part) for kv in new for part in kv), strict=True):
             for row in range(BATCH):
-                rows[row] += [part[row, :, node] for node in path[row, : count[row]]]
-    np.testing.assert_array_equal(cache.lengths, [len(rows) for rows in expected[0]])
-    for part, rows in zip((part for kv in cache.layers for part in kv), expected, strict=True):
+                lists[row] += [part[row, :, node] for node in path[row, : count[row]]]
+    np.testing.assert_array_equal(cache.lengths, [len(each) for each in expected[0]])
+    for part, lists in zip((part for kv in cache.layers for part in kv), expected, strict=True):
         for row in range(BATCH):
-            kept = rows[row][:CAPACITY]
+            kept = lists[row][:CAPACITY]
             if kept:
                 np.testing.assert_array_equal(part[row, :, : len(kept)], np.stack(kept, axis=1))
 
 
 def test_empty_caches_fill_like_those_of_prompts():
-    new = new_rows(np.random.default_rng(0), NEW)
+    new = new_kv(np.random.default_rng(0), NEW)
     count = jnp.array([5, 1, 3])
     grown = Cache.empty(2, BATCH, HEADS, CAPACITY, WIDTH, jnp.bfloat16).append(new, count)
     assert {part.dtype for kv in grown.layers for part in kv} == {jnp.dtype(jnp.bfloat16)}
@@ -62,8 +62,8 @@ def test_empty_caches_fill_like_those_of_prompts():
 
 
 def test_a_prompt_must_fit():
-    with pytest.raises(ValueError, match="a prompt of 13 rows does not fit a cache of 12"):
-        Cache.of_prompt(new_rows(np.random.default_rng(0), 13), jnp.array([13, 1, 1]), CAPACITY)
+    with pytest.raises(ValueError, match="a prompt of 13 positions does not fit a cache of 12"):
+        Cache.of_prompt(new_kv(np.random.default_rng(0), 13), jnp.array([13, 1, 1]), CAPACITY)
 
 
 def test_no_cache_is_copied_in_a_loop():

@@ -84,8 +84,8 @@ def programs(target: Target, drafter: Drafter | None, images: list):
     if images:
         pixels = target.config.collate(prompts[1].images[:1])
         table = trace(lambda models, pixels: prefill.encode_image(*models, pixels), pixels)
-        rows = np.zeros(chunk.input_ids.shape, np.int32)
-        features = trace(lambda models, table, rows: prefill.place(None, table, rows), table, rows)
+        index = np.zeros(chunk.input_ids.shape, np.int32)
+        features = trace(lambda models, table, index: prefill.place(None, table, index), table, index)
 
     def read(models, before, chunk, features):
         return prefill.read_chunk(*models, before, chunk, features)

@@ -1,12 +1,12 @@
-"""SpecVLM's elastic visual compressor (arXiv 2509.11815): few rows in place of an image's many.
+"""SpecVLM's elastic visual compressor (arXiv 2509.11815): few entries in place of an image's many.
 
-Each primitive turns the rows of every image into groups, one row each: pruning keeps a random subset, pooling averages
-runs of consecutive rows, convolution mixes them, a resampler asks the whole image a few learned questions, and text
-only leaves nothing. A mode says which of them a head has and how they work together. Groups never cross images.
+Each primitive turns the entries of every image into groups, one entry each: pruning keeps a random subset, pooling
+averages runs of consecutive ones, convolution mixes them, a resampler asks the whole image a few learned questions, and
+text only leaves nothing. A mode says which of them a head has and how they work together. Groups never cross images.
 
 The source leaves open, ours: runs go along the token sequence (the published ratios are not squares); the target's
 features are reduced as the embeddings are, but with a convolution of their own, and beside a resampler's vectors stands
-the image's mean feature; a group has the position of the last row it stands for.
+the image's mean feature; a group has the position of the last entry it stands for.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspec.drafters.rows import ImageSpans, row_order, take_rows
+from jaxspec.drafters.sequence import ImageSpans, entry_order, take_entries
 from jaxspec.drafters.vispec import VisionAdaptor
 from jaxspec.layers import TextConfig, linear
 
@@ -81,26 +81,27 @@ class CompressorConfig:
         """Of pruning, pooling or convolution in this mode."""
         return self.shared_ratio if self.mode == "weighted" else getattr(self, f"{primitive}_ratio")
 
-    def most_groups(self, rows: int, images: int) -> int:
-        """A bound of the groups that so many rows of so many images become."""
+    def most_groups(self, entries: int, images: int) -> int:
+        """A bound of the groups that so many entries of so many images become."""
         fixed = {"resampler": images * self.num_queries, "text_only": 0}
         bounds = [
-            fixed[name] if name in fixed else most_runs(rows, images, self.ratio(name)) for name in self.primitives
+            fixed[name] if name in fixed else most_runs(entries, images, self.ratio(name)) for name in self.primitives
         ]
         return sum(bounds) if self.mode == "concat" else max(bounds)
 
-    def slots(self, length: int, fewest: int, images: int) -> int:
-        """A bound of text rows and groups together in prompts of `length` rows, at least `fewest` of them images'."""
-        # A row more of an image is a row less of text: but for rounding up, the sum is a line, and an end decides.
-        return max(length - rows + self.most_groups(rows, images) for rows in (fewest, length))
+    def most_entries(self, length: int, fewest: int, images: int) -> int:
+        """A bound of text entries and groups together in prompts of `length` entries, at least `fewest` of them
+        images'."""
+        # An entry more of an image is one less of text: but for rounding up, the sum is a line, and an end decides.
+        return max(length - entries + self.most_groups(entries, images) for entries in (fewest, length))
 
 
 class Groups(NamedTuple):
-    """G rows that stand for the images of a prompt, those of an image together and in order."""
+    """G entries that stand for the images of a prompt, those of an image together and in order."""
 
     embeds: jax.Array  # [B, G, D]
     features: jax.Array  # [B, G, D]
-    positions: jax.Array  # i32 [B, G], the last row that the group stands for
+    positions: jax.Array  # i32 [B, G], the last entry that the group stands for
     valid: jax.Array  # bool [B, G]
 
 
@@ -129,8 +130,8 @@ class VisualCompressor(nnx.Module):
         """The groups that stand for the images of prompts.
 
         Args:
-          spans: the rows of their images.
-          embeds, features: `[B, S, D]`, of all rows.
+          spans: the entries of their images.
+          embeds, features: `[B, S, D]`, of all entries.
           seeds: u32 `[B]`, of pruning's random subset.
           question: `[B, D]`, what the gate reads.
           key: in training, of the gate's Gumbel noise; None for its best choice.
@@ -148,8 +149,8 @@ class VisualCompressor(nnx.Module):
         """Those that one primitive makes of the images."""
         match primitive:
             case "pruning":
-                rows, valid = random_rows(spans, self.config.ratio(primitive), seeds)
-                return Groups(take_rows(embeds, rows), take_rows(features, rows), rows, valid)
+                kept, valid = random_entries(spans, self.config.ratio(primitive), seeds)
+                return Groups(take_entries(embeds, kept), take_entries(features, kept), kept, valid)
             case "pooling":
                 runs = runs_of(spans, self.config.ratio(primitive))
                 return Groups(mean(runs, embeds), mean(runs, features), runs.last, runs.valid)
@@ -171,7 +172,7 @@ class VisualCompressor(nnx.Module):
 
 
 class Convolution(nnx.Module):
-    """Kernel and stride are `ratio` rows; one for the embeddings, one for the features. It starts as the average."""
+    """Kernel and stride are `ratio` entries; one for the embeddings, one for the features. It starts as the average."""
 
     def __init__(self, ratio: int, width: int, *, rngs: nnx.Rngs) -> None:
         def average(key, shape, dtype):
@@ -199,11 +200,11 @@ class Gate(nnx.Module):
         return self.output(jax.nn.silu(self.hidden(question))).astype(jnp.float32)
 
 
-# -- groups of rows --------------------------------------------------------------------------------------------------
+# -- groups of entries -----------------------------------------------------------------------------------------------
 
 
 class Runs(NamedTuple):
-    """Runs of up to `ratio` consecutive rows of one image, in order; the last run of an image may be shorter."""
+    """Runs of up to `ratio` consecutive entries of one image, in order; the last run of an image may be shorter."""
 
     members: jax.Array  # i32 [B, G, ratio]
     present: jax.Array  # bool [B, G, ratio], False for members too many
@@ -211,20 +212,20 @@ class Runs(NamedTuple):
     valid: jax.Array  # bool [B, G]
 
 
-def most_runs(rows: int, images: int, ratio: int) -> int:
-    """A bound of the sum of ceil(M / ratio) over images with M rows each, `rows` together."""
-    return -(-rows // ratio) + images
+def most_runs(entries: int, images: int, ratio: int) -> int:
+    """A bound of the sum of ceil(M / ratio) over images with M entries each, `entries` together."""
+    return -(-entries // ratio) + images
 
 
 def sizes_of(spans: ImageSpans, ratio: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each image, i32 `[B, n]`: its rows, how many image rows come before it, its groups of `ratio`."""
-    rows = spans.masks.sum(axis=-1)
-    return rows, jnp.cumsum(rows, axis=1) - rows, -(-rows // ratio)
+    """Of each image, i32 `[B, n]`: its entries, how many image entries come before it, its groups of `ratio`."""
+    sizes = spans.masks.sum(axis=-1)
+    return sizes, jnp.cumsum(sizes, axis=1) - sizes, -(-sizes // ratio)
 
 
 def runs_of(spans: ImageSpans, ratio: int) -> Runs:
     length, images = spans.ids.shape[1], spans.masks.shape[1]
-    rows, before, count = sizes_of(spans, ratio)
+    sizes, before, count = sizes_of(spans, ratio)
     ends = jnp.cumsum(count, axis=1)  # [B, n], in groups
     number = jnp.arange(min(length, most_runs(length, images, ratio)))  # [G]
     valid = number < ends[:, -1:]
@@ -234,22 +235,22 @@ def runs_of(spans: ImageSpans, ratio: int) -> Runs:
         return jnp.take_along_axis(x, image, axis=1)
 
     inside = (number - of_image(ends - count))[..., None] * ratio + jnp.arange(ratio)  # counted within the image
-    present = valid[..., None] & (inside < of_image(rows)[..., None])
-    image_rows = row_order(jnp.broadcast_to(jnp.arange(length), spans.ids.shape), spans.ids >= 0, length)
-    place = jnp.where(present, of_image(before)[..., None] + inside, 0)  # among all image rows
-    members = jnp.take_along_axis(image_rows, place.reshape(len(place), -1), axis=1).reshape(place.shape)
+    present = valid[..., None] & (inside < of_image(sizes)[..., None])
+    image_entries = entry_order(jnp.broadcast_to(jnp.arange(length), spans.ids.shape), spans.ids >= 0, length)
+    place = jnp.where(present, of_image(before)[..., None] + inside, 0)  # among all image entries
+    members = jnp.take_along_axis(image_entries, place.reshape(len(place), -1), axis=1).reshape(place.shape)
     return Runs(members, present, jnp.max(jnp.where(present, members, -1), axis=-1), valid)
 
 
 def gather(runs: Runs, x: jax.Array) -> jax.Array:
-    """`[B, G, ratio, D]` of rows `[B, S, D]`, 0 for members that are not there."""
-    taken = take_rows(x, runs.members.reshape(len(x), -1)).reshape(*runs.members.shape, -1)
+    """`[B, G, ratio, D]` of entries `[B, S, D]`, 0 for members that are not there."""
+    taken = take_entries(x, runs.members.reshape(len(x), -1)).reshape(*runs.members.shape, -1)
     return jnp.where(runs.present[..., None], taken, 0)
 
 
 @jax.named_scope("mean")
 def image_means(spans: ImageSpans, x: jax.Array) -> jax.Array:
-    """`[B, n, D]`: the mean of the rows of each image, of rows `[B, S, D]`; 0 for absent images."""
+    """`[B, n, D]`: the mean of each image's entries, of all `[B, S, D]`; 0 for absent images."""
     size = jnp.maximum(spans.masks.sum(axis=-1, keepdims=True), 1)
     total = jnp.einsum("bns,bsd->bnd", spans.masks.astype(x.dtype), x, preferred_element_type=jnp.float32)
     return (total / size).astype(x.dtype)
@@ -257,30 +258,30 @@ def image_means(spans: ImageSpans, x: jax.Array) -> jax.Array:
 
 @jax.named_scope("mean")
 def mean(runs: Runs, x: jax.Array) -> jax.Array:
-    """`[B, G, D]` of rows `[B, S, D]`."""
+    """`[B, G, D]` of entries `[B, S, D]`."""
     count = jnp.maximum(runs.present.sum(axis=-1, keepdims=True), 1)
     return (gather(runs, x).sum(axis=2, dtype=jnp.float32) / count).astype(x.dtype)
 
 
-def random_rows(spans: ImageSpans, ratio: int, seeds: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """ceil(M / ratio) of the M rows of each image, in order: i32 and bool `[B, G]`. All subsets are equally likely; a
-    request's depends on its seed and its prompt, not on the batch around it."""
+def random_entries(spans: ImageSpans, ratio: int, seeds: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """ceil(M / ratio) of the M entries of each image, in order: i32 and bool `[B, G]`. All subsets are equally likely;
+    a request's depends on its seed and its prompt, not on the batch around it."""
     length, images = spans.ids.shape[1], spans.masks.shape[1]
     positions = jnp.broadcast_to(jnp.arange(length), spans.ids.shape)
 
-    def lots_of(seed):  # drawn row by row, so that padding changes nothing
+    def lots_of(seed):  # drawn one by one, so that padding changes nothing
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), PRUNING_LOTS)
-        return jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row)))(jnp.arange(length))
+        return jax.vmap(lambda entry: jax.random.bits(jax.random.fold_in(key, entry)))(jnp.arange(length))
 
     _, before, count = sizes_of(spans, ratio)
     text_last = jnp.where(spans.ids >= 0, spans.ids, images)
     shuffled = jnp.lexsort((jax.vmap(lots_of)(seeds), text_last))  # [B, S], image after image
-    place = jnp.argsort(shuffled, axis=1)  # of each row among the shuffled
-    of_row = jnp.maximum(spans.ids, 0)
-    allowed = jnp.take_along_axis(before + count, of_row, axis=1)
+    place = jnp.argsort(shuffled, axis=1)  # of each entry among the shuffled
+    image = jnp.maximum(spans.ids, 0)
+    allowed = jnp.take_along_axis(before + count, image, axis=1)
     kept = (spans.ids >= 0) & (place < allowed)
-    rows = row_order(positions, kept, min(length, most_runs(length, images, ratio)))
-    return rows, jnp.take_along_axis(kept, rows, axis=1)
+    entries = entry_order(positions, kept, min(length, most_runs(length, images, ratio)))
+    return entries, jnp.take_along_axis(kept, entries, axis=1)
 
 
 # -- primitives together ---------------------------------------------------------------------------------------------
@@ -290,7 +291,7 @@ def select(groups: list[Groups], logits: jax.Array, temperature: float, key: jax
     """Each request's groups of the one primitive that `logits` f32 `[B, K]` prefer.
 
     In training the choice is drawn with Gumbel noise, and what was chosen is multiplied by 1 with the gradient of its
-    Gumbel-softmax probability (straight-through, arXiv 1611.01144). A request without image rows teaches the gate
+    Gumbel-softmax probability (straight-through, arXiv 1611.01144). A request without image entries teaches the gate
     nothing: neither one without images, nor one for which text_only was drawn.
     """
     scores = logits if key is None else logits + jax.random.gumbel(key, logits.shape)

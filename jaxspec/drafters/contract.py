@@ -45,7 +45,7 @@ class DrafterContext:
     embeds: jax.Array  # [B, S, D], image features in place
     features: jax.Array  # [B, S, (T + 1) * D], the drafter's tap layers before the final features
     vision: jax.Array | None  # [R, Dv], the tower's features before the target's projector
-    vision_rows: jax.Array | None  # i32 [B, S], the row of `vision` at each image token
+    vision_index: jax.Array | None  # i32 [B, S], which of these stands at each image token
     image_ids: jax.Array  # i32 [B, S], which image of its row a token belongs to, -1 for text
     input_ids: jax.Array  # i32 [B, S]
     lengths: jax.Array  # i32 [B]
@@ -71,7 +71,7 @@ class DrafterContext:
         given says: rows of whole length, text only, tokens and seeds 0."""
         batch, length, _ = embeds.shape
         lengths = jnp.full((batch,), length, jnp.int32) if lengths is None else lengths
-        nothing: dict[str, Any] = {"vision": None, "vision_rows": None, "prompt_lengths": lengths}
+        nothing: dict[str, Any] = {"vision": None, "vision_index": None, "prompt_lengths": lengths}
         return cls(
             embeds=embeds,
             features=features,
@@ -96,7 +96,7 @@ class DrafterContext:
             embeds=read.embeds,
             features=read.features,
             vision=read.vision,
-            vision_rows=None if prompts.images is None else prompts.images.rows,
+            vision_index=None if prompts.images is None else prompts.images.rows,
             image_ids=prompts.image_ids,
             input_ids=prompts.input_ids,
             lengths=prompts.lengths,

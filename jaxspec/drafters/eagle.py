@@ -1,9 +1,10 @@
 """EAGLE-2's draft head (arXiv 2401.15077, 2406.16858): one decoder layer on token embeddings and target features.
 
-Row i of the head reads `fc([embedding of token i+1 ; feature of position i])` and predicts the feature of position i+1;
-the target's LM head turns that into the distribution of token i+2. ViSpec (vispec.py) and SpecVLM (specvlm.py) change
-how the rows of a prompt are made and what stands beside a feature; everything else is here. EagleVLM (arXiv 2509.11815,
-SpecVLM's baseline) is this head with an input norm in its layer; like EAGLE-2 it sees every image token.
+At entry i of its sequence the head reads `fc([embedding of token i+1 ; feature of position i])` and predicts the
+feature of position i+1; the target's LM head turns that into the distribution of token i+2. ViSpec (vispec.py) and
+SpecVLM (specvlm.py) change how the entries of a prompt are made and what stands beside a feature; everything else is
+here. EagleVLM (arXiv 2509.11815, SpecVLM's baseline) is this head with an input norm in its layer; like EAGLE-2 it sees
+every image token.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from flax import nnx
 from jaxspec.cache import Cache, LayerKV
 from jaxspec.checkpoints.configs import llama_text_config, published_rope, published_text_fields
 from jaxspec.drafters.contract import DrafterContext, Method, size_misfits
+from jaxspec.drafters.sequence import HeadInputs
 from jaxspec.drafters.vocabulary import DraftHead
 from jaxspec.kernels.masks import Mask
 from jaxspec.layers import DecoderLayer, TextConfig, Uncommitted, linear, rope_tables, segments_before
@@ -45,29 +47,10 @@ class EagleConfig:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """A sequence as the head reads it: R rows, text only or with images in whatever form the method gives them."""
-
-    embeds: jax.Array  # [B, R, D], embedding of the token after the row's position
-    features: jax.Array  # [B, R, D], target feature of the row's position
-    positions: jax.Array  # i32 [B, R], position in the target's sequence
-    valid: jax.Array  # bool [B, R], the first rows of each entry
-    global_features: jax.Array | None = None  # [B, R, D], what ViSpec sets beside a feature
-    direct: jax.Array | None = None  # [B, R, D], rows that bypass `fc`
-    is_direct: jax.Array | None = None  # bool [B, R]
-
-    @property
-    def count(self) -> jax.Array:
-        """Valid rows, i32 `[B]`."""
-        return self.valid.sum(axis=1, dtype=jnp.int32)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class EagleState:
-    cache: Cache  # of one layer, a row for each of the head's rows
-    next_position: jax.Array  # i32 [B], position of the next row
-    output: jax.Array  # [B, D], head output at the last row: predicts the feature of the root
+    cache: Cache  # of one layer, over the head's own sequence
+    next_position: jax.Array  # i32 [B], position of the next entry
+    output: jax.Array  # [B, D], head output at the last entry: predicts the feature of the root
     global_feature: jax.Array | None  # [B, D]
 
 
@@ -133,25 +116,25 @@ class EagleHead(nnx.Module, Generic[Config]):
         past = segments_before(0, cache, drafted, positions)
         return self.layers[0](x, rope_tables(text.rope, text.head_dim, positions), mask, past)
 
-    def forward(self, rows: Rows, features: jax.Array | None = None) -> tuple[jax.Array, LayerKV]:
-        """Teacher-forced pass over whole sequences: output `[B, R, D]`, row i predicting the next row's feature.
+    def forward(self, inputs: HeadInputs, features: jax.Array | None = None) -> tuple[jax.Array, LayerKV]:
+        """Teacher-forced pass over whole sequences: output `[B, L, D]`, entry i predicting the next one's feature.
 
-        `features` replaces `rows.features`: the head's own earlier outputs, in multi-step training.
+        `features` replaces `inputs.features`: the head's own earlier outputs, in multi-step training.
         """
-        x = self.combine(rows.embeds, rows.features if features is None else features, rows.global_features)
-        if rows.direct is not None:
-            assert rows.is_direct is not None  # it comes with `direct`
-            x = jnp.where(rows.is_direct[..., None], rows.direct, x)
-        return self.run(x, rows.positions, Mask(rows.count, causal=True))
+        x = self.combine(inputs.embeds, inputs.features if features is None else features, inputs.global_features)
+        if inputs.direct is not None:
+            assert inputs.is_direct is not None  # it comes with `direct`
+            x = jnp.where(inputs.is_direct[..., None], inputs.direct, x)
+        return self.run(x, inputs.positions, Mask(inputs.count, causal=True))
 
-    def rows_of(self, context: DrafterContext, next_embeds: jax.Array, key: jax.Array | None = None) -> Rows:
-        """The rows of a prompt; `next_embeds` `[B, S, D]` are its embeddings shifted by one. A `key` says that the head
-        is in training, where a method may draw how it makes its rows."""
+    def inputs_of(self, context: DrafterContext, next_embeds: jax.Array, key: jax.Array | None = None) -> HeadInputs:
+        """The sequence of a prompt; `next_embeds` `[B, S, D]` are its embeddings shifted by one. A `key` says that the
+        head is in training, where a method may draw how it makes its entries."""
         positions = jnp.broadcast_to(jnp.arange(next_embeds.shape[1]), next_embeds.shape[:2])
-        return Rows(next_embeds, self.observe(context.features), positions, positions < context.lengths[:, None])
+        return HeadInputs(next_embeds, self.observe(context.features), positions, positions < context.lengths[:, None])
 
-    def final_global_feature(self, rows: Rows, last: jax.Array) -> jax.Array | None:
-        """What decoding steps set beside their features; `last` i32 `[B]` is the last row."""
+    def final_global_feature(self, inputs: HeadInputs, last: jax.Array) -> jax.Array | None:
+        """What decoding steps set beside their features; `last` i32 `[B]` is the last entry."""
         return None
 
     # -- decoding (jaxspec.drafters.contract.DraftModel) ---------------------------------------------------------
@@ -160,14 +143,14 @@ class EagleHead(nnx.Module, Generic[Config]):
         batch = jnp.arange(context.lengths.shape[0])
         next_embeds = jnp.roll(context.embeds, -1, axis=1)
         next_embeds = next_embeds.at[batch, context.lengths - 1].set(model.embed(context.root[:, None])[:, 0])
-        rows = self.rows_of(context, next_embeds)
-        output, kv = self.forward(rows)
-        count = rows.count
+        inputs = self.inputs_of(context, next_embeds)
+        output, kv = self.forward(inputs)
+        count = inputs.count
         return EagleState(
             cache=Cache.of_prompt([kv], count, capacity),
             next_position=context.lengths,
             output=output[batch, count - 1],
-            global_feature=self.final_global_feature(rows, count - 1),
+            global_feature=self.final_global_feature(inputs, count - 1),
         )
 
     def propose(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxspec.cache import write_rows
+from jaxspec.cache import write_at
 from jaxspec.drafters.contract import DrafterContext, Method
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.sampling import Noise
@@ -61,7 +61,7 @@ class PromptLookup(nnx.Module):
     def prefill(self, model: VisionLanguageModel, context: DrafterContext, capacity: int) -> LookupState:
         prompt = jnp.where(context.image_ids >= 0, IMAGE, context.input_ids)
         history = jnp.pad(prompt, ((0, 0), (0, capacity - prompt.shape[1])))
-        return LookupState(write_rows(history, context.root[:, None], context.lengths), context.lengths + 1)
+        return LookupState(write_at(history, context.root[:, None], context.lengths), context.lengths + 1)
 
     def propose(
         self,
@@ -85,7 +85,7 @@ class PromptLookup(nnx.Module):
         features: jax.Array,
         count: jax.Array,
     ) -> LookupState:
-        return LookupState(write_rows(state.history, tokens, state.lengths), state.lengths + count)
+        return LookupState(write_at(state.history, tokens, state.lengths), state.lengths + count)
 
 
 def look_up(history: jax.Array, lengths: jax.Array, config: LookupConfig, count: int) -> jax.Array:

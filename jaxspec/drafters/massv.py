@@ -45,15 +45,15 @@ class MassvConfig:
 
 
 class DraftSequence(NamedTuple):
-    """A batch of prompts as the drafter reads them: the first `lengths` of R rows are in use, at positions 0, 1, .."""
+    """Prompts as the drafter reads them: the first `lengths` of L entries are in use, at positions 0, 1, .."""
 
-    embeds: jax.Array  # [B, R, D]
-    places: jax.Array  # i32 [B, R], where the row stands in the target's sequence
+    embeds: jax.Array  # [B, L, D]
+    places: jax.Array  # i32 [B, L], where the entry stands in the target's sequence
     lengths: jax.Array  # i32 [B]
 
     @property
     def valid(self) -> jax.Array:
-        """Bool `[B, R]`."""
+        """Bool `[B, L]`."""
         return jnp.arange(self.embeds.shape[1]) < self.lengths[:, None]
 
 
@@ -93,10 +93,10 @@ class MassvDrafter(nnx.Module):
             return DraftSequence(self.embed(ids), places, lengths)
         is_image = context.image_ids >= 0
         if self.projector is not None:
-            assert context.vision is not None and context.vision_rows is not None  # there are images
+            assert context.vision is not None and context.vision_index is not None  # there are images
             with jax.named_scope("draft_projector"):
                 table = self.projector(context.vision)  # [R, D]
-            embeds = jnp.where(is_image[..., None], table[context.vision_rows], self.embed(ids))
+            embeds = jnp.where(is_image[..., None], table[context.vision_index], self.embed(ids))
             return DraftSequence(embeds, places, lengths)
         # Text moves up, in order.
         kept = (places < lengths[:, None]) & ~is_image
@@ -104,7 +104,7 @@ class MassvDrafter(nnx.Module):
         return DraftSequence(self.embed(jnp.take_along_axis(ids, places, axis=1)), places, kept.sum(axis=1))
 
     def forward(self, sequence: DraftSequence) -> tuple[jax.Array, tuple[LayerKV, ...]]:
-        """Features `[B, R, D]` of whole sequences, and keys and values per layer."""
+        """Features `[B, L, D]` of whole sequences, and keys and values per layer."""
         positions = jnp.broadcast_to(jnp.arange(sequence.places.shape[1]), sequence.places.shape)
         return self.language_model(sequence.embeds, positions, Mask(sequence.lengths, causal=True))
 
@@ -114,7 +114,7 @@ class MassvDrafter(nnx.Module):
         sequence = self.sequence(with_root(context))
         features, new_kv = self.forward(sequence)
         last = jnp.take_along_axis(features, (sequence.lengths - 1)[:, None, None], axis=1)[:, 0]
-        # With the root there may be one row more than the cache has, but never one more in use.
+        # With the root there may be one entry more than the cache has room for, but never one more in use.
         cut = [LayerKV(*(part[:, :, :capacity] for part in kv)) for kv in new_kv]
         return MassvState(Cache.of_prompt(cut, sequence.lengths, capacity), last)
 
@@ -168,7 +168,7 @@ def with_root(context: DrafterContext) -> DrafterContext:
         context,
         input_ids=longer(context.input_ids, 0).at[batch, context.lengths].set(context.root),
         image_ids=longer(context.image_ids, -1),
-        vision_rows=None if context.vision_rows is None else longer(context.vision_rows, 0),
+        vision_index=None if context.vision_index is None else longer(context.vision_index, 0),
         lengths=context.lengths + 1,
     )
 

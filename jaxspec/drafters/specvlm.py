@@ -1,7 +1,7 @@
 """SpecVLM (arXiv 2509.11815): EagleVLM's head that sees each image through an elastic visual compressor.
 
-The rows of an image are replaced by the few that the compressor (compressor.py) makes of them, which pass `fc` like any
-other row; the target keeps all its tokens. In mode "select" a gate reads the target's feature of the last prompt token
+The entries of an image are replaced by the few that the compressor (compressor.py) makes of them, which pass `fc` like
+any other; the target keeps all its tokens. In mode "select" a gate reads the target's feature of the last prompt token
 and picks how images are compressed, request by request.
 """
 
@@ -16,12 +16,11 @@ from jaxspec.drafters.contract import DrafterContext, Method
 from jaxspec.drafters.eagle import (
     EagleConfig,
     EagleHead,
-    Rows,
     eagle_misfits,
     read_eagle_fields,
     write_eagle_config,
 )
-from jaxspec.drafters.rows import fewest_image_rows, image_spans, row_order, take_rows
+from jaxspec.drafters.sequence import HeadInputs, entry_order, fewest_image_entries, image_spans, take_entries
 from jaxspec.speculation.tree import TreeConfig
 
 
@@ -36,28 +35,28 @@ class SpecVLMHead(EagleHead[SpecVLMConfig]):
         super().__init__(config, rngs=rngs)
         self.compressor = VisualCompressor(config.compressor, config.text, qkv_bias=config.qkv_bias, rngs=rngs)
 
-    def rows_of(self, context: DrafterContext, next_embeds: jax.Array, key: jax.Array | None = None) -> Rows:
-        rows = super().rows_of(context, next_embeds)
+    def inputs_of(self, context: DrafterContext, next_embeds: jax.Array, key: jax.Array | None = None) -> HeadInputs:
+        inputs = super().inputs_of(context, next_embeds)
         if context.max_images == 0:
-            return rows
+            return inputs
         spans = image_spans(context)
-        question = take_rows(rows.features, context.prompt_lengths[:, None] - 1)[:, 0]  # [B, D]
-        groups = self.compressor(spans, rows.embeds, rows.features, context.seeds, question, key)
+        question = take_entries(inputs.features, context.prompt_lengths[:, None] - 1)[:, 0]  # [B, D]
+        groups = self.compressor(spans, inputs.embeds, inputs.features, context.seeds, question, key)
 
         def joined(text, image):
             return jnp.concatenate([text, image], axis=1)
 
-        # Images of a few tokens could become more rows than they had, which a prompt has no room for.
+        # Images of a few tokens could become more entries than they had, which a prompt has no room for.
         room = (spans.ids >= 0).sum(axis=1, keepdims=True)
         kept = groups.valid & (jnp.cumsum(groups.valid, axis=1) <= room)
-        positions = joined(rows.positions, groups.positions)
-        valid = joined(rows.valid & (spans.ids < 0), kept)
+        positions = joined(inputs.positions, groups.positions)
+        valid = joined(inputs.valid & (spans.ids < 0), kept)
         length = next_embeds.shape[1]
-        slots = self.config.compressor.slots(length, fewest_image_rows(context), context.max_images)
-        order = row_order(positions, valid, min(slots, length))
-        return Rows(
-            embeds=take_rows(joined(rows.embeds, groups.embeds), order),
-            features=take_rows(joined(rows.features, groups.features), order),
+        bound = self.config.compressor.most_entries(length, fewest_image_entries(context), context.max_images)
+        order = entry_order(positions, valid, min(bound, length))
+        return HeadInputs(
+            embeds=take_entries(joined(inputs.embeds, groups.embeds), order),
+            features=take_entries(joined(inputs.features, groups.features), order),
             positions=jnp.take_along_axis(positions, order, axis=1),
             valid=jnp.take_along_axis(valid, order, axis=1),
         )

@@ -2,7 +2,7 @@
 
 A vision adaptor (section 3.2) turns the M embeddings of an image into `num_q` vectors. All but the last replace the
 image's tokens in the head's sequence, at the positions of its last tokens and without passing `fc`; the last one is the
-image's global feature, which every later text row carries beside its target feature through `img_fc` (section 3.3).
+image's global feature, which every later text entry carries beside its target feature through `img_fc` (section 3.3).
 """
 
 import dataclasses
@@ -15,12 +15,11 @@ from jaxspec.drafters.contract import DrafterContext, Method
 from jaxspec.drafters.eagle import (
     EagleConfig,
     EagleHead,
-    Rows,
     eagle_misfits,
     read_eagle_fields,
     write_eagle_config,
 )
-from jaxspec.drafters.rows import fewest_image_rows, image_spans, row_order, take_rows
+from jaxspec.drafters.sequence import HeadInputs, entry_order, fewest_image_entries, image_spans, take_entries
 from jaxspec.layers import TextConfig, linear
 from jaxspec.speculation.tree import TreeConfig
 
@@ -84,51 +83,51 @@ class ViSpecHead(EagleHead[ViSpecConfig]):
             features = self.img_fc(jnp.concatenate([features, global_features], axis=-1))
         return super().combine(embeds, features, global_features)
 
-    def final_global_feature(self, rows: Rows, last: jax.Array) -> jax.Array | None:
+    def final_global_feature(self, inputs: HeadInputs, last: jax.Array) -> jax.Array | None:
         if not self.config.global_feature:
             return None
-        assert rows.global_features is not None
-        return jnp.take_along_axis(rows.global_features, last[:, None, None], axis=1)[:, 0]
+        assert inputs.global_features is not None
+        return jnp.take_along_axis(inputs.global_features, last[:, None, None], axis=1)[:, 0]
 
-    def rows_of(self, context: DrafterContext, next_embeds: jax.Array, key: jax.Array | None = None) -> Rows:
+    def inputs_of(self, context: DrafterContext, next_embeds: jax.Array, key: jax.Array | None = None) -> HeadInputs:
         batch, length, width = next_embeds.shape
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
         valid = positions < context.lengths[:, None]
         features = self.observe(context.features)
         if context.max_images == 0:
             nothing = jnp.zeros_like(next_embeds)
-            return Rows(next_embeds, features, positions, valid, nothing)
+            return HeadInputs(next_embeds, features, positions, valid, nothing)
 
-        image_ids, masks, last_row = image_spans(context)
+        image_ids, masks, last = image_spans(context)
         vectors = self.imadpt(next_embeds, masks)  # [B, n, num_q, D]
 
-        # The global feature of the latest image that ended before the row.
-        ended = (last_row[:, None] < positions[..., None]) & (last_row >= 0)[:, None]  # [B, S, n]
+        # The global feature of the latest image that ended before the entry.
+        ended = (last[:, None] < positions[..., None]) & (last >= 0)[:, None]  # [B, S, n]
         latest = ended.sum(axis=-1) - 1  # [B, S]
-        global_features = take_rows(vectors[:, :, -1], jnp.maximum(latest, 0))
+        global_features = take_entries(vectors[:, :, -1], jnp.maximum(latest, 0))
         global_features = jnp.where((latest >= 0)[..., None], global_features, 0)
 
-        # An image keeps its last num_q - 1 rows, filled with the adaptor's vectors in order.
+        # An image keeps its last num_q - 1 entries, filled with the adaptor's vectors in order.
         replaced = self.config.replaced
         is_image = image_ids >= 0
         this_image = jnp.maximum(image_ids, 0)
-        from_end = jnp.take_along_axis(last_row, this_image, axis=1) - positions  # 0 for an image's last row
+        from_end = jnp.take_along_axis(last, this_image, axis=1) - positions  # 0 for an image's last entry
         is_direct = is_image & (from_end < replaced)
         flat = vectors[:, :, :replaced].reshape(batch, -1, width)  # [B, n * replaced, D]
-        slot = this_image * replaced + jnp.clip(replaced - 1 - from_end, 0, max(replaced - 1, 0))
-        direct = take_rows(flat, slot) if replaced else jnp.zeros_like(next_embeds)
+        vector = this_image * replaced + jnp.clip(replaced - 1 - from_end, 0, max(replaced - 1, 0))
+        direct = take_entries(flat, vector) if replaced else jnp.zeros_like(next_embeds)
 
-        # Dropped rows leave: what stays moves up, in order, with its original position.
+        # Dropped entries leave: what stays moves up, in order, with its original position.
         kept = valid & (~is_image | is_direct)
-        slots = min(length, length - fewest_image_rows(context) + context.max_images * replaced)
-        order = row_order(positions, kept, slots)
-        return Rows(
-            embeds=take_rows(next_embeds, order),
-            features=take_rows(features, order),
+        size = min(length, length - fewest_image_entries(context) + context.max_images * replaced)
+        order = entry_order(positions, kept, size)
+        return HeadInputs(
+            embeds=take_entries(next_embeds, order),
+            features=take_entries(features, order),
             positions=jnp.take_along_axis(positions, order, axis=1),
             valid=jnp.take_along_axis(kept, order, axis=1),
-            global_features=take_rows(global_features, order),
-            direct=take_rows(direct, order),
+            global_features=take_entries(global_features, order),
+            direct=take_entries(direct, order),
             is_direct=jnp.take_along_axis(is_direct, order, axis=1),
         )
 

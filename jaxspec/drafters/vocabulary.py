@@ -16,7 +16,7 @@ from flax import nnx
 from jaxspec.targets.contract import VisionLanguageModel
 
 BLOCK = 256
-"""Rows of the identity that are put through the target's LM head at once."""
+"""Features, of the identity, that are put through the target's LM head at once."""
 
 
 class DraftHead(nnx.Module):
@@ -48,6 +48,6 @@ def most_frequent(answers: Iterable[np.ndarray], vocab_size: int, size: int) -> 
 def take_from_target(head: DraftHead, model: VisionLanguageModel, ids: np.ndarray) -> None:
     """Make the head the columns `ids` of the LM head of a target's model."""
     width = head.kernel.shape[0]
-    rows = [model.unembed(jnp.eye(min(BLOCK, width - at), width, k=at))[:, ids] for at in range(0, width, BLOCK)]
-    head.kernel[...] = jnp.concatenate(rows).astype(head.kernel.dtype)
+    parts = [model.unembed(jnp.eye(min(BLOCK, width - at), width, k=at))[:, ids] for at in range(0, width, BLOCK)]
+    head.kernel[...] = jnp.concatenate(parts).astype(head.kernel.dtype)
     head.ids[...] = jnp.asarray(ids)

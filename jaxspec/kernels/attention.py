@@ -2,7 +2,7 @@
 
 One function serves prefill and training (a causal segment of their own), autoregressive decoding (N = 1), tree
 verification (ancestors) and drafting (cache plus the levels drafted so far). New keys and values are not written to the
-cache first: a verified tree commits only its accepted path, so a cache never holds rejected rows.
+cache first: a verified tree commits only its accepted path, so a cache never holds rejected tokens.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def attend(query: jax.Array, segments: Sequence[Segment], scale: float | None = 
     """Softmax attention over the union of the segments, with grouped query heads, softmax in float32.
 
     `query` is `[B, H, N, Dh]`, H a multiple of Hkv; scores are multiplied by `scale`, by default `Dh**-0.5`. Returns
-    `[B, H, N, Dh]` in the query's dtype. A row that sees nothing returns some finite average (rows of padding). Many
+    `[B, H, N, Dh]` in the query's dtype. A query that sees nothing returns some finite average (of padding). Many
     queries are taken in blocks, so that no more than `[B, H, BLOCK, S]` scores are held at once.
     """
     batch, heads, length, head_dim = query.shape
@@ -58,8 +58,8 @@ class Keys(NamedTuple):
     def visible(self, queries: jax.Array) -> jax.Array:
         """As of `Mask`."""
         masks = [part.mask.visible(queries, part.kv.keys.shape[2]) for part in self.parts]
-        rows = jnp.broadcast_shapes(*(mask.shape[:2] for mask in masks))
-        return jnp.concatenate([jnp.broadcast_to(mask, (*rows, mask.shape[2])) for mask in masks], axis=2)
+        shape = jnp.broadcast_shapes(*(mask.shape[:2] for mask in masks))
+        return jnp.concatenate([jnp.broadcast_to(mask, (*shape, mask.shape[2])) for mask in masks], axis=2)
 
 
 def merged(segments: Sequence[Segment]) -> list[Keys]:
@@ -77,11 +77,11 @@ def attend_block(query: jax.Array, numbers: jax.Array, segments: Sequence[Keys],
     batch, heads, length, head_dim = query.shape
     kv_heads = segments[0].kv.keys.shape[1]
     groups = heads // kv_heads
-    # Query heads that share a key head become extra rows of one matrix product.
-    rows = query.reshape(batch, kv_heads, groups * length, head_dim)
+    # Query heads that share a key head become extra queries of one matrix product.
+    queries = query.reshape(batch, kv_heads, groups * length, head_dim)
 
     def scores(keys: Keys) -> jax.Array:  # [B, Hkv, G, n, S]
-        logits = jnp.einsum("bhnd,bhsd->bhns", rows, keys.kv.keys, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bhnd,bhsd->bhns", queries, keys.kv.keys, preferred_element_type=jnp.float32)
         logits = logits.reshape(batch, kv_heads, groups, length, -1) * (head_dim**-0.5 if scale is None else scale)
         return jnp.where(keys.visible(numbers)[:, None, None], logits, MASKED)
 
@@ -95,6 +95,6 @@ def attend_block(query: jax.Array, numbers: jax.Array, segments: Sequence[Keys],
     weights = [jnp.exp(part - peak) for part in logits]
     total = reduce(jnp.add, [part.sum(-1, keepdims=True) for part in weights])  # [B, Hkv, G, n, 1]
     out = reduce(jnp.add, [mix(part, keys) for part, keys in zip(weights, segments, strict=True)])
-    # Divided last: by Dh numbers a row instead of S.
+    # Divided last: by Dh numbers a query instead of S.
     out = out.reshape(batch, heads, length, head_dim) / total.reshape(batch, heads, length, 1)
     return out.astype(query.dtype)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.cache import Cache, LayerKV, take, write_rows
+from jaxspec.cache import Cache, LayerKV, take, write_at
 from jaxspec.drafters.contract import DraftModel
 from jaxspec.kernels.masks import Mask
 from jaxspec.speculation.accept import Accepted, accept
@@ -255,8 +255,8 @@ def decode_round(
         root=jnp.where(emit > 0, accepted.root, state.root),
         draft_state=draft_state,
         request=state.request.counted(accepted.tokens, emit),
-        tokens=write_rows(state.tokens, accepted.tokens, state.counts),
-        from_draft=write_rows(state.from_draft, drafted, state.counts),
+        tokens=write_at(state.tokens, accepted.tokens, state.counts),
+        from_draft=write_at(state.from_draft, drafted, state.counts),
         counts=counts,
         done=state.done | stopped | failed,
         alone=broken & ~failed,
@@ -328,4 +328,4 @@ def written(
     logprobs: Logprobs[jax.Array] | None, new: Logprobs[jax.Array] | None, start: jax.Array
 ) -> Logprobs[jax.Array] | None:
     """`logprobs` with `new` ones from column `start` `[B]` on."""
-    return jax.tree.map(lambda old, block: write_rows(old, block, start), logprobs, new)
+    return jax.tree.map(lambda old, block: write_at(old, block, start), logprobs, new)

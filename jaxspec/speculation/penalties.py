@@ -51,7 +51,7 @@ class Penalties:
         vocab_size: int,
     ) -> "Penalties":
         """The state before the first token: one entry per row of the parameters, the prompt's tokens i32 `[S]` and the
-        stop tokens, the target's own among them. Tokens outside the vocabulary (an image token without a row of the
+        stop tokens, the target's own among them. Tokens outside the vocabulary (an image token without an
         embedding) cannot be generated and count for nothing.
 
         Raises ValueError where `min_tokens` leaves no token to choose.

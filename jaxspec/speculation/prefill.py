@@ -1,7 +1,7 @@
 """Reading prompts before decoding, in programs that add up instead of multiplying.
 
     table  = encode_image(model, draft_model, pixels)  # one per shape of the tower; kept for an image seen again
-    images = place(images, table, rows)                # features of images at the tokens of a chunk
+    images = place(images, table, index)               # features of images at the tokens of a chunk
     read   = read_chunk(model, draft_model, read, chunk, images)  # until the prompts are in the cache
     state  = loop.begin(model, draft_model, read, request, ..)    # the drafter's prefill and the first token
 
@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxspec.cache import Cache, write_rows
+from jaxspec.cache import Cache, write_at
 from jaxspec.drafters.contract import DrafterContext, DraftModel
 from jaxspec.targets.chunks import Chunk
 from jaxspec.targets.contract import VisionLanguageModel
 
 
 class ImageFeatures(NamedTuple):
-    """Features of images: a table with a row for each place of the tower, or a row for each token of a chunk."""
+    """Features of images: a table with one for each place of the tower, or one for each token of a chunk."""
 
     features: jax.Array  # [R, D] or [B, C, D], in the text model's width
     vision: jax.Array | None  # [R, Dv] or [B, C, Dv], before the projector; None where no drafter reads them
@@ -31,13 +31,13 @@ class ImageFeatures(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DraftInputs:
-    """What a drafter reads of prompts of up to R tokens."""
+    """What a drafter reads of prompts of up to S tokens."""
 
-    embeds: jax.Array  # [B, R, D], image features in place
-    features: jax.Array  # [B, R, (T + 1) * D], as `VisionLanguageModel.prefill` gives them
-    vision: jax.Array | None  # [B, R, Dv], what the tower saw at each token
-    input_ids: jax.Array  # i32 [B, R]
-    image_ids: jax.Array  # i32 [B, R], -1 for text
+    embeds: jax.Array  # [B, S, D], image features in place
+    features: jax.Array  # [B, S, (T + 1) * D], as `VisionLanguageModel.prefill` gives them
+    vision: jax.Array | None  # [B, S, Dv], what the tower saw at each token
+    input_ids: jax.Array  # i32 [B, S]
+    image_ids: jax.Array  # i32 [B, S], -1 for text
 
 
 @jax.tree_util.register_dataclass
@@ -74,10 +74,11 @@ def encode_image(model: VisionLanguageModel, draft_model: DraftModel | None, pix
     return ImageFeatures(padded(features), padded(vision) if reads_vision(draft_model) else None)
 
 
-def place(images: ImageFeatures | None, table: ImageFeatures, rows: jax.Array) -> ImageFeatures:
-    """`images` `[B, C, ..]` (None: nothing yet) with rows `rows` i32 `[B, C]` of a table in place; those at -1 stay."""
-    here = (rows >= 0)[..., None]
-    placed = jax.tree.map(lambda new: jnp.where(here, new[jnp.maximum(rows, 0)], 0), table)
+def place(images: ImageFeatures | None, table: ImageFeatures, index: jax.Array) -> ImageFeatures:
+    """`images` `[B, C, ..]` (None: nothing yet) with the features `index` i32 `[B, C]` of a table in place; those at -1
+    stay."""
+    here = (index >= 0)[..., None]
+    placed = jax.tree.map(lambda new: jnp.where(here, new[jnp.maximum(index, 0)], 0), table)
     return placed if images is None else jax.tree.map(lambda new, old: jnp.where(here, new, old), placed, images)
 
 
@@ -127,9 +128,7 @@ def read_chunk(
     if read is None:
         return Read(Cache(new_kv, chunk.count), last, inputs)
     if draft_model is not None:
-        inputs = jax.tree.map(
-            lambda old, new: write_rows(old, new, read.cache.lengths, chunk.count), read.inputs, inputs
-        )
+        inputs = jax.tree.map(lambda old, new: write_at(old, new, read.cache.lengths, chunk.count), read.inputs, inputs)
     last = jnp.where((chunk.count > 0)[:, None], last, read.last)
     return Read(read.cache.append(new_kv, chunk.count), last, inputs)
 
@@ -138,17 +137,17 @@ def context_of(read: Read, seeds: jax.Array, root: jax.Array, max_images: int) -
     """What a drafter sees of prompts that have been read; `seeds` u32 and `root` i32 `[B]`."""
     inputs, lengths = read.inputs, read.cache.lengths
     assert inputs is not None  # kept wherever there is a drafter
-    vision = rows = None
+    vision = index = None
     if inputs.vision is not None:
         vision = inputs.vision.reshape(-1, inputs.vision.shape[-1])
-        rows = jnp.arange(vision.shape[0]).reshape(inputs.image_ids.shape)
+        index = jnp.arange(vision.shape[0]).reshape(inputs.image_ids.shape)
     # Behind the prompt there may be what an earlier one left.
     image_ids = jnp.where(jnp.arange(inputs.image_ids.shape[1]) < lengths[:, None], inputs.image_ids, -1)
     return DrafterContext(
         embeds=inputs.embeds,
         features=inputs.features,
         vision=vision,
-        vision_rows=rows,
+        vision_index=index,
         image_ids=image_ids,
         input_ids=inputs.input_ids,
         lengths=lengths,

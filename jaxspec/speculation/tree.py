@@ -86,7 +86,7 @@ class Tree(NamedTuple):
     tokens: jax.Array  # i32 [B, N]
     parents: jax.Array  # i32 [B, N]
     depths: jax.Array  # i32 [B, N]
-    ancestors: jax.Array  # bool [B, N, N], row i marks the ancestors of node i and itself
+    ancestors: jax.Array  # bool [B, N, N], [.., i, :] marks the ancestors of node i and itself
 
 
 @jax.named_scope("tree")

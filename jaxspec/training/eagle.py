@@ -38,7 +38,7 @@ class EagleRecipe(DrafterRecipe):
 
     methods: ClassVar[tuple[str, ...]] = ("eagle2", "eaglevlm")
     """Those that the recipe trains."""
-    answer_run: ClassVar[int] = 2  # a row drafts the token after the next, and both must be the answer's
+    answer_run: ClassVar[int] = 2  # an entry drafts the token after the next, and both must be the answer's
     method: str = "eagle2"
     tap_layers: tuple[int, ...] = ()
     """Layers of the target whose outputs the head reads beside the final features (ours)."""
@@ -92,17 +92,17 @@ class EagleRecipe(DrafterRecipe):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The recipe's loss and, per draft position, how often the head's first choice is the target's."""
         context, answer = teacher
-        rows_key, noise_key = jax.random.split(key)
-        rows = draft_model.rows_of(context, jnp.roll(context.embeds, -1, axis=1), rows_key)
+        sequence_key, noise_key = jax.random.split(key)
+        sequence = draft_model.inputs_of(context, jnp.roll(context.embeds, -1, axis=1), sequence_key)
         features, lengths = context.features, context.lengths
 
-        def at_rows(x, shift):  # what stands `shift` positions after each row
-            index = jnp.minimum(rows.positions + shift, x.shape[1] - 1)
+        def behind(x, shift):  # what stands `shift` positions behind each entry
+            index = jnp.minimum(sequence.positions + shift, x.shape[1] - 1)
             return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
-        # Row i drafts token i + 2 from the feature that stands at i + 1; the token before must be the answer's, too.
-        mask = rows.valid & at_rows(answer, 1) & at_rows(answer, 2) & (rows.positions + 2 < lengths[:, None])
-        target_features = at_rows(features[..., -context.embeds.shape[-1] :], 1)
+        # Entry i drafts token i + 2 from the feature that stands at i + 1; the token before must be the answer's, too.
+        mask = sequence.valid & behind(answer, 1) & behind(answer, 2) & (sequence.positions + 2 < lengths[:, None])
+        target_features = behind(features[..., -context.embeds.shape[-1] :], 1)
         ids = draft_model.draft_ids
         weights = {
             "feature": (self.feature_weight, None),
@@ -121,13 +121,13 @@ class EagleRecipe(DrafterRecipe):
             values = {name: part(logits, target_logits) for name, (_, part) in weights.items() if part is not None}
             return values | {"overlap": overlap(logits, target_logits), "agreement": choice == target_choice}
 
-        inputs = rows.features
+        inputs = sequence.features
         if self.feature_noise:
             amplitude = self.feature_noise * 512 / features.shape[1]
             inputs = inputs + jax.random.uniform(noise_key, inputs.shape, minval=-amplitude, maxval=amplitude)
         total, metrics, overlaps = jnp.zeros(()), {}, []
         for step in range(self.mtp_steps + 1):
-            output, _ = draft_model.forward(rows, inputs)
+            output, _ = draft_model.forward(sequence, inputs)
             values = by_columns(compare, model.config.text.vocab_size, output, target_features)
             values["feature"] = smooth_l1(output, target_features)
             overlaps.append(values["overlap"] * mask)
@@ -137,7 +137,7 @@ class EagleRecipe(DrafterRecipe):
                 metrics[f"{name}_{step + 1}"] = part
             metrics[f"agreement_{step + 1}"] = masked_mean(values["agreement"], mask)
             # Draft position step + 2 reads what the head predicted for the position before.
-            inputs = jnp.concatenate([rows.features[:, :1], output[:, :-1]], axis=1)
+            inputs = jnp.concatenate([sequence.features[:, :1], output[:, :-1]], axis=1)
         rejected = 1 - masked_mean(expected_share(overlaps), mask)
         metrics["expected_length"] = 1 + (1 - rejected) * len(overlaps)
         return total + self.acceptance_weight * rejected, metrics

@@ -1,4 +1,4 @@
-"""Losses of targets and drafters: values per row of a batch in float32, which `masked_mean` turns into one number.
+"""Losses of targets and drafters: values per position of a batch in float32, which `masked_mean` turns into one number.
 
 Logits of a whole batch can be larger than all else in a step (128 rows of 2,048 tokens with 32,000 logits are 34 GB),
 so `by_columns` computes what is said of them a few positions at a time.
@@ -53,7 +53,7 @@ def next_token_loss(
     model: LanguageModel, features: jax.Array, input_ids: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, dict]:
     """Cross-entropy of the tokens of `input_ids` i32 `[B, S]` that `mask` selects, as the model's `features`
-    `[B, S, D]` of the rows before them foretell them, and how often they are its first choice."""
+    `[B, S, D]` of the positions before them foretell them, and how often they are its first choice."""
 
     def compare(features, labels):
         logits = model.unembed(features)
@@ -99,11 +99,11 @@ def overlap(logits: jax.Array, target_logits: jax.Array) -> jax.Array:
 
 
 def expected_share(overlaps: Sequence[jax.Array]) -> jax.Array:
-    """Expected accepted share f32 `[B, S]` of a chain of K draft tokens that begins at each row: entry k of `overlaps`
-    `[B, S]` is the probability that the k-th token of a draft is accepted if it stands in that row."""
+    """Expected accepted share f32 `[B, S]` of a chain of K draft tokens that begins at each position: entry k of
+    `overlaps` `[B, S]` is the probability that the k-th token of a draft is accepted if it stands there."""
     reached, total = jnp.ones_like(overlaps[0]), jnp.zeros_like(overlaps[0])
     for depth, each in enumerate(overlaps):
-        following = jnp.pad(each[:, depth:], ((0, 0), (0, depth)))  # what stands `depth` rows later
+        following = jnp.pad(each[:, depth:], ((0, 0), (0, depth)))  # what stands `depth` positions later
         reached = reached * following
         total = total + reached
     return total / len(overlaps)

@@ -27,7 +27,7 @@ class SpecVLMRecipe(EagleRecipe):
         super().__post_init__()
         if self.mtp_steps:
             raise ValueError(
-                "mtp_steps must be 0 for SpecVLM, whose image rows keep their features instead of taking the head's "
+                "mtp_steps must be 0 for SpecVLM, whose image entries keep their features instead of taking the head's "
                 f"own outputs, got {self.mtp_steps}"
             )
 

@@ -56,7 +56,7 @@ def test_equal_to_a_plain_search(max_ngram, min_ngram):
         (4, 3, 0.5, 9),
     ]:
         rng = np.random.default_rng([seed, max_ngram])
-        buffer = rng.integers(0, alphabet, (rows, CAPACITY))  # rows past a length must not matter
+        buffer = rng.integers(0, alphabet, (rows, CAPACITY))  # what is past a length must not matter
         histories = [random_history(rng, rng.integers(1, CAPACITY + 1), alphabet, images) for _ in range(rows)]
         for row, history in enumerate(histories):
             buffer[row, : len(history)] = history
@@ -84,13 +84,13 @@ def test_examples():
 
 
 def context_of(input_ids, image_ids, lengths, root) -> DrafterContext:
-    fields = dict.fromkeys(["embeds", "features", "vision", "vision_rows", "prompt_lengths", "seeds"])
+    fields = dict.fromkeys(["embeds", "features", "vision", "vision_index", "prompt_lengths", "seeds"])
     ids, images, lengths, root = (jnp.asarray(part, jnp.int32) for part in (input_ids, image_ids, lengths, root))
     return DrafterContext(**fields, input_ids=ids, image_ids=images, lengths=lengths, root=root)
 
 
 def test_rounds_see_the_whole_text():
-    """Through prompts with images and padding, and rounds that emit different numbers of tokens, to the last row."""
+    """Through prompts with images and padding, and rounds that emit different numbers of tokens, up to the end."""
     rng, batch, config = np.random.default_rng(0), 3, TreeConfig.chain(3)
     lookup, sampling = PromptLookup(), BatchSampling.from_params([SamplingParams()] * batch)
     lengths = [4, 9, 7]

@@ -73,13 +73,13 @@ def run_plainly(language, embeds, lengths):
     return last, language.unembed(features), kv
 
 
-def plain(draft_model, rows: list[np.ndarray], room: tuple[int, int]):
-    """Last features `[n, D]`, logits `[n, S, V]` and keys and values of the text model on embedded rows `[S, D]`;
+def plain(draft_model, sequences: list[np.ndarray], room: tuple[int, int]):
+    """Last features `[n, D]`, logits `[n, S, V]` and keys and values of the text model on embedded sequences `[S, D]`;
     `room` is what they are padded to, so that few programs compile."""
     embeds = np.zeros((*room, draft_model.config.text.hidden_size), np.float32)
-    for index, row in enumerate(rows):
-        embeds[index, : len(row)] = row
-    lengths = np.array([len(row) for row in rows] + [1] * (room[0] - len(rows)))
+    for index, sequence in enumerate(sequences):
+        embeds[index, : len(sequence)] = sequence
+    lengths = np.array([len(sequence) for sequence in sequences] + [1] * (room[0] - len(sequences)))
     return run_plainly(draft_model.language_model, embeds, lengths)
 
 
@@ -93,7 +93,7 @@ def text_context(rows: list[np.ndarray], roots) -> DrafterContext:
         embeds=None,
         features=None,
         vision=None,
-        vision_rows=None,
+        vision_index=None,
         image_ids=-np.ones_like(ids),
         input_ids=ids,
         lengths=lengths,
@@ -185,19 +185,19 @@ def read_images(family: str, more: tuple = ((), (), ())):
 
 
 def spliced(draft_model, target, prompts, context, tails) -> list[np.ndarray]:
-    """Each prompt and its tail as the text model shall read them: made row by row."""
+    """Each prompt and its tail as the text model shall read them: made token by token."""
     vision = np.asarray(context.vision)
     last = draft_model.config.text.vocab_size - 1
-    rows = []
+    sequences = []
     for index, (prompt, tail) in enumerate(zip(prompts, tails, strict=True)):
-        row = []
+        sequence = []
         for place, token in enumerate([*prompt.input_ids.tolist(), *tail]):
             if token not in target.config.image_token_ids:
-                row.append(draft_model.language_model.embed(jnp.array(min(token, last))))
+                sequence.append(draft_model.language_model.embed(jnp.array(min(token, last))))
             elif draft_model.config.multimodal:
-                row.append(draft_model.projector(vision[int(context.vision_rows[index, place])]))
-        rows.append(np.stack(row))
-    return rows
+                sequence.append(draft_model.projector(vision[int(context.vision_index[index, place])]))
+        sequences.append(np.stack(sequence))
+    return sequences
 
 
 @pytest.mark.parametrize("multimodal", [True, False], ids=["multimodal", "text"])
@@ -213,9 +213,9 @@ def test_prompts_with_images(family, multimodal):
     context = dataclasses.replace(context, root=roots)
     prefill = jax.jit(lambda draft_model, context: draft_model.prefill(target.model, context, 288))
     state = prefill(draft_model, context)
-    rows = spliced(draft_model, target, prompts, context, roots[:, None])
-    last, _, kv = plain(draft_model, rows, (3, 256))
-    expected = Cache(kv, np.array([len(row) for row in rows]))
+    sequences = spliced(draft_model, target, prompts, context, roots[:, None])
+    last, _, kv = plain(draft_model, sequences, (3, 256))
+    expected = Cache(kv, np.array([len(sequence) for sequence in sequences]))
     check_states(state, dataclasses.replace(state, cache=expected, output=last))
 
     tokens = np.array([[11, 12, 13], [14, 15, 16], [17, 18, 19]], np.int32)
@@ -247,10 +247,10 @@ def test_loss_is_the_cross_entropy_of_the_answers(phase):
         return recipe.loss(nnx.merge(graph, params, rest), target.model, Teacher(context, answer), None)
 
     (loss, metrics), grads = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params, rest)
-    rows = spliced(draft_model, target, prompts, context, [[]] * 3)
-    logits = jax.nn.log_softmax(plain(draft_model, rows, (3, 256))[1])
-    ends = zip(range(3), rows, answers, strict=True)
-    picked = [logits[i, len(row) - len(own) + j - 1, own[j]] for i, row, own in ends for j in range(len(own))]
+    sequences = spliced(draft_model, target, prompts, context, [[]] * 3)
+    logits = jax.nn.log_softmax(plain(draft_model, sequences, (3, 256))[1])
+    ends = zip(range(3), sequences, answers, strict=True)
+    picked = [logits[i, len(sequence) - len(own) + j - 1, own[j]] for i, sequence, own in ends for j in range(len(own))]
     np.testing.assert_allclose(loss, -np.mean(picked), rtol=1e-5)
     assert 0 <= metrics["accuracy"] <= 1
     learning = {path[0] for path, _ in nnx.to_flat_state(grads)}

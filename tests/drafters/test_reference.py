@@ -37,7 +37,7 @@ def context_of(expected) -> DrafterContext:
         embeds=jnp.asarray(expected["inputs_embeds"]),
         features=jnp.asarray(expected["hidden_states"]),
         vision=None,
-        vision_rows=None,
+        vision_index=None,
         image_ids=jnp.asarray(image_ids),
         input_ids=jnp.asarray(expected["input_ids"]),
         lengths=jnp.array([length]),
@@ -62,14 +62,14 @@ def test_teacher_forced_output(case):
     name, model, draft_model, _, expected = case
     context = context_of(expected)
     next_embeds = jnp.concatenate([context.embeds[:, 1:], jnp.zeros_like(context.embeds[:, :1])], axis=1)
-    rows = draft_model.rows_of(context, next_embeds)
-    output, _ = jax.jit(lambda draft_model, rows: draft_model.forward(rows))(draft_model, rows)
+    inputs = draft_model.inputs_of(context, next_embeds)
+    output, _ = jax.jit(lambda draft_model, inputs: draft_model.forward(inputs))(draft_model, inputs)
     full = np.zeros_like(expected["train_output"])
-    positions = np.asarray(rows.positions)[0]
-    valid = np.asarray(rows.valid)[0]
+    positions = np.asarray(inputs.positions)[0]
+    valid = np.asarray(inputs.valid)[0]
     full[0, positions[valid]] = np.asarray(output)[0, valid]
     if name == "vispec":
-        assert valid.sum() == expected["input_ids"].shape[1] - 35  # 36 image tokens became one row
+        assert valid.sum() == expected["input_ids"].shape[1] - 35  # 36 image tokens became one entry
     np.testing.assert_allclose(full, expected["train_output"], atol=2e-6, rtol=1e-5)
 
 

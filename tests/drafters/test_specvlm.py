@@ -44,7 +44,7 @@ def context_of(prompts, length=LENGTH, seeds=None) -> DrafterContext:
         embeds=jnp.asarray(embeds),
         features=jnp.asarray(features),
         vision=None,
-        vision_rows=None,
+        vision_index=None,
         image_ids=jnp.asarray(ids),
         input_ids=jnp.zeros(ids.shape, jnp.int32),
         lengths=jnp.asarray(lengths),
@@ -69,16 +69,16 @@ def head_of(mode: str, **changes) -> SpecVLMHead:
 @jax.jit
 def run(head, context, key):
     ended = jnp.arange(context.embeds.shape[1]) >= context.lengths[:, None] - 1  # no token follows
-    return head.rows_of(context, jnp.where(ended[..., None], 0, jnp.roll(context.embeds, -1, axis=1)), key)
+    return head.inputs_of(context, jnp.where(ended[..., None], 0, jnp.roll(context.embeds, -1, axis=1)), key)
 
 
-def rows_of(head, context, key=None):
-    """The rows that count, per prompt: positions, embeddings, features."""
-    rows = run(head, context, key)
-    valid = np.asarray(rows.valid)
-    assert (np.sort(~valid, axis=1) == ~valid).all(), "valid rows come first"
+def entries_of(head, context, key=None):
+    """The entries that count, per prompt: positions, embeddings, features."""
+    inputs = run(head, context, key)
+    valid = np.asarray(inputs.valid)
+    assert (np.sort(~valid, axis=1) == ~valid).all(), "valid entries come first"
     return [
-        [np.asarray(part)[row, valid[row]] for part in (rows.positions, rows.embeds, rows.features)]
+        [np.asarray(part)[row, valid[row]] for part in (inputs.positions, inputs.embeds, inputs.features)]
         for row in range(len(valid))
     ]
 
@@ -86,8 +86,8 @@ def rows_of(head, context, key=None):
 # -- the same, written out ---------------------------------------------------------------------------------------------
 
 
-def image_rows(prompt) -> list[list[int]]:
-    """Rows of each image; row i stands for token i + 1, so the first token of a prompt has none."""
+def image_entries(prompt) -> list[list[int]]:
+    """Entries of each image; entry i stands for token i + 1, so the first token of a prompt has none."""
     spans = [[token - 1 for token in range(first, first + tokens) if token > 0] for first, tokens in prompt[1]]
     return [span for span in spans if span]
 
@@ -115,7 +115,7 @@ def expected_groups(primitive, head, span, embeds, features, ratio, kept):
     runs = [span[start : start + ratio] for start in range(0, len(span), ratio)]
     match primitive:
         case "pruning":
-            return [(row, embeds[row], features[row]) for row in kept]
+            return [(entry, embeds[entry], features[entry]) for entry in kept]
         case "pooling":
             return [(run[-1], embeds[run].mean(0), features[run].mean(0)) for run in runs]
         case "convolution":
@@ -132,30 +132,31 @@ def expected_groups(primitive, head, span, embeds, features, ratio, kept):
             return []
 
 
-def expected_rows(head, prompt, embeds, features, pruned):
-    """All rows of one prompt; `pruned` are the rows of images that the random subset may have kept."""
+def expected_entries(head, prompt, embeds, features, pruned):
+    """All entries of one prompt; `pruned` are those of images that the random subset may have kept."""
     config = head.config.compressor
-    spans = image_rows(prompt)
+    spans = image_entries(prompt)
     embeds = np.append(embeds[1:], np.zeros_like(embeds[:1]), axis=0)
     embeds[prompt[0] - 1] = 0
     groups = {name: [] for name in config.primitives}
     for name in config.primitives:
         ratio = config.ratio(name) if name in ("pruning", "pooling", "convolution") else 1
         for span in spans:
-            kept = [row for row in span if row in pruned]
+            kept = [entry for entry in span if entry in pruned]
             groups[name] += expected_groups(name, head, span, embeds, features, ratio, kept)
-    inside = {row for span in spans for row in span}
-    rows = [(row, embeds[row], features[row]) for row in range(prompt[0]) if row not in inside]
+    inside = {entry for span in spans for entry in span}
+    entries = [(entry, embeds[entry], features[entry]) for entry in range(prompt[0]) if entry not in inside]
     if config.mode == "weighted":
         logits = gate_logits(head, features[prompt[0] - 1])
         weights = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
         for parts in zip(*groups.values(), strict=True):
             mixed = [sum(w * part[k] for w, part in zip(weights, parts, strict=True)) for k in (1, 2)]
-            rows.append((parts[-1][0], *mixed))
+            entries.append((parts[-1][0], *mixed))
     else:
-        rows += [group for name in config.primitives for group in groups[name]]
-    order = sorted(range(len(rows)), key=lambda index: (rows[index][0], index))
-    return [np.stack([rows[index][k] for index in order]) for k in range(3)]
+        made = [group for name in config.primitives for group in groups[name]]
+        entries += made[: len(inside)]  # a prompt has no room for more
+    order = sorted(range(len(entries)), key=lambda index: (entries[index][0], index))
+    return [np.stack([entries[index][k] for index in order]) for k in range(3)]
 
 
 def gate_logits(head, feature):
@@ -164,19 +165,19 @@ def gate_logits(head, feature):
 
 
 def kept_by_pruning(head, context) -> list[set[int]]:
-    """Rows of images that a head with the same ratio and nothing but pruning keeps."""
+    """Entries of images that a head with the same ratio and nothing but pruning keeps."""
     ratio = head.config.compressor.ratio("pruning")
-    alone = rows_of(head_of("pruning", pruning_ratio=ratio), context)
+    alone = entries_of(head_of("pruning", pruning_ratio=ratio), context)
     return [set(positions.tolist()) for positions, _, _ in alone]
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "select"])
-def test_rows_equal_a_loop(mode):
+def test_entries_equal_a_loop(mode):
     head, context = head_of(mode), context_of(PROMPTS)
     pruned = kept_by_pruning(head, context)
-    for index, (prompt, got) in enumerate(zip(PROMPTS, rows_of(head, context), strict=True)):
+    for index, (prompt, got) in enumerate(zip(PROMPTS, entries_of(head, context), strict=True)):
         arrays = np.asarray(context.embeds[index]), np.asarray(context.features[index])
-        expected = expected_rows(head, prompt, *arrays, pruned[index])
+        expected = expected_entries(head, prompt, *arrays, pruned[index])
         np.testing.assert_array_equal(got[0], expected[0])
         np.testing.assert_allclose(got[1], expected[1], atol=2e-5)
         np.testing.assert_allclose(got[2], expected[2], atol=2e-5)
@@ -188,11 +189,11 @@ def test_pruning_keeps_a_random_subset_of_each_image(ratio):
     drawn = []
     for seed in range(3):
         context = context_of(PROMPTS, seeds=[seed] * len(PROMPTS))
-        rows = rows_of(head, context)
-        for prompt, (positions, _, _) in zip(PROMPTS, rows, strict=True):
-            for span in image_rows(prompt):
+        kept = entries_of(head, context)
+        for prompt, (positions, _, _) in zip(PROMPTS, kept, strict=True):
+            for span in image_entries(prompt):
                 assert len(set(span) & set(positions.tolist())) == -(-len(span) // ratio)
-        drawn.append([positions.tolist() for positions, _, _ in rows])
+        drawn.append([positions.tolist() for positions, _, _ in kept])
     assert (drawn[0] == drawn[1] == drawn[2]) == (ratio == 1)
 
 
@@ -200,7 +201,7 @@ def test_every_token_is_as_likely_to_be_kept():
     count = 400
     context = context_of([(24, [(2, 20)])] * count, length=24, seeds=np.arange(count))
     kept = np.zeros(24)
-    for positions, _, _ in rows_of(head_of("pruning", pruning_ratio=4), context):
+    for positions, _, _ in entries_of(head_of("pruning", pruning_ratio=4), context):
         kept[positions] += 1
     share = kept[1:21] / count
     assert kept[1:21].sum() == 5 * count
@@ -208,10 +209,10 @@ def test_every_token_is_as_likely_to_be_kept():
 
 
 @pytest.mark.parametrize("mode", ["select", "weighted", "concat"])
-def test_a_request_has_the_same_rows_alone_and_in_a_batch(mode):
+def test_a_request_has_the_same_entries_alone_and_in_a_batch(mode):
     head = head_of(mode)
-    expected = rows_of(head, context_of(PROMPTS))[1]
-    alone = rows_of(head, context_of(PROMPTS[1:2], length=36))[0]
+    expected = entries_of(head, context_of(PROMPTS))[1]
+    alone = entries_of(head, context_of(PROMPTS[1:2], length=36))[0]
     np.testing.assert_array_equal(alone[0], expected[0])
     np.testing.assert_allclose(alone[1], expected[1], atol=2e-5)
     np.testing.assert_allclose(alone[2], expected[2], atol=2e-5)
@@ -224,7 +225,7 @@ def test_groups_never_mix_images(mode):
     other = dataclasses.replace(
         context, embeds=context.embeds.at[3, 3:10].add(1), features=context.features.at[3, 2:9].add(1)
     )
-    first, second = rows_of(head, context)[3], rows_of(head, other)[3]
+    first, second = entries_of(head, context)[3], entries_of(head, other)[3]
     np.testing.assert_array_equal(first[0], second[0])
     behind = first[0] >= 9
     for one, two in zip(first[1:], second[1:], strict=True):
@@ -234,10 +235,10 @@ def test_groups_never_mix_images(mode):
 
 @pytest.mark.parametrize("mode", ["pruning", "concat", "vispec"])
 @pytest.mark.parametrize("images", [[(0, 32)], [(0, 2), (2, 1), (3, 29)]])
-def test_no_row_is_cut_where_images_begin_the_prompt(mode, images):
+def test_no_entry_is_cut_where_images_begin_the_prompt(mode, images):
     """The tightest case: no padding, and all image tokens known."""
     head = ViSpecHead(ViSpecConfig(TEXT), rngs=nnx.Rngs(0)) if mode == "vispec" else head_of(mode)
-    positions, _, _ = rows_of(head, context_of([(LENGTH, images)]))[0]
+    positions, _, _ = entries_of(head, context_of([(LENGTH, images)]))[0]
     assert set(range(31, LENGTH)) <= set(positions.tolist())
 
 
@@ -261,7 +262,7 @@ def test_select_equals_the_head_of_the_chosen_primitive(primitive):
     paths = {path for path, _ in nnx.to_flat_state(nnx.state(single))}
     nnx.update(single, nnx.from_flat_state([(path, leaf) for path, leaf in shared if path in paths]))
     for key in (None, jax.random.key(0)):  # and in training, the forward value is the hard choice's
-        for got, expected in zip(rows_of(chooser, context, key), rows_of(single, context), strict=True):
+        for got, expected in zip(entries_of(chooser, context, key), entries_of(single, context), strict=True):
             for one, two in zip(got, expected, strict=True):
                 np.testing.assert_array_equal(one, two)
 
@@ -273,7 +274,7 @@ def test_the_gate_chooses_per_request_by_its_question():
         questions = np.random.default_rng(seed).normal(size=(len(PROMPTS), TEXT.hidden_size)).astype(np.float32)
         features = context.features.at[jnp.arange(len(PROMPTS)), context.lengths - 1].set(questions)
         choice = PRIMITIVES[gate_logits(head, questions[1]).argmax()]
-        positions, _, _ = rows_of(head, dataclasses.replace(context, features=features))[1]
+        positions, _, _ = entries_of(head, dataclasses.replace(context, features=features))[1]
         assert len(positions) - 14 == sizes[choice]
         chosen.add(choice)
     assert len(chosen) > 2
@@ -281,7 +282,7 @@ def test_the_gate_chooses_per_request_by_its_question():
 
 def test_a_fresh_gate_draws_all_primitives_in_training():
     fresh = SpecVLMHead(SpecVLMConfig(TEXT, compressor=SMALL), rngs=nnx.Rngs(0))
-    draws = [rows_of(fresh, context_of(PROMPTS), jax.random.key(seed))[1][0] for seed in range(24)]
+    draws = [entries_of(fresh, context_of(PROMPTS), jax.random.key(seed))[1][0] for seed in range(24)]
     assert len({len(positions) for positions in draws}) == len(PRIMITIVES)
 
 
@@ -296,8 +297,8 @@ def test_the_loss_teaches_every_parameter(mode):
     context = dataclasses.replace(context_of(PROMPTS[1:2] * count), prompt_lengths=jnp.full(count, 25))
 
     @jax.jit
-    def gradients(head, target):
-        return nnx.grad(lambda head: recipe.loss(head, target, Teacher(context, answer), jax.random.key(5))[0])(head)
+    def gradients(head, model):
+        return nnx.grad(lambda head: recipe.loss(head, model, Teacher(context, answer), jax.random.key(5))[0])(head)
 
     for path, gradient in nnx.to_flat_state(gradients(head, MODEL)):
         assert np.isfinite(gradient[...]).all() and np.abs(gradient[...]).max() > 0, path
@@ -307,7 +308,7 @@ def test_a_fresh_convolution_pools():
     changes = {"pooling_ratio": 3, "convolution_ratio": 3}
     compressors = [dataclasses.replace(SMALL, mode=mode, **changes) for mode in ("pooling", "convolution")]
     heads = [SpecVLMHead(SpecVLMConfig(TEXT, compressor=each), rngs=nnx.Rngs(0)) for each in compressors]
-    pooled, mixed = (rows_of(head, context_of([(33, [(4, 18)])]))[0] for head in heads)
+    pooled, mixed = (entries_of(head, context_of([(33, [(4, 18)])]))[0] for head in heads)
     for one, two in zip(pooled, mixed, strict=True):
         np.testing.assert_allclose(one, two, atol=1e-6)
 

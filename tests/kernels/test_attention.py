@@ -28,17 +28,17 @@ def gradients(function):
     return lambda query, segments: jax.grad(loss, (0, 1))(query, *segments[0])
 
 
-@pytest.mark.parametrize("rows_of_masks", [("each", "each"), ("one", "each"), ("one", "one")])
-def test_blocks_of_queries_equal_all_at_once(rows_of_masks):
+@pytest.mark.parametrize("queries_of_masks", [("each", "each"), ("one", "each"), ("one", "one")])
+def test_blocks_of_queries_equal_all_at_once(queries_of_masks):
     rng, normal = draws()
     query = normal(2, 4, LONG, 8)
 
     def segment(length, kind):
-        rows = LONG if kind == "each" else 1
-        mask = jnp.asarray(rng.random((2, rows, length)) < 0.5).at[..., 0].set(True)
+        queries = LONG if kind == "each" else 1
+        mask = jnp.asarray(rng.random((2, queries, length)) < 0.5).at[..., 0].set(True)
         return Segment(LayerKV(normal(2, 2, length, 8), normal(2, 2, length, 8)), Mask(dense=mask))
 
-    segments = [segment(length, kind) for length, kind in zip((96, 40), rows_of_masks, strict=True)]
+    segments = [segment(length, kind) for length, kind in zip((96, 40), queries_of_masks, strict=True)]
     np.testing.assert_allclose(attend(query, segments), at_once(query, segments), rtol=1e-5, atol=1e-6)
     by_query = [jax.grad(lambda q, f=f: (f(q, segments) ** 2).sum())(query) for f in (attend, at_once)]
     np.testing.assert_allclose(*by_query, rtol=1e-4, atol=1e-5)

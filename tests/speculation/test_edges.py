@@ -1,4 +1,4 @@
-"""Where answers end: stop tokens, stop strings, token limits, the last cache row; and answers handed out in pieces."""
+"""Where answers end: stop tokens, stop strings, token limits, a full cache; and answers handed out in pieces."""
 
 import string
 
@@ -140,7 +140,7 @@ def test_rows_that_finish_at_very_different_times(generators, requests, name):
 
 
 @pytest.mark.parametrize("name", ["self", "eagle2", "massv"])
-def test_last_cache_row(target, name):
+def test_last_position_of_the_cache(target, name):
     """64 rows for prompt and answer, and a chunk of 64: the cache has no row to spare but the draft's own."""
     arms = [Generator(target, drafter, max_length=64) for drafter in (None, DRAFTERS[name](target))]
     for left in (1, 2, 3, 5, 9, 25):

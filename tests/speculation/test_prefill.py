@@ -26,10 +26,10 @@ def encoded(family: str) -> list:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_make_what_one_pass_makes(family):
     """Keys, values and all that a drafter reads; a prompt of one chunk stands beside longer ones."""
-    target, prompts = targets(family).model, encoded(family)
+    model, prompts = targets(family).model, encoded(family)
     head = random_head(targets(family), "eagle2")
-    whole, chunked = (Programs(target, head, TreeConfig(1, 2, 4), chunk) for chunk in (512, CHUNK))
-    params = whole.params_of(target, head)
+    whole, chunked = (Programs(model, head, TreeConfig(1, 2, 4), chunk) for chunk in (512, CHUNK))
+    params = whole.params_of(model, head)
     expected, read = (each.read(params, prompts, CAPACITY) for each in (whole, chunked))
     assert whole.traced.count("read_chunk") == 1 and "grow" in chunked.traced
     np.testing.assert_array_equal(read.cache.lengths, [len(prompt.input_ids) for prompt in prompts])

@@ -1,5 +1,5 @@
-"""The loss of EAGLE-like heads by its definition: run by run, row by row, in numpy, from what head and target say; and
-two steps of one on a family with positions of its own."""
+"""The loss of EAGLE-like heads by its definition: run by run, entry by entry, in numpy, from what head and target say;
+and two steps of one on a family with positions of its own."""
 
 import dataclasses
 import functools
@@ -17,8 +17,8 @@ from benchmarks.random_target import QWEN_TEMPLATE
 from jaxspec.checkpoints.names import parameter_paths
 from jaxspec.drafters.compressor import CompressorConfig
 from jaxspec.drafters.contract import DrafterContext
-from jaxspec.drafters.eagle import Rows
 from jaxspec.drafters.registry import METHODS
+from jaxspec.drafters.sequence import HeadInputs
 from jaxspec.drafters.vocabulary import take_from_target
 from jaxspec.targets.registry import save_model
 from jaxspec.training import EagleRecipe, SpecVLMRecipe, ViSpecRecipe, run
@@ -80,7 +80,7 @@ def teacher_of(name: str) -> Teacher:
         embeds=jnp.asarray(rng.normal(size=(4, LENGTH, WIDTH)), jnp.float32),
         features=jnp.asarray(rng.normal(size=(4, LENGTH, (3 if name == "tapped" else 1) * WIDTH)), jnp.float32),
         vision=None,
-        vision_rows=None,
+        vision_index=None,
         image_ids=jnp.asarray(ids),
         input_ids=jnp.zeros((4, LENGTH), jnp.int32),
         lengths=lengths,
@@ -92,20 +92,20 @@ def teacher_of(name: str) -> Teacher:
     return Teacher(context, jnp.asarray(answer))
 
 
-def rows_of(name: str, context: DrafterContext) -> Rows:
-    """Of a method that reads all tokens row by row; of those that replace images what the method itself makes, which is
+def inputs_of(name: str, context: DrafterContext) -> HeadInputs:
+    """Of a method that reads all tokens one by one; of those that replace images what the method itself makes, which is
     tested where the method is."""
     head, embeds = head_of(name), np.asarray(context.embeds)
     following = np.zeros_like(embeds)
     following[:, :-1] = embeds[:, 1:]
     if context.max_images:
-        return jax.jit(lambda head: head.rows_of(context, jnp.asarray(following)))(head)
+        return jax.jit(lambda head: head.inputs_of(context, jnp.asarray(following)))(head)
     features = np.asarray(context.features)
     if name == "tapped":
         features = features @ np.asarray(head.tap_fc.kernel[...])
     positions = np.tile(np.arange(LENGTH), (4, 1))
     valid = positions < np.array(LENGTHS)[:, None]
-    return Rows(*map(jnp.asarray, (following, features, positions, valid)))
+    return HeadInputs(*map(jnp.asarray, (following, features, positions, valid)))
 
 
 # -- the definition ----------------------------------------------------------------------------------------------------
@@ -130,8 +130,8 @@ def ranking(logits, target_logits):
 def defined(name: str, teacher: Teacher, runs: int, noise=0.0) -> dict[str, list]:
     """Each part of the loss `[runs]`, but of the acceptance `[1]`; `noise` is added to the first run's features."""
     head, (context, answer) = head_of(name), teacher
-    rows = rows_of(name, context)
-    positions, valid, answer = np.asarray(rows.positions), np.asarray(rows.valid), np.asarray(answer)
+    sequence = inputs_of(name, context)
+    positions, valid, answer = np.asarray(sequence.positions), np.asarray(sequence.valid), np.asarray(answer)
     final = np.asarray(context.features)[..., -WIDTH:]
     target_logits = np.asarray(MODEL.unembed(final), np.float64)
     ids = NARROW if name == "narrow" else np.arange(VOCAB)
@@ -144,10 +144,10 @@ def defined(name: str, teacher: Teacher, runs: int, noise=0.0) -> dict[str, list
 
     @jax.jit
     def run_head(head, inputs):
-        output, _ = head.forward(rows, inputs)
+        output, _ = head.forward(sequence, inputs)
         return output, head.logits(MODEL, output)
 
-    true = np.asarray(rows.features)
+    true = np.asarray(sequence.features)
     inputs, parts, accepted = true + noise, {part: [] for part in TOLD}, []
     for _ in range(runs):
         output, logits = (np.asarray(each, np.float64) for each in run_head(head, jnp.asarray(inputs, jnp.float32)))
@@ -169,7 +169,7 @@ def defined(name: str, teacher: Teacher, runs: int, noise=0.0) -> dict[str, list
             for r in range(1, inputs.shape[1]):
                 inputs[b, r] = output[b, r - 1]
     shares = []
-    for b, r in counted:  # a draft that begins here: its k-th token is drafted k rows later by the k-th run
+    for b, r in counted:  # a draft that begins here: its k-th token is drafted k entries later by the k-th run
         reached = 1.0
         for k in range(runs):
             reached *= accepted[k].get((b, r + k), 0.0)
@@ -188,7 +188,7 @@ def defined(name: str, teacher: Teacher, runs: int, noise=0.0) -> dict[str, list
     ],
 )
 def test_loss_is_its_definition(name, steps):
-    """With each weight alone, and with all of them: means over the rows that count, then over the runs."""
+    """With each weight alone, and with all of them: means over the entries that count, then over the runs."""
     teacher, recipe = teacher_of(name), dataclasses.replace(RECIPES[name], mtp_steps=steps, **SILENT)
     weights = [{field: 0.7} for field in PARTS.values()] + [dict(zip(PARTS.values(), (1, 2, 3, 4, 5), strict=True))]
     recipes = [dataclasses.replace(recipe, **each) for each in weights]
@@ -219,9 +219,9 @@ class Recording:
     def __getattr__(self, name):
         return getattr(self.head, name)
 
-    def forward(self, rows, features):
-        self.inputs.append(features - rows.features)
-        return self.head.forward(rows, features)
+    def forward(self, inputs, features):
+        self.inputs.append(features - inputs.features)
+        return self.head.forward(inputs, features)
 
 
 @pytest.mark.parametrize("name", ["eagle2", "tapped"])

@@ -68,7 +68,7 @@ def test_overlap_is_what_total_variation_leaves():
 
 
 def test_the_expected_share_of_a_chain():
-    """Token k of a draft that begins at row s is the one that stands in row s + k; one rejection ends the draft."""
+    """Token k of a draft that begins at position s is the one that stands at s + k; one rejection ends the draft."""
     overlaps = RNG.uniform(size=(3, 2, 5)).astype(np.float32)
     expected = np.zeros((2, 5))
     for row in range(2):
