@@ -20,7 +20,7 @@ from jaxspec import cache as caches
 from jaxspec.drafters.contract import DrafterContext, DraftModel
 from jaxspec.kernels.attention import LayerKV
 from jaxspec.speculation.accept import accept
-from jaxspec.speculation.logprobs import Logprobs, logprobs_of, no_logprobs
+from jaxspec.speculation.logprobs import Logprobs, logprobs_if
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.penalties import penalised
 from jaxspec.speculation.sampling import Noise, choose
@@ -109,10 +109,7 @@ def prefill(
     scores = logits if sampling.penalties is None else penalised(logits, sampling.penalties, 0)
     root = choose(scores, lambda: noise.levels(0, 1), sampling)[:, 0]
     counts = 1 - failed.astype(jnp.int32)
-    logprobs = None
-    if request.logprobs is not None:
-        room = no_logprobs(batch, max_new, logits.shape[-1])
-        logprobs = told(room, request, lambda: logits, root[:, None], jnp.zeros_like(counts), counts)
+    first = told(request, ~failed, lambda: logits, root[:, None])  # [B, 1, ..]
     cache = tuple(caches.extend(kv, capacity) for kv in new_kv)
     drafter_state = None
     if drafter is not None:
@@ -133,7 +130,7 @@ def prefill(
         alone=jnp.zeros((batch,), bool),
         failed=failed,
         rounds=jnp.zeros((batch,), jnp.int32),
-        logprobs=logprobs,
+        logprobs=None if first is None else first.with_room(max_new),
     )
 
 
@@ -209,6 +206,11 @@ def decode_round(
             scores = penalised(logits, sampling.penalties, tree.depths, path_tokens(tree, config.max_depth))
         chosen = choose(scores, lambda: of_nodes(tree, noise.levels(0, room)), sampling)  # [B, N]
         accepted = accept(tree, chosen, config.max_depth)
+
+        def path_logits() -> jax.Array:  # [B, P, V]
+            return jnp.take_along_axis(logits, accepted.path[..., None], axis=1)
+
+        logprobs = told(state.request, ~state.done, path_logits, accepted.tokens)  # [B, P, ..]
     with jax.named_scope("commit"):
         emit = emission(accepted.tokens, accepted.length, state)  # [B], 0 for rows that are done
         whole = jnp.take_along_axis(finite(logits), accepted.path, axis=1)  # [B, P]
@@ -221,13 +223,6 @@ def decode_round(
         if drafter is not None:
             path_features = jnp.take_along_axis(features, accepted.path[..., None], axis=1)  # [B, P, D]
             drafter_state = drafter.advance(target, drafter_state, accepted.tokens, path_features, emit)
-        logprobs = state.logprobs
-        if logprobs is not None:
-
-            def path_logits() -> jax.Array:  # [B, P, V]
-                return jnp.take_along_axis(logits, accepted.path[..., None], axis=1)
-
-            logprobs = told(logprobs, state.request, path_logits, accepted.tokens, state.counts, emit)
     last = jnp.take_along_axis(accepted.tokens, jnp.maximum(emit - 1, 0)[:, None], axis=1)[:, 0]
     counts = state.counts + emit
     stopped = (emit > 0) & (is_stop(last[:, None], state.request)[:, 0] | (counts >= state.request.max_new_tokens))
@@ -248,7 +243,7 @@ def decode_round(
         alone=broken & ~failed,
         failed=state.failed | failed,
         rounds=state.rounds + ~state.done,
-        logprobs=logprobs,
+        logprobs=jax.tree.map(lambda old, new: write_rows(old, new, state.counts), state.logprobs, logprobs),
     )
 
 
@@ -299,21 +294,13 @@ def of_nodes(tree: Tree, levels: jax.Array) -> jax.Array:
 
 
 def told(
-    logprobs: Logprobs[jax.Array],
-    request: Request[jax.Array],
-    logits: Callable[[], jax.Array],
-    tokens: jax.Array,
-    start: jax.Array,
-    count: jax.Array,
-) -> Logprobs[jax.Array]:
-    """`logprobs` with those of the first `count` i32 `[B]` of `tokens` `[B, P]` from column `start` `[B]` on, chosen
-    from `logits()` `[B, P, V]`, which is called in a branch that is taken where such a row asks for them."""
-
-    def written(logprobs: Logprobs[jax.Array]) -> Logprobs[jax.Array]:
-        return jax.tree.map(lambda old, new: write_rows(old, new, start), logprobs, logprobs_of(logits(), tokens))
-
-    assert request.logprobs is not None  # where there is room for them
-    return jax.lax.cond(jnp.any(request.logprobs & (count > 0)), written, lambda logprobs: logprobs, logprobs)
+    request: Request[jax.Array], rows: jax.Array, logits: Callable[[], jax.Array], tokens: jax.Array
+) -> Logprobs[jax.Array] | None:
+    """Log-probabilities of tokens i32 `[B, P]` chosen from `logits()` `[B, P, V]`, where one of the `rows` bool `[B]`
+    asks for them; None where no row of the batch ever does."""
+    if request.logprobs is None:
+        return None
+    return logprobs_if(jnp.any(request.logprobs & rows), logits, tokens)
 
 
 def write_rows(buffer: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
