@@ -9,6 +9,7 @@ accelerators): the median of `--runs` in turns, and the ratio to plain sampling 
 
 import dataclasses
 import importlib.util
+import itertools
 import statistics
 import sys
 import time
@@ -49,11 +50,13 @@ class Choice:
         logits = np.random.default_rng(0).normal(size=(1, self.nodes, self.vocab_size)) * self.scale
         logits = jnp.asarray(logits, jnp.float32)
         noise = jax.jit(lambda: sampling.gumbel_noise(jnp.zeros(1, jnp.uint32), self.positions, self.vocab_size))()
-        programs = {(name, own): self.program(version, own) for name, version in versions.items() for own in (1, 0)}
+        programs = {
+            (name, drawn): self.program(version, drawn) for name, version in versions.items() for drawn in (True, False)
+        }
         times: dict[tuple, list[float]] = {}
         clock, chosen = CLOCKS[self.clock], {}
         for run in range(self.runs + 1):
-            for (arm, setting), program in ((each, programs[each[0]]) for each in self.arms(programs)):
+            for setting, (arm, program) in itertools.product(SETTINGS, programs.items()):
                 rows = BatchSampling.from_params([SETTINGS[setting]])
                 started = clock()
                 tokens = jax.block_until_ready(program(logits, noise, rows))
@@ -63,7 +66,7 @@ class Choice:
                     sys.exit(f"{arm[0]} chooses other tokens at {setting}")
         print(
             f"{'':15}"
-            + "".join(f"{name + (', noise drawn' if own else ', noise given'):>24}" for name, own in programs)
+            + "".join(f"{name + (', noise drawn' if drawn else ', noise given'):>24}" for name, drawn in programs)
         )
         for setting in SETTINGS:
             cells = []
@@ -76,14 +79,13 @@ class Choice:
     def positions(self) -> jax.Array:
         return jnp.arange(self.nodes)[None]
 
-    def arms(self, programs: dict[tuple, Any]) -> list[tuple]:
-        return [(arm, setting) for setting in SETTINGS for arm in programs]
-
-    def program(self, version: Any, own: int) -> Any:
+    def program(self, version: Any, drawn: bool) -> Any:
         @jax.jit
         def choose(logits: jax.Array, noise: jax.Array, rows: BatchSampling) -> jax.Array:
-            drawn = lambda: version.gumbel_noise(rows.seed, self.positions, self.vocab_size)  # noqa: E731
-            return version.choose(logits, drawn if own else lambda: noise, rows)
+            def levels() -> jax.Array:
+                return version.gumbel_noise(rows.seed, self.positions, self.vocab_size) if drawn else noise
+
+            return version.choose(logits, levels, rows)
 
         return choose
 

@@ -173,7 +173,10 @@ def difference_lines(results: dict) -> list[str]:
     ]
     if not rows:
         return [*lines, "None.", ""]
-    explained = "The margin is that between the target's best two tokens where the answers part: a floating-point tie."
+    explained = (
+        "The margin is by how much the target's best token leads the second where the answers part. One of the size of "
+        "the dtype's rounding is a tie; a large one would be an error (docs/EXACTNESS.md)."
+    )
     columns = ["arm", "temperature", "prompt", "position of the first difference", "top-2 margin"]
     return [*lines, explained, "", *markdown_table(columns, rows), ""]
 

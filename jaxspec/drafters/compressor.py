@@ -298,9 +298,11 @@ def select(groups: list[Groups], logits: jax.Array, temperature: float, key: jax
     choice = scores.argmax(axis=-1)  # [B]
     widest = max(each.valid.shape[1] for each in groups)
 
-    def chosen_of(*parts):
-        padded = [jnp.pad(x, ((0, 0), (0, widest - x.shape[1]), *[(0, 0)] * (x.ndim - 2))) for x in parts]
-        return jnp.stack(padded, axis=1)[jnp.arange(len(choice)), choice]
+    def chosen_of(*parts: jax.Array) -> jax.Array:
+        chosen, *others = (jnp.pad(x, ((0, 0), (0, widest - x.shape[1]), *[(0, 0)] * (x.ndim - 2))) for x in parts)
+        for number, other in enumerate(others, 1):  # one by one: side by side they are all of them once more
+            chosen = jnp.where((choice == number).reshape(-1, *[1] * (other.ndim - 1)), other, chosen)
+        return chosen
 
     chosen = Groups(*(chosen_of(*parts) for parts in zip(*groups, strict=True)))
     if key is None:

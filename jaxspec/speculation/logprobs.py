@@ -2,6 +2,7 @@
 `raw_logprobs`)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Generic
 
 import jax
@@ -22,11 +23,13 @@ class Logprobs(Generic[Array]):
     top_ids: Array  # i32 [n, k], the most probable tokens, the best first
     top_logprobs: Array  # f32 [n, k], theirs
 
+    def with_room(self, length: int) -> "Logprobs[jax.Array]":
+        """Those of `[B, P]` tokens, with room for more of them: `[B, length]`."""
 
-def no_logprobs(batch: int, length: int, vocab_size: int) -> Logprobs[jax.Array]:
-    """Room for those of `length` tokens a row."""
-    shape = batch, length, min(MAX_LOGPROBS, vocab_size)
-    return Logprobs(jnp.zeros(shape[:2]), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
+        def longer(own: jax.Array) -> jax.Array:
+            return jnp.zeros((own.shape[0], length, *own.shape[2:]), own.dtype).at[:, : own.shape[1]].set(own)
+
+        return jax.tree.map(longer, self)
 
 
 @jax.named_scope("logprobs")
@@ -37,3 +40,13 @@ def logprobs_of(logits: jax.Array, tokens: jax.Array) -> Logprobs[jax.Array]:
     values, ids = largest(logits, min(MAX_LOGPROBS, logits.shape[-1]))
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
     return Logprobs((chosen - total)[..., 0], ids.astype(jnp.int32), values - total)
+
+
+def logprobs_if(asked: jax.Array, logits: Callable[[], jax.Array], tokens: jax.Array) -> Logprobs[jax.Array]:
+    """Those of tokens i32 `[B, P]`, chosen from `logits()` `[B, P, V]`, if somebody asks (bool `[]`), else zeros."""
+
+    def told() -> Logprobs[jax.Array]:
+        return logprobs_of(logits(), tokens)
+
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(told))
+    return jax.lax.cond(asked, told, lambda: nothing)

@@ -22,7 +22,7 @@ from jaxspec.cache import Cache, LayerKV, take, write_at
 from jaxspec.drafters.contract import DraftModel
 from jaxspec.kernels.masks import Mask
 from jaxspec.speculation.accept import Accepted, accept
-from jaxspec.speculation.logprobs import Logprobs, logprobs_of, no_logprobs
+from jaxspec.speculation.logprobs import Logprobs, logprobs_if
 from jaxspec.speculation.params import BatchSampling, SamplingParams
 from jaxspec.speculation.penalties import Penalties, penalised
 from jaxspec.speculation.prefill import Read, context_of, nothing_read, taps_of
@@ -105,10 +105,7 @@ def begin(
     scores = logits if sampling.penalties is None else penalised(logits, sampling.penalties, 0)
     root = choose(scores, lambda: noise.levels(0, 1), sampling)[:, 0]
     counts = 1 - failed.astype(jnp.int32)
-    logprobs = None
-    if request.logprobs is not None:
-        first = asked_logprobs(request, ~failed, lambda: logits, root[:, None])
-        logprobs = written(no_logprobs(batch, capacity, logits.shape[-1]), first, jnp.zeros_like(counts))
+    first = told(request, ~failed, lambda: logits, root[:, None])  # [B, 1, ..]
     draft_state = None
     if draft_model is not None:
         with jax.named_scope("draft_prefill"):
@@ -126,7 +123,7 @@ def begin(
         alone=jnp.zeros((batch,), bool),
         failed=failed,
         rounds=jnp.zeros((batch,), jnp.int32),
-        logprobs=logprobs,
+        logprobs=None if first is None else first.with_room(capacity),
     )
 
 
@@ -227,7 +224,7 @@ def decode_round(
                 finite=on_path(finite(logits)),
                 features=on_path(features),
                 kv=take(new_kv, accepted.path),
-                logprobs=asked_logprobs(state.request, ~state.done, lambda: on_path(logits), accepted.tokens),
+                logprobs=told(state.request, ~state.done, lambda: on_path(logits), accepted.tokens),
             )
 
         if getattr(draft_model, "may_abstain", False):
@@ -262,7 +259,7 @@ def decode_round(
         alone=broken & ~failed,
         failed=state.failed | failed,
         rounds=state.rounds + ~state.done,
-        logprobs=written(state.logprobs, result.logprobs, state.counts),
+        logprobs=jax.tree.map(lambda old, new: write_at(old, new, state.counts), state.logprobs, result.logprobs),
     )
 
 
@@ -312,20 +309,11 @@ def of_nodes(tree: Tree, levels: jax.Array) -> jax.Array:
     return jnp.take_along_axis(levels, tree.depths[..., None], axis=1)
 
 
-def asked_logprobs(
+def told(
     request: Request[jax.Array], rows: jax.Array, logits: Callable[[], jax.Array], tokens: jax.Array
 ) -> Logprobs[jax.Array] | None:
-    """Those of tokens i32 `[B, P]`, chosen from `logits()` `[B, P, V]`, which is called in a branch that is taken where
-    one of the `rows` bool `[B]` asks for them; zeros if not. None where there is no room for any."""
+    """Log-probabilities of tokens i32 `[B, P]` chosen from `logits()` `[B, P, V]`, where one of the `rows` bool `[B]`
+    asks for them; None where no row of the batch ever does."""
     if request.logprobs is None:
         return None
-    shapes = jax.eval_shape(lambda: logprobs_of(logits(), tokens))
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.cond(jnp.any(request.logprobs & rows), lambda: logprobs_of(logits(), tokens), lambda: nothing)
-
-
-def written(
-    logprobs: Logprobs[jax.Array] | None, new: Logprobs[jax.Array] | None, start: jax.Array
-) -> Logprobs[jax.Array] | None:
-    """`logprobs` with `new` ones from column `start` `[B]` on."""
-    return jax.tree.map(lambda old, block: write_at(old, block, start), logprobs, new)
+    return logprobs_if(jnp.any(request.logprobs & rows), logits, tokens)

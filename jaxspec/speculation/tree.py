@@ -110,8 +110,9 @@ def root_only(root: jax.Array) -> Tree:
 
 @jax.named_scope("tree")
 def path_tokens(tree: Tree, max_depth: int) -> jax.Array:
-    """The tokens on each node's path, i32 `[B, N, max_depth]`: at place d that of depth d + 1, the node's own included,
-    the root's left out; -1 behind the node."""
+    """The tokens on each node's path, i32 `[B, N, P]`: at place d that of depth d + 1, the node's own included, the
+    root's left out; -1 behind the node. P is `max_depth`, or less where there are fewer nodes."""
+    max_depth = min(max_depth, tree.tokens.shape[1] - 1)
     depths = jnp.where(tree.ancestors, tree.depths[:, None], 0)  # [B, N, N], of a node's ancestors
     at_depth = depths[:, :, None] == jnp.arange(1, max_depth + 1)[:, None]  # [B, N, P, N]
     return jnp.max(jnp.where(at_depth, tree.tokens[:, None, None], -1), axis=-1, initial=-1)

@@ -17,9 +17,9 @@ from jaxspec.benchmark.identity import choice_margin, first_difference, rounding
 from jaxspec.benchmark.measure import Question
 from tests.drafting import DRAFTERS
 
-NEW_TOKENS = 40
+NEW_TOKENS = 32
 NODES = 8
-UNITS = 16
+UNITS = 4
 """Logits may differ by so many units of rounding (eps of the dtype) of the largest of them."""
 
 
@@ -34,8 +34,9 @@ class Flips:
 
     def check(self, dtype: str) -> None:
         """A difference that rounding does not explain is an error."""
-        assert self.difference <= UNITS * float(jnp.finfo(dtype).eps) * self.largest, self
-        assert all(margin <= 2 * self.difference for margin in self.margins), self
+        unit = float(jnp.finfo(dtype).eps) * self.largest
+        assert self.difference <= UNITS * unit, self
+        assert all(margin <= 2 * max(self.difference, unit) for margin in self.margins), self
 
 
 def flips(target: Target, drafters: dict[str, Drafter], questions: list[Question], temperatures) -> Flips:
@@ -61,45 +62,40 @@ def flips(target: Target, drafters: dict[str, Drafter], questions: list[Question
 def linked(target, dtype: str) -> tuple[Target, dict[str, Drafter]]:
     """The linked target in that dtype, and drafters of different kinds."""
     own = load_target(target.path, dtype)
-    return own, {name: DRAFTERS[name](own) for name in ("self", "eagle2", "lookup")}
+    return own, {name: DRAFTERS[name](own) for name in ("eagle2", "lookup")}
 
 
 @pytest.fixture(scope="module")
-def questions(requests) -> list[Question]:
-    return [Question(prompt, tuple(images)) for prompt, images in requests]
+def questions(pictures) -> list[Question]:
+    """Of one shape: every other would be compiled anew."""
+    asked = ("What is a chart for?", "How many shapes are there?", "Compare the two.")
+    return [Question(prompt, tuple(pictures[:1])) for prompt in asked]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_tokens_differ_only_at_near_ties(target, questions, dtype):
-    own, drafters = linked(target, dtype)
-    seen = flips(own, drafters, questions, (0.0, 1.0))
-    print(f"{dtype}: {len(seen.margins)} of {seen.answers}", seen)
-    seen.check(dtype)
-    if dtype == "float32":
-        assert not seen.margins
+def test_tokens_differ_only_at_near_ties(target, questions):
+    seen = flips(*linked(target, "bfloat16"), questions, (0.0, 1.0))
+    seen.check("bfloat16")
 
 
 def test_the_demo_differs_only_at_near_ties():
     own = load_target(demo.target_path(), "bfloat16")
     drafter = load_drafter(demo.drafter_path("vispec"), own)
-    questions = [Question(each.question, (each.image,)) for each in demo.examples("test", 3, 0)]
+    questions = [Question(each.question, (each.image,)) for each in demo.examples("test", 2, 0)]
     seen = flips(own, {"vispec": drafter}, questions, (0.0, 1.0))
-    print(f"demo: {len(seen.margins)} of {seen.answers}", seen)
     seen.check("bfloat16")
 
 
 def test_an_error_is_no_near_tie(target, questions):
-    """Positions that are one too high where several nodes are read."""
+    """Positions that are one too high where a tree is read."""
     own, drafters = linked(target, "bfloat16")
     ours = type(own.model)
 
     class Shifted(ours):
         def forward(self, embeds, position_ids, *args, **kwargs):
-            return super().forward(embeds, position_ids + (embeds.shape[1] > 1), *args, **kwargs)
+            return super().forward(embeds, position_ids + (1 < embeds.shape[1] <= NODES), *args, **kwargs)
 
     own.model = nnx.merge(*nnx.split(own.model))
     own.model.__class__ = Shifted
-    seen = flips(own, {"lookup": drafters["lookup"]}, questions, (0.0, 1.0))
-    print("planted", seen)
+    seen = flips(own, {"lookup": drafters["lookup"]}, questions[:1], (0.0, 1.0))
     with pytest.raises(AssertionError):
         seen.check("bfloat16")

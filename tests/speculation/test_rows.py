@@ -9,21 +9,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxspec import SamplingParams
+from jaxspec import Result, SamplingParams
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation import loop
 from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.penalties import Penalties
 from tests.drafting import DRAFTERS
 
 SLOTS, CAPACITY, STOPS = 3, 192, 8
 LIMITS = (24, 3, 17, 1, 20, 30)
 SAMPLING = [
-    SamplingParams(),
-    SamplingParams(temperature=1.0, seed=4),
-    SamplingParams(temperature=0.8, top_p=0.9, seed=5),
+    SamplingParams(repetition_penalty=1.3, presence_penalty=0.5),
+    SamplingParams(temperature=1.0, seed=4, logprobs=2),
+    SamplingParams(temperature=0.8, top_p=0.9, seed=5, frequency_penalty=0.7, min_tokens=6),
     SamplingParams(temperature=1.0, seed=6),
-    SamplingParams(),
-    SamplingParams(temperature=1.0, top_k=12, seed=7),
+    SamplingParams(logprobs=0),
+    SamplingParams(temperature=1.0, top_k=12, seed=7, logit_bias={9: 4.0}),
 ]
 events = st.one_of(
     st.tuples(st.just("join"), st.integers(0, SLOTS - 1), st.integers(0, len(LIMITS) - 1)),
@@ -42,21 +43,25 @@ class Service:
         self.stops = (*generator.target.stop_token_ids, *[-1] * STOPS)[:STOPS]
 
     @functools.cached_property
-    def alone(self) -> list[list[int]]:
+    def alone(self) -> list[Result]:
         """The answers, each a batch of its own."""
         generate = self.generator.generate_encoded
-        return [
-            generate([prompt], sampling, limit)[0].tokens.tolist()
-            for prompt, sampling, limit in zip(self.prompts, SAMPLING, LIMITS, strict=True)
-        ]
+        requests = zip(self.prompts, SAMPLING, LIMITS, strict=True)
+        return [generate([prompt], sampling, limit)[0] for prompt, sampling, limit in requests]
+
+    def idle(self) -> loop.DecodeState:
+        return self.programs.idle(self.params, SLOTS, CAPACITY, STOPS, penalties=True, logprobs=True)
 
     @functools.cache  # noqa: B019
     def prefilled(self, request: int) -> loop.DecodeState:
         prompts = [self.prompts[request]]
+        params, size = [SAMPLING[request]], self.generator.target.config.text.vocab_size
+        penalties = Penalties.from_params(params, [prompts[0].input_ids], [self.stops], size)
         asked = loop.Request(
-            sampling=BatchSampling.from_params([SAMPLING[request]]),
+            sampling=BatchSampling.from_params(params, penalties),
             max_new_tokens=np.array([LIMITS[request]], np.int32),
             stop_token_ids=np.array([self.stops], np.int32),
+            logprobs=np.array([SAMPLING[request].logprobs is not None]),
         )
         read = self.programs.read(self.params, prompts, CAPACITY)
         return self.programs.begin(self.params, read, asked, prompts, CAPACITY)
@@ -64,15 +69,18 @@ class Service:
     def run(self, schedule) -> int:
         """How many rows joined; asserts that each has said what it says alone, or its beginning if it was made to
         leave."""
-        state = self.programs.idle(self.params, SLOTS, CAPACITY, STOPS)
+        state = self.idle()
         rows, joined = [None] * SLOTS, 0
 
         def check(slot, left=False):
             if rows[slot] is None:
                 return
             expected, count = self.alone[rows[slot]], int(state.counts[slot])
-            assert np.asarray(state.tokens)[slot, :count].tolist() == expected[:count]
-            assert left or count == len(expected)
+            assert np.asarray(state.tokens)[slot, :count].tolist() == expected.tokens[:count].tolist()
+            assert left or count == len(expected.tokens)
+            if expected.logprobs is not None:
+                told = np.asarray(state.logprobs.token_logprobs)[slot, :count]
+                np.testing.assert_allclose(told, expected.logprobs.token_logprobs[:count], atol=1e-4)
 
         for event, slot, value in [*schedule, ("rounds", 0, 100)]:
             if event == "join":
@@ -102,7 +110,7 @@ def test_a_row_answers_as_if_it_were_alone(services, name):
     fixed = [("join", 1, 1), ("rounds", 0, 2), ("join", 0, 0), ("join", 2, 5), ("rounds", 0, 1), ("leave", 0, 0)]
     assert service.run([*fixed, ("join", 0, 2), ("rounds", 0, 3), ("join", 1, 3), ("join", 1, 4)]) == 6
 
-    @settings(deadline=None, max_examples=6, suppress_health_check=list(HealthCheck))
+    @settings(deadline=None, max_examples=3, suppress_health_check=list(HealthCheck))
     @given(schedule=st.lists(events, min_size=4, max_size=12))
     def any_schedule(schedule):
         service.run(schedule)
@@ -120,7 +128,7 @@ def test_nothing_is_compiled_when_rows_come_and_go(services):
 
 def test_a_state_without_rows_stays_as_it_is(services):
     service = services("vispec")
-    idle = service.programs.idle(service.params, SLOTS, CAPACITY, STOPS)
+    idle = service.idle()
     after = service.programs.decode(service.params, jax.tree.map(jnp.copy, idle), jnp.int32(5))
     assert bool(after.done.all()) and int(after.counts.sum()) == int(after.rounds.sum()) == 0
 
@@ -130,10 +138,10 @@ def test_several_rows_join_at_once(services):
     service = services("medusa")
     rows = [service.prefilled(request) for request in (0, 1, 2)]
     batch = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
-    state = service.programs.idle(service.params, SLOTS, CAPACITY, STOPS)
+    state = service.idle()
     state = service.programs.insert(state, jnp.array([2, SLOTS, 0]), batch)
     assert np.asarray(state.done).tolist() == [False, True, False]
     state = service.programs.decode(service.params, state, jnp.int32(100))
     for slot, request in ((2, 0), (0, 2)):
         count = int(state.counts[slot])
-        assert np.asarray(state.tokens)[slot, :count].tolist() == service.alone[request]
+        assert np.asarray(state.tokens)[slot, :count].tolist() == service.alone[request].tokens.tolist()
