@@ -7,6 +7,17 @@ text only leaves nothing. A mode says which of them a head has and how they work
 The source leaves open, ours: runs go along the token sequence (the published ratios are not squares); the target's
 features are reduced as the embeddings are, but with a convolution of their own, and beside a resampler's vectors stands
 the image's mean feature; a group has the position of the last entry it stands for.
+
+It serves alone, too. Here of two images, with five tokens and two, in a sequence of eight:
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from jaxspec.drafters.compressor import CompressorConfig, ImageSpans, VisualCompressor
+    >>> compressor = VisualCompressor(64, 4, CompressorConfig("pooling", pooling_ratio=3), rngs=nnx.Rngs(0))
+    >>> spans = ImageSpans.of(jnp.array([[-1, 0, 0, 0, 0, 0, 1, 1]]), images=2)
+    >>> groups = compressor(spans, embeds=jnp.ones((1, 8, 64)), features=jnp.ones((1, 8, 64)))
+    >>> groups.positions[groups.valid].tolist()
+    [3, 5, 7]
 """
 
 import dataclasses
@@ -18,7 +29,7 @@ from flax import nnx
 
 from jaxspec.drafters.sequence import ImageSpans, entry_order, take_entries
 from jaxspec.drafters.vispec import VisionAdaptor
-from jaxspec.layers import TextConfig, linear
+from jaxspec.layers import linear
 
 PRIMITIVES = ("pruning", "pooling", "convolution", "resampler", "text_only")
 MODES: dict[str, tuple[str, ...]] = {
@@ -106,15 +117,23 @@ class Groups(NamedTuple):
 
 
 class VisualCompressor(nnx.Module):
-    """The primitives of a mode, with the parameters they need and no others."""
+    """The primitives of a mode, with the parameters they need and no others, for embeddings and features of `width`;
+    `num_heads` and `qkv_bias` are the resampler's."""
 
-    def __init__(self, config: CompressorConfig, text: TextConfig, *, qkv_bias: bool, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        config: CompressorConfig = CompressorConfig(),
+        *,
+        qkv_bias: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.config = config
-        width = text.hidden_size
         if "convolution" in config.primitives:
-            self.convolution = Convolution(config.ratio("convolution"), width, rngs=rngs)
+            self.convolution = Convolution(width, config.ratio("convolution"), rngs=rngs)
         if "resampler" in config.primitives:
-            self.resampler = VisionAdaptor(text, config.num_queries, qkv_bias=qkv_bias, rngs=rngs)
+            self.resampler = VisionAdaptor(width, num_heads, config.num_queries, qkv_bias=qkv_bias, rngs=rngs)
         if config.has_gate:
             self.gate = Gate(width, config.gate_hidden_size, len(config.primitives), rngs=rngs)
 
@@ -123,25 +142,31 @@ class VisualCompressor(nnx.Module):
         spans: ImageSpans,
         embeds: jax.Array,
         features: jax.Array,
-        seeds: jax.Array,
-        question: jax.Array,
-        key: jax.Array | None,
+        seeds: jax.Array | None = None,
+        question: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> Groups:
         """The groups that stand for the images of prompts.
 
         Args:
           spans: the entries of their images.
           embeds, features: `[B, S, D]`, of all entries.
-          seeds: u32 `[B]`, of pruning's random subset.
-          question: `[B, D]`, what the gate reads.
+          seeds: u32 `[B]`, of pruning's random subset; 0 by default.
+          question: `[B, D]`, what the gate reads; needed by the modes that have one.
           key: in training, of the gate's Gumbel noise; None for its best choice.
+
+        Raises ValueError where a gate is given no question.
         """
+        if seeds is None:
+            seeds = jnp.zeros(spans.ids.shape[:1], jnp.uint32)
         groups = [self.groups_of(name, spans, embeds, features, seeds) for name in self.config.primitives]
+        if not self.config.has_gate:
+            return Groups(*(jnp.concatenate(parts, axis=1) for parts in zip(*groups, strict=True)))
+        if question is None:
+            raise ValueError(f"compressor mode {self.config.mode!r} needs a question [B, D], which its gate reads")
         if self.config.mode == "select":
             return select(groups, self.gate(question), self.config.gate_temperature, key)
-        if self.config.mode == "weighted":
-            return weigh(groups, jax.nn.softmax(self.gate(question), axis=-1))
-        return Groups(*(jnp.concatenate(parts, axis=1) for parts in zip(*groups, strict=True)))
+        return weigh(groups, jax.nn.softmax(self.gate(question), axis=-1))
 
     def groups_of(
         self, primitive: str, spans: ImageSpans, embeds: jax.Array, features: jax.Array, seeds: jax.Array
@@ -174,7 +199,7 @@ class VisualCompressor(nnx.Module):
 class Convolution(nnx.Module):
     """Kernel and stride are `ratio` entries; one for the embeddings, one for the features. It starts as the average."""
 
-    def __init__(self, ratio: int, width: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, ratio: int, *, rngs: nnx.Rngs) -> None:
         def average(key, shape, dtype):
             del key
             return jnp.tile(jnp.eye(width, dtype=dtype), (ratio, 1)) / ratio
@@ -191,9 +216,9 @@ class Convolution(nnx.Module):
 class Gate(nnx.Module):
     """What a question asks for: logits over the primitives, all equal before training."""
 
-    def __init__(self, width: int, hidden: int, choices: int, *, rngs: nnx.Rngs) -> None:
-        self.hidden = linear(width, hidden, bias=True, rngs=rngs)
-        self.output = linear(hidden, choices, bias=True, rngs=rngs, zero=True)
+    def __init__(self, width: int, hidden_size: int, choices: int, *, rngs: nnx.Rngs) -> None:
+        self.hidden = linear(width, hidden_size, bias=True, rngs=rngs)
+        self.output = linear(hidden_size, choices, bias=True, rngs=rngs, zero=True)
 
     def __call__(self, question: jax.Array) -> jax.Array:
         """f32 `[B, choices]` of `[B, D]`."""

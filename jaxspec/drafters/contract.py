@@ -17,6 +17,15 @@ Some have more to say: one that cannot draft every tree has `check_tree(tree)`, 
 reads what the tower saw before the target's projector has `reads_vision = True`; one that may have nothing to draft has
 `may_abstain = True` and puts `NO_TOKEN` below the root of such a row: a round without a draft then costs an
 autoregressive one, for the price of a second program of the target within the compiled one.
+
+A context is made of as much as a method reads, here of tokens:
+
+    >>> from jaxspec.drafters.contract import DrafterContext
+    >>> from jaxspec.drafters.lookup import PromptLookup
+    >>> context = DrafterContext.of(input_ids=[[5, 6, 7, 8, 5]], root=[6])
+    >>> state = PromptLookup().prefill(None, context, capacity=8)
+    >>> state.history.tolist(), state.lengths.tolist()
+    ([[5, 6, 7, 8, 5, 6, 0, 0]], [6])
 """
 
 import dataclasses
@@ -27,6 +36,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from numpy.typing import ArrayLike
 
 from jaxspec.checkpoints.names import NameTable
 from jaxspec.speculation.params import BatchSampling
@@ -58,28 +69,57 @@ class DrafterContext:
     @classmethod
     def of(
         cls,
-        embeds: jax.Array,
-        features: jax.Array,
-        lengths: jax.Array | None = None,
+        embeds: ArrayLike | None = None,
+        features: ArrayLike | None = None,
         *,
-        image_ids: jax.Array | None = None,
-        input_ids: jax.Array | None = None,
-        root: jax.Array | None = None,
-        **others: Any,
+        input_ids: ArrayLike | None = None,
+        image_ids: ArrayLike | None = None,
+        vision: ArrayLike | None = None,
+        vision_index: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        prompt_lengths: ArrayLike | None = None,
+        seeds: ArrayLike | None = None,
+        root: ArrayLike | None = None,
+        max_images: int | None = None,
+        min_image_tokens: int = 0,
     ) -> "DrafterContext":
-        """From what a target made of prompts, `embeds` `[B, S, D]` and `features` `[B, S, (T + 1) * D]`; what is not
-        given says: rows of whole length, text only, tokens and seeds 0."""
-        batch, length, _ = embeds.shape
-        lengths = jnp.full((batch,), length, jnp.int32) if lengths is None else lengths
-        nothing: dict[str, Any] = {"vision": None, "vision_index": None, "prompt_lengths": lengths}
+        """Of as much as a method reads; fields as above, lists and numpy's arrays are welcome.
+
+        What is not given says: text only, rows of whole length without answers, tokens and seeds 0; embeddings and
+        features then have no width. `max_images` is counted in `image_ids`; a function that is jitted must give it.
+
+        Raises ValueError where neither embeddings nor features nor tokens are given, or they differ in `[B, S]`.
+        """
+        given = {"embeds": embeds, "features": features, "input_ids": input_ids, "image_ids": image_ids}
+        sizes = {name: np.shape(array)[:2] for name, array in given.items() if array is not None}
+        if not sizes:
+            raise ValueError("a DrafterContext needs embeds, features or input_ids")
+        (name, size), *others = sizes.items()
+        for other, its_size in others:
+            if its_size != size:
+                raise ValueError(f"{other} are of [B, S] {list(its_size)}, {name} of {list(size)}")
+        batch, length = size
+
+        def whole(array: ArrayLike | None, shape: tuple[int, ...], value: int, dtype: DTypeLike) -> jax.Array:
+            return jnp.full(shape, value, dtype) if array is None else jnp.asarray(array, dtype)
+
+        nothing = jnp.zeros((batch, length, 0))
+        real = whole(lengths, (batch,), length, jnp.int32)
+        if max_images is None:
+            max_images = 0 if image_ids is None else int(np.max(np.asarray(image_ids), initial=-1)) + 1
         return cls(
-            embeds=embeds,
-            features=features,
-            lengths=lengths,
-            image_ids=jnp.full((batch, length), -1, jnp.int32) if image_ids is None else image_ids,
-            input_ids=jnp.zeros((batch, length), jnp.int32) if input_ids is None else input_ids,
-            root=jnp.zeros((batch,), jnp.int32) if root is None else root,
-            **nothing | {"seeds": jnp.zeros((batch,), jnp.uint32)} | others,
+            embeds=nothing if embeds is None else jnp.asarray(embeds),
+            features=nothing if features is None else jnp.asarray(features),
+            vision=None if vision is None else jnp.asarray(vision),
+            vision_index=None if vision_index is None else jnp.asarray(vision_index, jnp.int32),
+            image_ids=whole(image_ids, size, -1, jnp.int32),
+            input_ids=whole(input_ids, size, 0, jnp.int32),
+            lengths=real,
+            prompt_lengths=real if prompt_lengths is None else jnp.asarray(prompt_lengths, jnp.int32),
+            seeds=whole(seeds, (batch,), 0, jnp.uint32),
+            root=whole(root, (batch,), 0, jnp.int32),
+            max_images=max_images,
+            min_image_tokens=min_image_tokens,
         )
 
     @classmethod

@@ -33,7 +33,10 @@ class SpecVLMConfig(EagleConfig):
 class SpecVLMHead(EagleHead[SpecVLMConfig]):
     def __init__(self, config: SpecVLMConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs=rngs)
-        self.compressor = VisualCompressor(config.compressor, config.text, qkv_bias=config.qkv_bias, rngs=rngs)
+        text = config.text
+        self.compressor = VisualCompressor(
+            text.hidden_size, text.num_heads, config.compressor, qkv_bias=config.qkv_bias, rngs=rngs
+        )
 
     def inputs_of(self, context: DrafterContext, next_embeds: jax.Array, key: jax.Array | None = None) -> HeadInputs:
         inputs = super().inputs_of(context, next_embeds)

@@ -3,6 +3,15 @@
 A vision adaptor (section 3.2) turns the M embeddings of an image into `num_q` vectors. All but the last replace the
 image's tokens in the head's sequence, at the positions of its last tokens and without passing `fc`; the last one is the
 image's global feature, which every later text entry carries beside its target feature through `img_fc` (section 3.3).
+
+The adaptor serves alone, too:
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from jaxspec.drafters.vispec import VisionAdaptor
+    >>> adaptor = VisionAdaptor(width=64, num_heads=4, num_queries=3, rngs=nnx.Rngs(0))
+    >>> adaptor(jnp.ones((2, 576, 64))).shape  # the embeddings of one image each
+    (2, 1, 3, 64)
 """
 
 import dataclasses
@@ -20,7 +29,7 @@ from jaxspec.drafters.eagle import (
     write_eagle_config,
 )
 from jaxspec.drafters.sequence import HeadInputs, entry_order, fewest_image_entries, image_spans, take_entries
-from jaxspec.layers import TextConfig, linear
+from jaxspec.layers import linear
 from jaxspec.speculation.tree import TreeConfig
 
 
@@ -42,18 +51,25 @@ class ViSpecConfig(EagleConfig):
 
 
 class VisionAdaptor(nnx.Module):
-    """Learned queries attend once to the embeddings of one image: no norm, no MLP, no positions."""
+    """Learned queries attend once to the embeddings of one image: no norm, no MLP, no positions.
 
-    def __init__(self, text: TextConfig, num_q: int, *, qkv_bias: bool, rngs: nnx.Rngs) -> None:
-        width, heads = text.hidden_size, text.num_heads
-        self.q = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_q, heads, width // heads)))
+    `num_heads` heads share the `width` of the embeddings; raises ValueError where they cannot.
+    """
+
+    def __init__(self, width: int, num_heads: int, num_queries: int, *, qkv_bias: bool = False, rngs: nnx.Rngs) -> None:
+        if width % num_heads:
+            raise ValueError(f"width ({width}) must be a multiple of num_heads ({num_heads})")
+        self.q = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, num_heads, width // num_heads)))
         self.k_proj = linear(width, width, bias=qkv_bias, rngs=rngs)
         self.v_proj = linear(width, width, bias=qkv_bias, rngs=rngs)
         self.o_proj = linear(width, width, bias=False, rngs=rngs)
 
-    def __call__(self, embeds: jax.Array, masks: jax.Array) -> jax.Array:
-        """`[B, n, num_q, D]` for the n images that `masks` bool `[B, n, S]` pick out of `embeds` `[B, S, D]`."""
-        num_q, heads, head_dim = self.q.shape
+    def __call__(self, embeds: jax.Array, masks: jax.Array | None = None) -> jax.Array:
+        """`[B, n, num_queries, D]` for the n images that `masks` bool `[B, n, S]` pick out of `embeds` `[B, S, D]`; by
+        default all are of one image. An image without embeddings has vectors that mean nothing."""
+        _, heads, head_dim = self.q.shape
+        if masks is None:
+            masks = jnp.ones((embeds.shape[0], 1, embeds.shape[1]), bool)
         split = (*embeds.shape[:2], heads, head_dim)
         keys, values = self.k_proj(embeds).reshape(split), self.v_proj(embeds).reshape(split)
         queries = self.q[...].astype(keys.dtype) * head_dim**-0.5
@@ -70,7 +86,7 @@ class ViSpecHead(EagleHead[ViSpecConfig]):
     def __init__(self, config: ViSpecConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs=rngs)
         width = config.text.hidden_size
-        self.imadpt = VisionAdaptor(config.text, config.num_q, qkv_bias=config.qkv_bias, rngs=rngs)
+        self.imadpt = VisionAdaptor(width, config.text.num_heads, config.num_q, qkv_bias=config.qkv_bias, rngs=rngs)
         if not config.global_feature:
             return
         self.img_fc = linear(2 * width, width, bias=True, rngs=rngs)

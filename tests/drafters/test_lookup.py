@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -83,12 +82,6 @@ def test_examples():
     assert draft([8]) == [NO_TOKEN] * 4
 
 
-def context_of(input_ids, image_ids, lengths, root) -> DrafterContext:
-    fields = dict.fromkeys(["embeds", "features", "vision", "vision_index", "prompt_lengths", "seeds"])
-    ids, images, lengths, root = (jnp.asarray(part, jnp.int32) for part in (input_ids, image_ids, lengths, root))
-    return DrafterContext(**fields, input_ids=ids, image_ids=images, lengths=lengths, root=root)
-
-
 def test_rounds_see_the_whole_text():
     """Through prompts with images and padding, and rounds that emit different numbers of tokens, up to the end."""
     rng, batch, config = np.random.default_rng(0), 3, TreeConfig.chain(3)
@@ -99,7 +92,8 @@ def test_rounds_see_the_whole_text():
     root = rng.integers(0, 4, batch).astype(np.int32)
     propose = jax.jit(lambda state, root: lookup.propose(None, config, state, root, None, sampling))
     advance = jax.jit(lambda state, tokens, count: lookup.advance(None, state, tokens, None, count))
-    state = lookup.prefill(None, context_of(ids, image_ids, lengths, root), CAPACITY)
+    context = DrafterContext.of(input_ids=ids, image_ids=image_ids, lengths=lengths, root=root)
+    state = lookup.prefill(None, context, CAPACITY)
     texts = [
         [*np.where(image_ids[row] >= 0, IMAGE, ids[row])[: lengths[row]].tolist(), int(root[row])]
         for row in range(batch)

@@ -89,18 +89,7 @@ def text_context(rows: list[np.ndarray], roots) -> DrafterContext:
     ids = np.zeros((len(rows), 64), np.int32)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = row
-    return DrafterContext(
-        embeds=None,
-        features=None,
-        vision=None,
-        vision_index=None,
-        image_ids=-np.ones_like(ids),
-        input_ids=ids,
-        lengths=lengths,
-        prompt_lengths=lengths,
-        seeds=np.zeros(len(rows), np.uint32),
-        root=np.asarray(roots, np.int32),
-    )
+    return DrafterContext.of(input_ids=ids, lengths=lengths, root=roots)
 
 
 @pytest.mark.parametrize(

@@ -31,20 +31,12 @@ def case(request):
 
 
 def context_of(expected) -> DrafterContext:
-    image_ids = np.where(expected["image_mask"], 0, -1)
-    length = image_ids.shape[1]
-    return DrafterContext(
-        embeds=jnp.asarray(expected["inputs_embeds"]),
-        features=jnp.asarray(expected["hidden_states"]),
-        vision=None,
-        vision_index=None,
-        image_ids=jnp.asarray(image_ids),
-        input_ids=jnp.asarray(expected["input_ids"]),
-        lengths=jnp.array([length]),
-        prompt_lengths=jnp.array([length]),
-        seeds=jnp.zeros((1,), jnp.uint32),
-        root=jnp.asarray(expected["sample_token"][0]),
-        max_images=1,
+    return DrafterContext.of(
+        expected["inputs_embeds"],
+        expected["hidden_states"],
+        input_ids=expected["input_ids"],
+        image_ids=np.where(expected["image_mask"], 0, -1),
+        root=expected["sample_token"][0],
         min_image_tokens=int(expected["image_mask"].sum()),
     )
 

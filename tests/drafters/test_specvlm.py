@@ -40,18 +40,12 @@ def context_of(prompts, length=LENGTH, seeds=None) -> DrafterContext:
         for number, (first, tokens) in enumerate(images):
             ids[row, first : first + tokens] = number
     lengths = np.array([size for size, _ in prompts], np.int32)
-    return DrafterContext(
-        embeds=jnp.asarray(embeds),
-        features=jnp.asarray(features),
-        vision=None,
-        vision_index=None,
-        image_ids=jnp.asarray(ids),
-        input_ids=jnp.zeros(ids.shape, jnp.int32),
-        lengths=jnp.asarray(lengths),
-        prompt_lengths=jnp.asarray(lengths),
-        seeds=jnp.asarray(seeds if seeds is not None else 7 + lengths, jnp.uint32),
-        root=jnp.zeros(len(prompts), jnp.int32),
-        max_images=max(len(images) for _, images in prompts),
+    return DrafterContext.of(
+        embeds,
+        features,
+        image_ids=ids,
+        lengths=lengths,
+        seeds=seeds if seeds is not None else 7 + lengths,
         min_image_tokens=min(sum(tokens for _, tokens in images) for _, images in prompts),
     )
 

@@ -75,19 +75,14 @@ def teacher_of(name: str) -> Teacher:
             answer[row, start:stop] = True
         for number, (first, tokens) in enumerate(IMAGES[row] if images else ()):
             ids[row, first : first + tokens] = number
-    lengths = jnp.array(LENGTHS)
-    context = DrafterContext(
-        embeds=jnp.asarray(rng.normal(size=(4, LENGTH, WIDTH)), jnp.float32),
-        features=jnp.asarray(rng.normal(size=(4, LENGTH, (3 if name == "tapped" else 1) * WIDTH)), jnp.float32),
-        vision=None,
-        vision_index=None,
-        image_ids=jnp.asarray(ids),
-        input_ids=jnp.zeros((4, LENGTH), jnp.int32),
+    lengths = np.array(LENGTHS)
+    context = DrafterContext.of(
+        rng.normal(size=(4, LENGTH, WIDTH)).astype(np.float32),
+        rng.normal(size=(4, LENGTH, (3 if name == "tapped" else 1) * WIDTH)).astype(np.float32),
+        image_ids=ids,
         lengths=lengths,
         prompt_lengths=lengths - 5,
-        seeds=jnp.arange(4, dtype=jnp.uint32),
-        root=jnp.zeros(4, jnp.int32),
-        max_images=2 if images else 0,
+        seeds=np.arange(4),
     )
     return Teacher(context, jnp.asarray(answer))
 

@@ -42,7 +42,7 @@ def test_loss_is_its_definition():
     answer = np.zeros((batch, length), bool)
     answer[0, 2:5] = answer[0, 7:12] = answer[1, 3:8] = True
     lengths = jnp.array([12, 8, 6])
-    context = DrafterContext.of(jnp.zeros_like(features), jnp.asarray(features), lengths)
+    context = DrafterContext.of(features=features, lengths=lengths)
     total, metrics = jax.jit(
         lambda heads: recipe.loss(heads, model, Teacher(context, jnp.asarray(answer)), jax.random.key(0))
     )(heads)
