@@ -52,7 +52,7 @@ def choice_margin(
     if sampling.penalises:
         stops = (*target.stop_token_ids, *sampling.stop_token_ids)
         penalties = Penalties.from_params([sampling], [encoded.input_ids], [stops], scores.shape[-1])
-        said = jnp.asarray(ids[None, len(encoded.input_ids) :])
+        said = jnp.asarray(tokens[:position], jnp.int32)[None]
         scores = penalised(scores, penalties.counted(said, jnp.array([position])), 0)
     if sampling.temperature > 0:
         scores = warp(scores, rows) + gumbel_noise(rows.seed, jnp.array([[len(ids)]]), scores.shape[-1])
