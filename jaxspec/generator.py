@@ -369,7 +369,7 @@ class Batch:
         count = self.sampling[row].logprobs
         if state.logprobs is None or count is None:
             return None
-        own = jax.device_get(jax.tree.map(lambda part: part[row], state.logprobs))
+        own = jax.tree.map(lambda part: part[row], jax.device_get(state.logprobs))
         return Logprobs(own.token_logprobs[columns], own.top_ids[columns, :count], own.top_logprobs[columns, :count])
 
     def finished(self, state: loop.DecodeState) -> bool:
