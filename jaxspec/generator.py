@@ -248,7 +248,7 @@ class Generator:
             raise ValueError("a batch needs at least one prompt, got none")
         params, limits = sampling_list(sampling, len(prompts)), limit_list(max_new_tokens, len(prompts))
         for index, prompt in enumerate(prompts):
-            check_encoded(prompt, f"prompt {index}")
+            check_encoded(prompt, f"prompt {index}", self.target.adapter)
             self.check_length(prompt, f"prompt {index}")
             check_sampling(params[index], limits[index], self.target.model.vocab_size)
             params[index] = params[index].resolved(self.generation_defaults)
