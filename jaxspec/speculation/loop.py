@@ -144,7 +144,7 @@ def idle(
         asked = None
         if penalties:
             ids, stops = [np.zeros(0, np.int32)] * batch, [()] * batch
-            asked = Penalties.from_params(params, ids, stops, target.config.text.vocab_size)
+            asked = Penalties.from_params(params, ids, stops, target.vocab_size)
         request = Request(
             BatchSampling.from_params(params, asked),
             jnp.ones((batch,), jnp.int32),
@@ -197,7 +197,7 @@ def decode_round(
     """
     sampling, room = of_rows(state.request.sampling, ~state.done), config.max_depth + 1
     levels = jnp.arange(room)
-    noise = Noise(sampling.seed, state.lengths + 1, target.config.text.vocab_size)
+    noise = Noise(sampling.seed, state.lengths + 1, target.vocab_size)
     drafter_state = state.drafter
     with jax.named_scope("propose"):
         if drafter is None:
