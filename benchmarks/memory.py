@@ -26,11 +26,12 @@ from jaxspec.drafters.massv import MassvConfig, MassvDrafter
 from jaxspec.drafters.specvlm import SpecVLMConfig, SpecVLMHead
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.layers import TextConfig
-from jaxspec.speculation import loop
+from jaxspec.programs import CHUNK
+from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.params import BatchSampling, SamplingParams
-from jaxspec.speculation.tree import TreeConfig
+from jaxspec.targets.chunks import steps_of
 from jaxspec.targets.clip import ClipVisionConfig
-from jaxspec.targets.llava import Llava, LlavaConfig
+from jaxspec.targets.llava import Llava, LlavaAdapter, LlavaConfig
 from jaxspec.targets.prompts import EncodedPrompt, PromptBatch, stack_prompts
 from jaxspec.training.drafter import DrafterRecipe, teach
 from jaxspec.training.eagle import EagleRecipe
@@ -64,7 +65,9 @@ class Memory:
     layers: int = 2
     """Of the target and of MASSV's text model."""
     rows: int = 2048
-    """Of a prompt."""
+    """Tokens of a prompt."""
+    chunk: int = CHUNK
+    """Tokens that are read at a time, beside all at once. Reported is the last chunk and what comes before a round."""
     sequence_length: int = 3584
     """Of a sequence in training."""
     batch: int = 16
@@ -80,8 +83,10 @@ class Memory:
         target = in_dtype(abstract(lambda rngs: Llava(config, rngs=rngs)), dtype)
         for name, build in DRAFTERS.items():
             drafter = build and abstract(partial(self.shallow, build))
-            prefill = partial(self.prefill, config, target, drafter and in_dtype(drafter, dtype))
-            self.report(f"prefill, {name}, 1 x {self.rows}", prefill)
+            head = drafter and in_dtype(drafter, dtype)
+            for chunk in (self.rows, self.chunk):
+                program = partial(self.prefill, config, target, head, chunk)
+                self.report(f"prefill, {name}, 1 x {self.rows} in chunks of {chunk}", program)
             if name in RECIPES:
                 training = partial(self.training, config, target, drafter, RECIPES[name])
                 self.report(f"train, {name}, {self.batch} x {self.sequence_length}", training)
@@ -100,15 +105,26 @@ class Memory:
         seconds = time.perf_counter() - started
         print(f"| {name} | {analysis.temp_size_in_bytes / 1e9:.2f} | {seconds:.0f} |", flush=True)
 
-    def prefill(self, config: LlavaConfig, target: nnx.Module, drafter: nnx.Module | None) -> jax.stages.Lowered:
-        prompt, new = prompts(config, 1, self.rows), 256
-        request = loop.Request(BatchSampling.from_params([SamplingParams()]), np.full(1, new), np.full((1, 1), -1))
+    def prefill(
+        self, config: LlavaConfig, target: nnx.Module, drafter: nnx.Module | None, chunk: int
+    ) -> jax.stages.Lowered:
+        capacity = self.rows + 256
+        request = loop.Request(BatchSampling.from_params([SamplingParams()]), np.full(1, 256), np.full((1, 1), -1))
+        step = steps_of(LlavaAdapter(config), [encoded(config, self.rows)], chunk, capacity)[-1]
+        tokens = step.chunk
+        shape = tokens.input_ids.shape
+        vision = jnp.zeros((*shape, config.vision_width), target.dtype) if prefill.reads_vision(drafter) else None
+        images = prefill.ImageFeatures(jnp.zeros((*shape, config.text.hidden_size), target.dtype), vision)
 
         @jax.jit
-        def run(target, drafter, prompt, request):
-            return loop.prefill(target, drafter, TreeConfig.chain(4), prompt, request, self.rows + new, new)
+        def run(target, drafter, before, tokens, images, request):
+            read = prefill.read_chunk(target, drafter, before, tokens, images)
+            return loop.begin(target, drafter, read, request, jnp.zeros(1, jnp.int32), capacity, 1)
 
-        return run.lower(target, drafter, prompt, request)
+        before = None
+        if chunk < self.rows:
+            before = jax.eval_shape(lambda: prefill.nothing_read(target, drafter, 1, capacity))
+        return run.lower(target, drafter, before, tokens, images, request)
 
     def training(
         self, config: LlavaConfig, target: nnx.Module, drafter: nnx.Module, recipe: DrafterRecipe
@@ -123,19 +139,23 @@ class Memory:
         def run(params, target, batch, key):
             def loss(params):
                 drafter = nnx.merge(graph, params)
-                return recipe.loss(drafter, target, teach(target, batch, key, loop.taps_of(drafter)), key)
+                return recipe.loss(drafter, target, teach(target, batch, key, prefill.taps_of(drafter)), key)
 
             return jax.value_and_grad(loss, has_aux=True)(params)
 
         return run.lower(params, target, batch, jax.random.key(0))
 
 
-def prompts(config: LlavaConfig, batch: int, length: int) -> PromptBatch[np.ndarray]:
-    """One image and text in every row."""
+def encoded(config: LlavaConfig, length: int) -> EncodedPrompt:
+    """One image and text."""
     ids = np.full(length, 5, np.int32)
     ids[8 : 8 + config.tokens_per_image] = config.image_token_id
     pixels = np.zeros((1, *config.vision.pixel_shape), np.float32)
-    return stack_prompts(config, [EncodedPrompt(ids, config.lay_out({"pixel_values": pixels}))] * batch, length)
+    return EncodedPrompt(ids, LlavaAdapter(config).lay_out({"pixel_values": pixels}))
+
+
+def prompts(config: LlavaConfig, batch: int, length: int) -> PromptBatch[np.ndarray]:
+    return stack_prompts(LlavaAdapter(config), [encoded(config, length)] * batch, length)
 
 
 def in_dtype(module: Any, dtype: str) -> Any:
