@@ -33,7 +33,7 @@ from jaxspec.speculation import loop
 from jaxspec.speculation.params import BatchSampling, SamplingParams
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.clip import ClipVisionConfig
-from jaxspec.targets.llava import Llava, LlavaConfig
+from jaxspec.targets.llava import Llava, LlavaAdapter, LlavaConfig
 from jaxspec.targets.prompts import EncodedPrompt
 
 CLIP = ClipVisionConfig(1024, 4096, 24, 16, 336, 14)
@@ -122,14 +122,15 @@ class Runner:
         ids = rng.integers(0, config.image_token_id, 32 + config.tokens_per_image + 16)
         ids[32 : 32 + config.tokens_per_image] = config.image_token_id
         pixels = rng.standard_normal((1, 3, config.vision.image_size, config.vision.image_size), np.float32)
-        images = config.lay_out({"pixel_values": pixels})
+        adapter = LlavaAdapter(config)
+        images = adapter.lay_out({"pixel_values": pixels})
         self.prompts = [EncodedPrompt(ids, images)] * batch
         limit = rounds * (tree.max_depth + 1) + 1
         self.request = loop.Request(
             BatchSampling.from_params([SamplingParams()] * batch), jnp.full((batch,), limit), jnp.full((batch, 1), -1)
         )
         self.rounds, self.capacity = rounds, len(ids) + limit
-        self.programs = Programs(model, draft_model, tree)
+        self.programs = Programs(model, adapter, draft_model, tree)
         self.params = self.programs.params_of(model, draft_model)
         self()
 

@@ -27,9 +27,10 @@ from jaxspec.speculation.params import BatchSampling, SamplingParams
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.clip import ClipVisionConfig
 from jaxspec.targets.images import ImageLayout
-from jaxspec.targets.llava_next import LlavaNext, LlavaNextConfig
+from jaxspec.targets.llava_next import LlavaNext, LlavaNextAdapter, LlavaNextConfig
 from jaxspec.targets.prompts import EncodedPrompt
-from jaxspec.targets.qwen2_5_vl import Qwen2_5VL, Qwen2_5VLConfig, QwenVisionConfig, frame_windows
+from jaxspec.targets.qwen2_5_vl import Qwen2_5VL, Qwen2_5VLConfig, QwenVisionConfig
+from jaxspec.targets.qwen2_5_vl_adapter import Qwen2_5VLAdapter, frame_windows
 
 MAX_LENGTH = 4608
 TEXT = TextConfig(100, 32, 32, 1, 2, 2, 16)
@@ -37,31 +38,33 @@ TREE = TreeConfig(1, 2, 4)
 SIZES = (64, 128, 256, 512, 1024)
 
 
-def qwen() -> tuple[Qwen2_5VLConfig, type]:
+def qwen() -> tuple[Qwen2_5VLAdapter, type]:
     vision = QwenVisionConfig(32, 40, 1, 2, 32, 14, 2, 2, 112, (0,), tokens_per_second=2.0)
     text = dataclasses.replace(TEXT, rope=RopeConfig(mrope_section=(4, 2, 2)))
-    return Qwen2_5VLConfig(text, vision, 90, 91), Qwen2_5VL
+    return Qwen2_5VLAdapter(Qwen2_5VLConfig(text, vision, 90, 91)), Qwen2_5VL
 
 
-def llava_next() -> tuple[LlavaNextConfig, type]:
+def llava_next() -> tuple[LlavaNextAdapter, type]:
     pinpoints = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-    return LlavaNextConfig(TEXT, ClipVisionConfig(16, 16, 1, 1, 336, 14), 90, grid_pinpoints=pinpoints), LlavaNext
+    config = LlavaNextConfig(TEXT, ClipVisionConfig(16, 16, 1, 1, 336, 14), 90, grid_pinpoints=pinpoints)
+    return LlavaNextAdapter(config), LlavaNext
 
 
-def qwen_picture(config: Qwen2_5VLConfig, height: int, width: int) -> ImageLayout:
+def qwen_picture(adapter: Qwen2_5VLAdapter, height: int, width: int) -> ImageLayout:
     """As Qwen's processor resizes it: sides of whole merged patches, 4 to 1,280 of them."""
-    side = config.vision.patch_size * config.vision.merge_size
+    vision = adapter.config.vision
+    side = vision.patch_size * vision.merge_size
     shrink = max(1.0, (height * width / (1280 * side**2)) ** 0.5)
     rows, columns = (max(1, int(length / shrink / side)) for length in (height, width))
-    grid = 1, rows * config.vision.merge_size, columns * config.vision.merge_size
-    patches = np.zeros((grid[1] * grid[2], config.vision.patch_pixels), np.float32)
+    grid = 1, rows * vision.merge_size, columns * vision.merge_size
+    patches = np.zeros((grid[1] * grid[2], vision.patch_pixels), np.float32)
     patches[:, 0] = height * 10000 + width  # another picture, another key
-    return frame_windows(config.vision, patches, grid, None)
+    return frame_windows(vision, patches, grid, None)
 
 
-def llava_picture(config: LlavaNextConfig, height: int, width: int) -> ImageLayout:
-    tiles = np.full((1, 5, *config.vision.pixel_shape), height * 10000 + width, np.float32)
-    return config.lay_out({"pixel_values": tiles, "image_sizes": np.array([[height, width]])})[0]
+def llava_picture(adapter: LlavaNextAdapter, height: int, width: int) -> ImageLayout:
+    tiles = np.full((1, 5, *adapter.config.vision.pixel_shape), height * 10000 + width, np.float32)
+    return adapter.lay_out({"pixel_values": tiles, "image_sizes": np.array([[height, width]])})[0]
 
 
 FAMILIES = {"qwen2_5_vl": (qwen, qwen_picture), "llava_next": (llava_next, llava_picture)}
@@ -84,18 +87,18 @@ class Count:
             self.count(family, compiled)
 
     def count(self, family: str, compiled: collections.Counter) -> None:
-        (config, kind), picture = FAMILIES[family][0](), FAMILIES[family][1]
-        model = kind(config, rngs=nnx.Rngs(0))
+        (adapter, kind), picture = FAMILIES[family][0](), FAMILIES[family][1]
+        model = kind(adapter.config, rngs=nnx.Rngs(0))
         draft_model = ViSpecHead(ViSpecConfig(TEXT), rngs=nnx.Rngs(1))
-        programs = Programs(model, draft_model, TREE)
+        programs = Programs(model, adapter, draft_model, TREE)
         params = programs.params_of(model, draft_model)
         rng, before = np.random.default_rng(self.seed), compiled.total()
         towers, caches = set(), set()
         for number in range(1, self.requests + 1):
-            prompt, limit = self.request(rng, config, functools.partial(picture, config))
+            prompt, limit = self.request(rng, adapter, functools.partial(picture, adapter))
             limit = min(limit, MAX_LENGTH - len(prompt.input_ids))
             capacity = min(coarse_bucket(len(prompt.input_ids) + limit), MAX_LENGTH)
-            towers |= {str(jax.tree.map(np.shape, config.collate([layout]))) for layout in prompt.images}
+            towers |= {str(jax.tree.map(np.shape, adapter.collate([layout]))) for layout in prompt.images}
             caches.add(capacity)
             read = programs.read(params, [prompt], capacity)
             request = Request(
@@ -114,7 +117,7 @@ class Count:
                     flush=True,
                 )
 
-    def request(self, rng: np.random.Generator, config, picture) -> tuple[EncodedPrompt, int]:
+    def request(self, rng: np.random.Generator, adapter, picture) -> tuple[EncodedPrompt, int]:
         """A prompt and the most tokens of its answer."""
         while True:
             parts, images = [np.full(rng.integers(10, 300), 1)], []
@@ -122,10 +125,10 @@ class Count:
                 width = int(rng.integers(300, 2000))
                 height = int(width * rng.choice([0.56, 0.75, 1, 1.33, 1.78]) * rng.uniform(0.95, 1.05))
                 images.append(picture(height, width))
-                parts += [np.full(images[-1].tokens, config.image_token_id), np.full(rng.integers(1, 60), 2)]
+                parts += [np.full(images[-1].tokens, adapter.image_token_ids[0]), np.full(rng.integers(1, 60), 2)]
             ids = np.concatenate(parts).astype(np.int32)
             if len(ids) < MAX_LENGTH - 64:
-                return EncodedPrompt.of(config, ids, images), int(rng.choice(SIZES))
+                return EncodedPrompt.of(adapter, ids, images), int(rng.choice(SIZES))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from PIL import Image
 from jaxspec.checks import shown, whole_number
 from jaxspec.media import ImageLike
 from jaxspec.speculation.params import SamplingParams
-from jaxspec.targets.prompts import EncodedPrompt, check_tokens
+from jaxspec.targets.adapter import PromptAdapter
+from jaxspec.targets.prompts import EncodedPrompt
+from jaxspec.targets.prompts import check_prompt as check_readable
 from jaxspec.video import Video
 
 DEFAULT_MAX_LENGTH = 4096
@@ -54,11 +56,11 @@ def check_prompt(prompt: Any, name: str) -> None:
         raise ValueError(f"{name} must be a string or a list of chat messages, got {type(prompt).__name__}")
 
 
-def check_encoded(prompt: Any, name: str) -> None:
-    """Raises ValueError for what `jaxspec.prompting.encode_prompt` has not made."""
+def check_encoded(prompt: Any, name: str, adapter: PromptAdapter) -> None:
+    """Raises ValueError for what `jaxspec.prompting.encode_prompt` has not made, or not for this target."""
     if not isinstance(prompt, EncodedPrompt):
         raise ValueError(f"{name} must be an EncodedPrompt, from encode_prompt; got {type(prompt).__name__}")
-    check_tokens(prompt.input_ids)
+    check_readable(adapter, prompt.input_ids, prompt.images)
 
 
 def image_lists(images: Any, count: int) -> list[list[ImageLike]]:

@@ -128,7 +128,7 @@ class Generator:
             tree = tree or drafter.tree
             if check_tree := getattr(drafter.model, "check_tree", None):
                 check_tree(tree)
-        tree.check_vocabulary(target.config.text.vocab_size)
+        tree.check_vocabulary(target.model.vocab_size)
         self.target, self.drafter, self.tree = target, drafter, tree
         self.generation_defaults = target.generation_defaults if generation_config else GenerationDefaults()
         self._usual_penalties = SamplingParams().resolved(self.generation_defaults).penalties
@@ -138,7 +138,7 @@ class Generator:
             self._watch = AcceptanceWatch(drafter.about.get("mean_acceptance_length") if own else None)
         self.allow_local_files = allow_local_files
         draft_model = drafter.model if drafter else None
-        self.programs = Programs(target.model, draft_model, tree, prefill_chunk)
+        self.programs = Programs(target.model, target.adapter, draft_model, tree, prefill_chunk)
         self._params = self.programs.params_of(target.model, draft_model)
 
     @property
@@ -248,9 +248,9 @@ class Generator:
             raise ValueError("a batch needs at least one prompt, got none")
         params, limits = sampling_list(sampling, len(prompts)), limit_list(max_new_tokens, len(prompts))
         for index, prompt in enumerate(prompts):
-            check_encoded(prompt, f"prompt {index}")
+            check_encoded(prompt, f"prompt {index}", self.target.adapter)
             self.check_length(prompt, f"prompt {index}")
-            check_sampling(params[index], limits[index], self.target.config.text.vocab_size)
+            check_sampling(params[index], limits[index], self.target.model.vocab_size)
             params[index] = params[index].resolved(self.generation_defaults)
             limits[index] = min(limits[index], self.max_length - len(prompt.input_ids))
         return Batch(self, prompts, params, limits)
@@ -292,7 +292,7 @@ class Batch:
         width = -(-max(map(len, stops)) // STOP_TOKENS) * STOP_TOKENS
         penalties = None
         if any(params.penalises for params in sampling):
-            ids, size = [prompt.input_ids for prompt in prompts], generator.target.config.text.vocab_size
+            ids, size = [prompt.input_ids for prompt in prompts], generator.target.model.vocab_size
             penalties = Penalties.from_params(sampling, ids, stops, size)
         telling = [params.logprobs is not None for params in sampling]
         self.request = loop.Request(
@@ -369,7 +369,7 @@ class Batch:
         count = self.sampling[row].logprobs
         if state.logprobs is None or count is None:
             return None
-        own = jax.device_get(jax.tree.map(lambda part: part[row], state.logprobs))
+        own = jax.tree.map(lambda part: part[row], jax.device_get(state.logprobs))
         return Logprobs(own.token_logprobs[columns], own.top_ids[columns, :count], own.top_logprobs[columns, :count])
 
     def finished(self, state: loop.DecodeState) -> bool:

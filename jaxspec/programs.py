@@ -19,6 +19,7 @@ from jaxspec.drafters.contract import DraftModel
 from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.prefill import ImageFeatures, Read
 from jaxspec.speculation.tree import TreeConfig
+from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.chunks import Step, images_of, position_offset, steps_of
 from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.images import ImageLayout
@@ -34,6 +35,7 @@ class Programs:
 
     Args:
       model: the target's.
+      adapter: of its family.
       draft_model: what drafts for it, or None for autoregressive decoding.
       tree: what it drafts.
       chunk: tokens of a prompt that are read at a time, a multiple of 4 and at least 16.
@@ -42,9 +44,14 @@ class Programs:
     """
 
     def __init__(
-        self, model: VisionLanguageModel, draft_model: DraftModel | None, tree: TreeConfig, chunk: int = CHUNK
+        self,
+        model: VisionLanguageModel,
+        adapter: PromptAdapter,
+        draft_model: DraftModel | None,
+        tree: TreeConfig,
+        chunk: int = CHUNK,
     ) -> None:
-        self.config, self.chunk = model.config, whole_number("prefill_chunk", chunk, 16)
+        self.adapter, self.chunk = adapter, whole_number("prefill_chunk", chunk, 16)
         if self.chunk % 4:
             raise ValueError(f"prefill_chunk must be a multiple of 4, got {self.chunk}")
         self.graph, _ = nnx.split((model, draft_model))
@@ -101,7 +108,7 @@ class Programs:
 
     def encode(self, params: Any, layout: ImageLayout) -> ImageFeatures:
         """The table of an image; good for every prompt that has the same image (`ImageLayout.key`)."""
-        return self._encode(params, self.config.collate([layout]))
+        return self._encode(params, self.adapter.collate([layout]))
 
     def read(
         self,
@@ -115,7 +122,7 @@ class Programs:
         """A batch of prompts, for caches of `capacity` positions. Tables of images are taken from `tables` by their
         key, where they are there. With `past` (consumed) the first `starts[row]` tokens of each are in it already."""
         tables, images = dict(tables or {}), images_of(prompts)
-        steps = steps_of(self.config, prompts, self.chunk, capacity, starts)
+        steps = steps_of(self.adapter, prompts, self.chunk, capacity, starts)
         for step in steps:
             for key in step.placements:
                 if key not in tables:

@@ -56,7 +56,8 @@ def encode_prompt(
     stills = [each for each in images if not isinstance(each, Video)]
     pictures = open_images(stills)
     videos = [each for each in images if isinstance(each, Video)]
-    given = {"images": (target.image_token, pictures), "videos": (target.video_token, videos)}
+    adapter, processor = target.adapter, target.processor
+    given = {"images": (adapter.image_mark(processor), pictures), "videos": (adapter.video_mark(processor), videos)}
     for noun, (mark, things) in given.items():
         if mark is None and things:
             raise ValueError(f"this target reads no {noun}, {len(things)} were given")
@@ -66,9 +67,9 @@ def encode_prompt(
     arguments: dict[str, Any] = {"images": pictures} if pictures else {}
     if videos:
         arguments["videos"] = [(video.pictures(f"video {number}"), video.fps) for number, video in enumerate(videos, 1)]
-    inputs = process(target.processor, text, **arguments)
+    inputs = process(processor, text, **arguments)
     ids = np.asarray(inputs["input_ids"][0], np.int64)  # of no tokens numpy would make floats
-    return EncodedPrompt.of(target.config, ids, target.config.lay_out(inputs), target.processor.tokenizer)
+    return EncodedPrompt.of(adapter, ids, adapter.lay_out(inputs), processor.tokenizer)
 
 
 def normalise_messages(

@@ -154,4 +154,5 @@ def family_target(name: str) -> Target:
         layer.self_attn.q_proj.kernel[...] *= 3.0
         layer.self_attn.o_proj.kernel[...] *= 4.0
     language.lm_head.kernel[...][:, PREFERRED] *= 4.0
-    return Target(jax.tree.map(jax.numpy.asarray, model), processor, None, (processor.tokenizer.eos_token_id,))
+    model = jax.tree.map(jax.numpy.asarray, model)
+    return Target(model, family.adapter(config), processor, None, (processor.tokenizer.eos_token_id,))

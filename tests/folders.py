@@ -9,7 +9,7 @@ import transformers
 from flax import nnx
 
 from jaxspec.checkpoints.names import abstract
-from jaxspec.targets.registry import family_of, load_model, save_model
+from jaxspec.targets.registry import config_from, family_of, load_model, save_model
 from jaxspec.targets.target import Target
 
 VOCAB, IMAGE_TOKEN, IMAGE_SIZE = 99, 98, 16
@@ -95,10 +95,16 @@ def padded(sequences, side: str) -> dict:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def bare_target(folder: Path) -> Target:
+    """The target of a folder without a processor."""
+    model = load_model(folder)
+    return Target(model, config_from(folder)[0].adapter(model.config), None, folder, ())
+
+
 def torch_pair(model: torch.nn.Module, folder: Path) -> tuple[Target, torch.nn.Module]:
     """transformers' model with new weights, and ours from the folder that it saves."""
     redraw(model.eval()).save_pretrained(folder)
-    return Target(load_model(folder), None, folder, ()), model
+    return bare_target(folder), model
 
 
 def batch_of(*rows, tokens_per_image: int = TOKENS_PER_IMAGE, side: str = "right", seed: int = 0) -> dict:

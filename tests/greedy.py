@@ -5,8 +5,7 @@ import torch
 
 from jaxspec import Generator, SamplingParams, Target
 from jaxspec.generator import Batch
-from jaxspec.targets.images import split_by_tokens
-from jaxspec.targets.prompts import EncodedPrompt
+from jaxspec.targets.prompts import prompts_of
 
 COUNT = 32
 
@@ -40,15 +39,11 @@ def check_greedy(
 def greedy_tokens(target: Target, inputs: dict, sampling: SamplingParams) -> tuple[np.ndarray, list]:
     """I32 `[B, COUNT]` of the generator's decode loop, from the arrays of a processor, without the processor; and the
     log-probabilities of each row, or None."""
-    rows = [ids[mask.astype(bool)] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
-    config = target.config
-    images = config.lay_out({**inputs, "input_ids": np.concatenate(rows)})
-    per_row = split_by_tokens(images, [int(config.is_image(row).sum()) for row in rows])
-    prompts = [EncodedPrompt(row, own, config.position_ids(row, own)) for row, own in zip(rows, per_row, strict=True)]
-    batch = Batch(Generator(target), prompts, [sampling] * len(rows), [COUNT] * len(rows))
+    prompts = prompts_of(target.adapter, inputs)
+    batch = Batch(Generator(target), prompts, [sampling] * len(prompts), [COUNT] * len(prompts))
     state = batch.advance(batch.start(), COUNT)
     assert batch.finished(state)
-    told = [batch.logprobs(state, row, slice(COUNT)) for row in range(len(rows))]
+    told = [batch.logprobs(state, row, slice(COUNT)) for row in range(len(prompts))]
     return np.asarray(state.tokens)[:, :COUNT], told
 
 

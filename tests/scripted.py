@@ -62,7 +62,7 @@ def scripted_target(tokenizer, *answers: list[int], broken: tuple[int, ...] = ()
             head[now, following] = 1.0
     language.embed_tokens.embedding[...] = jnp.asarray(embedding)
     language.lm_head.kernel[...] = jnp.asarray(head)
-    return Target(model, TextProcessor(tokenizer), None, (tokenizer.eos_token_id,))
+    return Target(model, family.adapter(model.config), TextProcessor(tokenizer), None, (tokenizer.eos_token_id,))
 
 
 def prompt_of(*tokens: int) -> EncodedPrompt:

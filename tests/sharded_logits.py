@@ -16,7 +16,7 @@ from jaxspec.checkpoints.names import parameter_paths
 from jaxspec.demo.processor import build_processor
 from jaxspec.prompting import encode_prompt
 from jaxspec.targets.images import Images, stack_positions
-from jaxspec.targets.registry import load_model
+from jaxspec.targets.registry import config_from, load_model
 from jaxspec.targets.target import full_logits
 from tests.families import FAMILIES, TEXT
 from tests.folders import relative_error, write_random
@@ -37,14 +37,14 @@ def llava(folder: Path):
 
 def batch(target: Target):
     """Arguments of `full_logits` after the model: two prompts, the second with a picture more."""
-    images = [PICTURES[:1], PICTURES] if target.image_token else [(), ()]
+    images = [PICTURES[:1], PICTURES] if target.adapter.image_token_ids else [(), ()]
     questions = ("How many shapes are there in it?", "Compare.")
     prompts = [encode_prompt(target, *row) for row in zip(questions, images, strict=True)]
     lengths = np.array([len(prompt.input_ids) for prompt in prompts])
     ids = np.full((2, lengths.max()), -1, np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt.input_ids)] = prompt.input_ids
-    placed = target.config.place([layout for prompt in prompts for layout in prompt.images], ids)
+    placed = target.adapter.place([layout for prompt in prompts for layout in prompt.images], ids)
     positions = stack_positions([prompt.position_ids for prompt in prompts], ids.shape[1])
     return np.maximum(ids, 0), lengths, placed, positions
 
@@ -52,7 +52,8 @@ def batch(target: Target):
 def report(folder: Path, config, processor) -> dict:
     write_random(folder, config)
     single, sharded = load_model(folder), load_model(folder, mesh=MESH)
-    ids, lengths, images, positions = batch(Target(single, processor, folder, ()))
+    adapter = config_from(folder)[0].adapter(single.config)
+    ids, lengths, images, positions = batch(Target(single, adapter, processor, folder, ()))
     expected = full_logits(single, ids, lengths, images, positions)
     places = (ROWS, ROWS, images and Images(pixels=WHOLE, rows=ROWS, ids=ROWS), None if positions is None else SECOND)
     logits = full_logits(sharded, *jax.device_put((ids, lengths, images, positions), places))

@@ -67,7 +67,7 @@ def programs(target: Target, drafter: Drafter | None, images: list):
     """The state before the first round, and the programs of encoding, of reading a first and a second chunk, of what
     comes after and of decoding, penalties included."""
     prompts = [encode_prompt(target, "What is that?", images[:count]) for count in (0, len(images))]
-    step, *_ = steps_of(target.config, prompts, 128, CAPACITY)
+    step, *_ = steps_of(target.adapter, prompts, 128, CAPACITY)
     chunk, models = step.chunk, (target.model, drafter.model if drafter else None)
     params = [SamplingParams(temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, presence_penalty=1)] * BATCH
     stops, size = np.full((BATCH, 4), -1, np.int32), target.config.text.vocab_size
@@ -82,7 +82,7 @@ def programs(target: Target, drafter: Drafter | None, images: list):
         return shapes
 
     if images:
-        pixels = target.config.collate(prompts[1].images[:1])
+        pixels = target.adapter.collate(prompts[1].images[:1])
         table = trace(lambda models, pixels: prefill.encode_image(*models, pixels), pixels)
         index = np.zeros(chunk.input_ids.shape, np.int32)
         features = trace(lambda models, table, index: prefill.place(None, table, index), table, index)
@@ -100,7 +100,8 @@ def programs(target: Target, drafter: Drafter | None, images: list):
 
 def assert_computes_in(dtype, target: Target, drafter: Drafter, images: list) -> None:
     model, head = in_dtype(target.model, dtype), in_dtype(drafter.model, dtype)
-    target, drafter = Target(model, target.processor, None, ()), Drafter(head, drafter.tree, drafter.method, {})
+    target = Target(model, target.adapter, target.processor, None, ())
+    drafter = Drafter(head, drafter.tree, drafter.method, {})
     state, traced = programs(target, drafter, images)
     floats = {leaf.dtype for leaf in jax.tree.leaves((state.cache, state.draft_state)) if leaf.dtype.kind not in "iub"}
     assert floats == {jnp.dtype(dtype)}
@@ -114,7 +115,7 @@ def assert_computes_in(dtype, target: Target, drafter: Drafter, images: list) ->
 def test_families(name, dtype, pictures):
     target = family_target(name)
     head = Drafter(fresh_head(target, "eagle2", 1), TREE, "eagle2", {})
-    assert_computes_in(dtype, target, head, pictures[:1] if target.config.image_token_ids else [])
+    assert_computes_in(dtype, target, head, pictures[:1] if target.adapter.image_token_ids else [])
 
 
 @pytest.mark.parametrize("name", [name for name in DRAFTERS if name not in ("chain", "random", "self", "lookup")])
@@ -131,7 +132,7 @@ def test_one_float32_parameter_is_seen(name, target):
     own = [(path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(model)) if dotted_path(path).endswith(name)]
     nnx.update(model, nnx.from_flat_state([(path, leaf.replace(leaf[...].astype(jnp.float32))) for path, leaf in own]))
     text = target.config.text
-    _, traced = programs(Target(model, target.processor, None, ()), None, [])
+    _, traced = programs(Target(model, target.adapter, target.processor, None, ()), None, [])
     assert any(wide_intermediates(program, text.hidden_size, (text.vocab_size,)) for program in traced)
 
 

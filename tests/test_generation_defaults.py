@@ -12,7 +12,7 @@ EXPLICIT = SamplingParams(temperature=0.8, top_k=30, repetition_penalty=1.4, min
 
 @pytest.fixture(scope="module")
 def saying(target) -> Target:
-    return Target(target.model, target.processor, target.path, target.stop_token_ids, SAID)
+    return Target(target.model, target.adapter, target.processor, target.path, target.stop_token_ids, SAID)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_the_folder_turned_off(saying, generators):
 def test_a_folder_out_of_range_is_refused_before_any_request(target, tmp_path):
     source = tmp_path / "generation_config.json"
     said = GenerationDefaults(repetition_penalty=-1.0, source=source)
-    broken = Target(target.model, target.processor, target.path, target.stop_token_ids, said)
+    broken = Target(target.model, target.adapter, target.processor, target.path, target.stop_token_ids, said)
     with pytest.raises(ValueError, match=f"{source}: repetition_penalty must be between"):
         Generator(broken)
     Generator(broken, generation_config=False)

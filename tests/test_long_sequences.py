@@ -59,7 +59,7 @@ def draft_model_of(target, name: str):
 
 def prompts(target, pictures):
     encoded = [encode_prompt(target, "What is that?", pictures[:count]) for count in (1, 2)]
-    return stack_prompts(target.config, encoded, LENGTH)
+    return stack_prompts(target.adapter, encoded, LENGTH)
 
 
 def prefill_program(target, draft_model, pictures):

@@ -137,8 +137,8 @@ def test_sizes(family, size):
     target = targets(family)
     encoded = encode_prompt(target, "What is this?", [coloured(*size)])
     (layout,) = encoded.images
-    assert layout.tokens == target.config.is_image(encoded.input_ids).sum() > 0
-    pixels = target.config.place(encoded.images, encoded.input_ids[None]).pixels
+    assert layout.tokens == target.adapter.is_image(encoded.input_ids).sum() > 0
+    pixels = target.adapter.place(encoded.images, encoded.input_ids[None]).pixels
     assert all(np.isfinite(array).all() for array in (pixels.values() if isinstance(pixels, dict) else [pixels]))
 
 

@@ -326,12 +326,12 @@ def test_every_image_has_as_many_tokens_as_features(data, family):
         parts.append({"type": "image", "image": Image.new("RGB", size, (200, 30, 90))})
         parts += [text("and")] * data.draw(st.integers(0, 1))
     prompt = encode_prompt(target, [user(*parts, text("What?"))])
-    config, ids, images = target.config, prompt.input_ids, prompt.images
-    check_prompt(config, ids, images)
+    adapter, ids, images = target.adapter, prompt.input_ids, prompt.images
+    check_prompt(adapter, ids, images)
     assert [image.tokens for image in images] == [
         encode_prompt(target, "What?", [part["image"]]).images[0].tokens for part in parts if part["type"] == "image"
     ]
-    place = data.draw(st.sampled_from(np.flatnonzero(config.is_image(ids)).tolist()))
+    place = data.draw(st.sampled_from(np.flatnonzero(adapter.is_image(ids)).tolist()))
     wrong = [
         (np.delete(ids, place), images),
         (np.insert(ids, place, ids[place]), images),
@@ -340,18 +340,18 @@ def test_every_image_has_as_many_tokens_as_features(data, family):
     ]
     for ids, images in wrong:
         with pytest.raises(ValueError, match=r"the prompt has \d+ image tokens, its images have \d+ features"):
-            check_prompt(config, ids, images)
+            check_prompt(adapter, ids, images)
 
 
 def test_features_of_one_image_never_make_up_for_another(target):
     """The totals agree; each image by itself does not."""
     prompt = encode_prompt(target, [user({"type": "image"}, text("and"), {"type": "image"})], [PICTURE] * 2)
-    marks = np.flatnonzero(target.config.is_image(prompt.input_ids))
+    marks = np.flatnonzero(target.adapter.is_image(prompt.input_ids))
     ids = np.insert(np.delete(prompt.input_ids, marks[-1]), marks[0], prompt.input_ids[marks[0]])
     with pytest.raises(
         ValueError, match=r"72 image tokens, its images have 72 features; image 1 has 37 tokens for 36 features"
     ):
-        check_prompt(target.config, ids, prompt.images)
+        check_prompt(target.adapter, ids, prompt.images)
 
 
 # -- limits ------------------------------------------------------------------------------------------------------------

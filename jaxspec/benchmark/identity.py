@@ -76,7 +76,7 @@ def replay(target: Target, prompt: EncodedPrompt, tokens: Tokens, nodes: int) ->
     longest = bucket(len(prompt.input_ids))
     capacity = longest + bucket(len(tokens) + nodes)
     offset = position_offset(prompt)
-    logits, cache = _read_prompt(target.model, stack_prompts(target.config, [prompt], longest), capacity)
+    logits, cache = _read_prompt(target.model, stack_prompts(target.adapter, [prompt], longest), capacity)
     told = [np.asarray(logits)]
     for start in range(0, len(tokens), nodes):
         block = np.zeros((1, nodes), np.int32)

@@ -83,7 +83,7 @@ class Export:
 
 
 def embedding_of(target: Target) -> np.ndarray:
-    return np.asarray(target.model.language_model.embed_tokens.embedding[...])
+    return np.asarray(target.model.embedding)
 
 
 def check_replaceable(output: Path) -> None:

@@ -21,7 +21,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from jaxspec.data.pictures import Pictures
 from jaxspec.data.records import Example, stored_records
 from jaxspec.media import ImageLike, open_images
-from jaxspec.targets.contract import TargetConfig
+from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.prompts import EncodedPrompt
 
 NAME, ABOUT = "self_distilled", "distill.json"
@@ -235,8 +235,8 @@ class AnswerSource:
 class AnswerEncoder:
     """Records of an `AnswerSource` as the target reads them, for `jaxspec.data.pipeline.Pipeline`."""
 
-    def __init__(self, processor: Any, config: TargetConfig) -> None:
-        self.processor, self.config = processor, config
+    def __init__(self, processor: Any, adapter: PromptAdapter) -> None:
+        self.processor, self.adapter = processor, adapter
 
     def encode_record(self, record: dict) -> Example:
         """The prompt with its answer."""
@@ -255,7 +255,7 @@ class AnswerEncoder:
         inputs = {"input_ids": ids[None]}
         if images:
             inputs |= self.processor.image_processor(open_images(images), return_tensors="np")
-        return EncodedPrompt.of(self.config, ids, self.config.lay_out(inputs), self.processor.tokenizer)
+        return EncodedPrompt.of(self.adapter, ids, self.adapter.lay_out(inputs), self.processor.tokenizer)
 
     def length(self, record: dict) -> int:
         """How many tokens `encode_record` will give."""

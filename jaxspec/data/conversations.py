@@ -17,7 +17,7 @@ from PIL import Image
 from jaxspec.data.formats import MARK, ROLES, check_turns
 from jaxspec.data.records import Example
 from jaxspec.media import image_size, open_images
-from jaxspec.targets.contract import TargetConfig
+from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.processors import adds_special, process, reader, render
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.words import guard_messages
@@ -28,14 +28,14 @@ class ConversationEncoder:
 
     Args:
       processor: a target's; its tokenizer must be a fast one.
-      config: the target's.
+      adapter: the target's.
 
     Raises:
       ValueError: the tokenizer isn't a fast one, or there is no chat template.
     """
 
-    def __init__(self, processor: Any, config: TargetConfig) -> None:
-        self.processor, self.config, self.tokenizer = processor, config, processor.tokenizer
+    def __init__(self, processor: Any, adapter: PromptAdapter) -> None:
+        self.processor, self.adapter, self.tokenizer = processor, adapter, processor.tokenizer
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(f"The tokenizer must be a fast one; got {type(self.tokenizer).__name__}.")
         if not (getattr(processor, "chat_template", None) or self.tokenizer.chat_template):
@@ -72,7 +72,7 @@ class ConversationEncoder:
         mask = np.zeros(len(ids), bool)
         for start, stop in answers:  # special tokens that the tokenizer adds span 0 characters and are in no answer
             mask |= (starts < stop) & (stops > start)
-        return Example(EncodedPrompt.of(self.config, ids, self.config.lay_out(inputs), self.tokenizer), mask)
+        return Example(EncodedPrompt.of(self.adapter, ids, self.adapter.lay_out(inputs), self.tokenizer), mask)
 
     def encode_record(self, record: dict) -> Example:
         """A record of a data source with `images` and `conversations`."""
@@ -97,7 +97,7 @@ class ConversationEncoder:
     def _text_and_answers(self, images, conversations) -> tuple[str, list[tuple[int, int]]]:
         """The whole text with its image marks, and the (start, stop) characters of each answer."""
         messages = guard_messages(self.processor, to_messages(conversations, len(images)))
-        if images and not self.config.image_token_ids:
+        if images and not self.adapter.image_token_ids:
             raise ValueError(f"This target reads no images; the conversation has {len(images)}.")
         text, answers, rendered = "", [], ""
         for turn, message in enumerate(messages):
@@ -122,24 +122,26 @@ class ConversationEncoder:
         """The text as the tokenizer sees it, for images of these (width, height), and where the answers are in it."""
         if not sizes:
             return text, answers
-        first, *pieces = text.split(self.processor.image_token)
+        mark = self.adapter.image_mark(self.processor)
+        assert mark is not None  # a target that reads no images was refused
+        first, *pieces = text.split(mark)
         if len(pieces) != len(sizes):
             raise ValueError(f"The chat template must mark each image once; got {len(pieces)} marks for {len(sizes)}.")
         expanded, ends, growth, at = first, [], [0], len(first)
         for piece, size in zip(pieces, sizes, strict=True):
-            at += len(self.processor.image_token)
+            at += len(mark)
             ends.append(at)
-            expanded += self._expansion(size)
+            expanded += self._expansion(mark, size)
             growth.append(len(expanded) - at)
             expanded += piece
             at += len(piece)
         shifts = [growth[np.searchsorted(ends, start, side="right")] for start, _ in answers]  # no mark in an answer
         return expanded, [(start + by, stop + by) for (start, stop), by in zip(answers, shifts, strict=True)]
 
-    def _expansion(self, size: tuple[int, int]) -> str:
+    def _expansion(self, mark: str, size: tuple[int, int]) -> str:
         """What the processor puts in place of the mark of an image of that (width, height)."""
         if size not in self._expansions:
-            mark, blank = self.processor.image_token, Image.new("RGB", size)
+            blank = Image.new("RGB", size)
             alone = self.processor(text=[mark], images=[blank], return_tensors="np", add_special_tokens=False)
             text = self.tokenizer.decode(alone["input_ids"][0], clean_up_tokenization_spaces=False)
             self._expansions[size] = sys.intern(text)  # few sizes expand differently

@@ -17,7 +17,7 @@ from absl import flags
 
 from jaxspec.data.order import Order
 from jaxspec.data.records import Encoder, Example, Records
-from jaxspec.targets.contract import TargetConfig
+from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.prompts import EncodedPrompt, stack_prompts
 
 PATIENCE = 1000
@@ -42,14 +42,14 @@ class Row(NamedTuple):
     length: int
 
 
-def cut(example: Example, limit: int, config: TargetConfig) -> Example:
+def cut(example: Example, limit: int, adapter: PromptAdapter) -> Example:
     """The first `limit` tokens of a conversation. Raises ValueError where that would lose image tokens, which a model
     couldn't match with its pictures."""
     prompt = example.prompt
     length = len(prompt.input_ids)
     if length <= limit:
         return example
-    if np.any(config.is_image(prompt.input_ids[limit:])):
+    if np.any(adapter.is_image(prompt.input_ids[limit:])):
         raise ValueError(f"sequence_length {limit} cuts image tokens off a conversation of {length} tokens; raise it.")
     positions = None if prompt.position_ids is None else prompt.position_ids[:, :limit]
     return Example(EncodedPrompt(prompt.input_ids[:limit], prompt.images, positions), example.loss_mask[:limit])
@@ -75,7 +75,7 @@ class Pipeline:
     Args:
       source: random access to records.
       encoder: `encode_record(record)` gives the `Example` of one record, `length(record)` how many tokens it has, and
-        `config` is the target's (`jaxspec.data.conversations.ConversationEncoder`,
+        `adapter` is the target's (`jaxspec.data.conversations.ConversationEncoder`,
         `jaxspec.data.answers.AnswerEncoder`).
       sequence_length: most tokens per row; longer conversations are cut.
       batch_size: rows per batch over all processes together.
@@ -207,7 +207,7 @@ class Pipeline:
             return None
         try:
             whole = self._encoder.encode_record(self._source[index])
-            example = cut(whole, self._sequence_length, self._encoder.config)
+            example = cut(whole, self._sequence_length, self._encoder.adapter)
         except ValueError as error:
             return self._leave_out(index, Unusable(str(error)))
         if not teaches(example.loss_mask, self._answer_run):
@@ -279,5 +279,5 @@ class Pipeline:
 
     def _stack(self, rows: Sequence[Example], length: int) -> dict[str, Any]:
         masks = [np.pad(row.loss_mask, (0, length - len(row.loss_mask))) for row in rows]
-        prompts = stack_prompts(self._encoder.config, [row.prompt for row in rows], length)
+        prompts = stack_prompts(self._encoder.adapter, [row.prompt for row in rows], length)
         return {"prompts": prompts, "loss_mask": np.stack(masks)}

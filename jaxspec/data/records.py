@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxspec.targets.contract import TargetConfig
+from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.prompts import EncodedPrompt
 
 Record = TypeVar("Record", covariant=True)
@@ -43,7 +43,7 @@ class Encoder(Protocol):
     a record that cannot be read."""
 
     @property
-    def config(self) -> TargetConfig: ...
+    def adapter(self) -> PromptAdapter: ...
 
     def encode_record(self, record: dict[str, Any]) -> Example:
         """What is learned from the record."""

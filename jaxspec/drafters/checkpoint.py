@@ -40,8 +40,9 @@ def load_drafter_folder(
     """
     raw, tensors, name = read_drafter_folder(folder)
     method = METHODS[name]
-    text = None if model is None else model.config.text
-    sizes = {} if text is None else {"hidden_size": text.hidden_size, "vocab_size": text.vocab_size}
+    sizes = {}
+    if model is not None:
+        sizes = {"hidden_size": model.config.text.hidden_size, "vocab_size": model.vocab_size}
     with one_sentence(folder):
         config = method.read_config(sizes | raw)
         tree = tree_of(raw, method)
@@ -84,7 +85,7 @@ def save_drafter_folder(
         if embedding is None:
             if model is None:
                 raise ValueError(f"the files of a {name} drafter hold the target's embedding: give one or the target")
-            embedding = np.asarray(model.language_model.embed_tokens.embedding[...])
+            embedding = np.asarray(model.embedding)
         tensors[EMBEDDING] = embedding.astype(dtype)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -143,7 +144,7 @@ def check_embedding(embedding: np.ndarray, model: VisionLanguageModel, folder: P
     """Raises ValueError where the drafter's copy of the embedding is not this target's, up to a change of dtype."""
     if not is_finite(embedding):
         raise ValueError(f"drafter {folder} holds weights that are not finite: {EMBEDDING}")
-    theirs = np.asarray(model.language_model.embed_tokens.embedding[...], np.float32)
+    theirs = np.asarray(model.embedding, np.float32)
     if embedding.shape != theirs.shape:
         raise ValueError(f"drafter {folder}: {EMBEDDING} is {embedding.shape}, the target's embedding {theirs.shape}")
     sample = np.linspace(0, len(theirs) - 1, min(len(theirs), 256)).astype(int)

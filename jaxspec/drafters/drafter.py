@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxspec.checkpoints.hub import resolve_folder
@@ -47,6 +46,5 @@ def load_drafter(path_or_repo_id: str | Path, target: Target) -> Drafter:
     if recorded is not None and own is not None and recorded != own:
         raise ValueError(f"drafter {folder} was trained for the target {recorded}, not for {own}")
     METHODS[name].check_folder(folder, target.tokenizer)
-    dtype = target.model.language_model.embed_tokens.embedding.dtype
-    model, tree = load_drafter_folder(folder, target.model, jnp.dtype(dtype))
+    model, tree = load_drafter_folder(folder, target.model, target.model.dtype)
     return Drafter(model, tree, name, about, own)

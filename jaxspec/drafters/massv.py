@@ -127,7 +127,7 @@ class MassvDrafter(nnx.Module):
         noise: Noise,
         sampling: BatchSampling,
     ) -> tuple[Tree, MassvState]:
-        vocab_size = model.config.text.vocab_size
+        vocab_size = model.vocab_size
         own = Mask(ancestors=jnp.eye(config.top_k, dtype=bool))
 
         def expand(drafted, tokens, parent, level):

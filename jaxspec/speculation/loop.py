@@ -144,7 +144,7 @@ def idle(
         asked = None
         if penalties:
             ids, stops = [np.zeros(0, np.int32)] * batch, [()] * batch
-            asked = Penalties.from_params(params, ids, stops, model.config.text.vocab_size)
+            asked = Penalties.from_params(params, ids, stops, model.vocab_size)
         request = Request(
             BatchSampling.from_params(params, asked),
             jnp.ones((batch,), jnp.int32),
@@ -197,7 +197,7 @@ def decode_round(
     """
     sampling, room = of_rows(state.request.sampling, ~state.done), config.max_depth + 1
     levels = jnp.arange(room)
-    noise = Noise(sampling.seed, state.lengths + 1, model.config.text.vocab_size)
+    noise = Noise(sampling.seed, state.lengths + 1, model.vocab_size)
     draft_state = state.draft_state
     with jax.named_scope("propose"):
         if draft_model is None:

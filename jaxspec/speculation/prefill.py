@@ -61,8 +61,8 @@ def reads_vision(draft_model: DraftModel | None) -> bool:
 
 
 def encode_image(model: VisionLanguageModel, draft_model: DraftModel | None, pixels: Any) -> ImageFeatures:
-    """The table of one image (or of several, collated): `pixels` as `TargetConfig.collate` makes them; R is padded to a
-    power of two, so that tables of many shapes share the programs behind them."""
+    """The table of one image (or of several, collated): `pixels` as `PromptAdapter.collate` makes them. R is padded to
+    a power of two, so that tables of many shapes share the programs behind them."""
     vision = model.encode_vision(pixels)
     with jax.named_scope("projector"):
         features = model.project(vision)

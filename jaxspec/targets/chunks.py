@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxspec.buckets import chunk_size
-from jaxspec.targets.contract import TargetConfig
+from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.images import Array, ImageLayout, table_rows
 from jaxspec.targets.prompts import EncodedPrompt
 
@@ -56,17 +56,17 @@ def cuts(image_ids: np.ndarray, start: int, limit: int, whole_images: bool) -> l
     return pieces
 
 
-def image_ids_of(config: TargetConfig, prompt: EncodedPrompt) -> np.ndarray:
+def image_ids_of(adapter: PromptAdapter, prompt: EncodedPrompt) -> np.ndarray:
     """Which image each token of a prompt belongs to, -1 for text: i32 `[S]`."""
     ids = np.full(len(prompt.input_ids), -1, np.int32)
-    ids[config.is_image(prompt.input_ids)] = np.repeat(
+    ids[adapter.is_image(prompt.input_ids)] = np.repeat(
         np.arange(len(prompt.images)), [layout.tokens for layout in prompt.images]
     )
     return ids
 
 
 def steps_of(
-    config: TargetConfig,
+    adapter: PromptAdapter,
     prompts: Sequence[EncodedPrompt],
     limit: int,
     capacity: int,
@@ -79,20 +79,21 @@ def steps_of(
     three sizes. An image's key in `Step.placements` is its layout's `key`.
     """
     starts = starts or [0] * len(prompts)
-    places = [image_ids_of(config, prompt) for prompt in prompts]
-    plans = [cuts(ids, first, limit, config.reads_images_whole) for ids, first in zip(places, starts, strict=True)]
+    places = [image_ids_of(adapter, prompt) for prompt in prompts]
+    whole = adapter.config.reads_images_whole
+    plans = [cuts(ids, first, limit, whole) for ids, first in zip(places, starts, strict=True)]
     count = max(map(len, plans))
     steps = []
     for number in range(count):
         pieces = [plan[number] if number < len(plan) else (0, 0) for plan in plans]
         longest = max(stop - start for start, stop in pieces)
         size = min(chunk_size(longest, limit, alone=count == 1 and not any(starts)), max(capacity, longest))
-        steps.append(step_of(config, prompts, places, pieces, size))
+        steps.append(step_of(adapter, prompts, places, pieces, size))
     return steps
 
 
 def step_of(
-    config: TargetConfig,
+    adapter: PromptAdapter,
     prompts: Sequence[EncodedPrompt],
     places: Sequence[np.ndarray],
     pieces: Sequence[tuple[int, int]],
@@ -117,7 +118,7 @@ def step_of(
                 rows = placements.setdefault(layout.key, np.full(shape, -1, np.int32))
                 within = np.flatnonzero(where == number)
                 inside = (within >= start) & (within < stop)
-                rows[row, within[inside] - start] = table_rows(layout, config.shared_rows)[inside]
+                rows[row, within[inside] - start] = table_rows(layout, adapter.shared_rows)[inside]
     count = np.array([stop - start for start, stop in pieces], np.int32)
     return Step(Chunk(ids, count, image_ids, positions), placements)
 

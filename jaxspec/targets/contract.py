@@ -4,47 +4,24 @@ Drafters, speculation and training use this and nothing else of a target.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxspec.cache import Cache, LayerKV
 from jaxspec.kernels.masks import Mask
 from jaxspec.layers import LanguageModel, TextConfig
-from jaxspec.targets.images import ImageLayout, Images, place, stack_entries
-
-Layout = TypeVar("Layout", bound=ImageLayout)
+from jaxspec.targets.images import Images
 
 
 @dataclasses.dataclass(frozen=True)
-class TargetConfig(Generic[Layout]):
-    """What a family's config says about prompts, on the host. Subclasses are frozen dataclasses."""
+class TargetConfig:
+    """The dimensions of a family's model, as its folder gives them. Subclasses are frozen dataclasses."""
 
     text: TextConfig
-
-    if TYPE_CHECKING:  # a property would become the default of the field that a subclass has in its place
-
-        @property
-        def video_token_id(self) -> int | None:
-            """That of the ids which stands for videos, where the family reads them."""
-
-    else:
-        video_token_id = None
-
-    @property
-    def image_token_ids(self) -> tuple[int, ...]:
-        """Ids that stand for image features; the first is the mark of an image. None in a family that reads only
-        text."""
-        return ()
-
-    @property
-    def shared_rows(self) -> int:
-        """Rows at the beginning of the table of features that belong to no image."""
-        return 0
 
     @property
     def vision_width(self) -> int:
@@ -56,34 +33,6 @@ class TargetConfig(Generic[Layout]):
         """Whether the tokens of an image see each other in both directions, so that no chunk of a prompt may end within
         an image."""
         return False
-
-    @property
-    def processor_settings(self) -> dict[str, Any]:
-        """What the folder's processor (or the image processor in it) must be set to, so that it writes as many image
-        tokens as there are features: attributes by the names that its files give them."""
-        return {}
-
-    def lay_out(self, inputs: Mapping[str, Any]) -> list[Layout]:
-        """The images of a processor's outputs, in reading order. Raises ValueError for pixels of a shape that the tower
-        does not read."""
-        raise NotImplementedError(f"{type(self).__name__} must implement lay_out")
-
-    def collate(self, layouts: Sequence[Layout]) -> Any:
-        """The pixels of several images as the tower reads them."""
-        return stack_entries(layouts)
-
-    def is_image(self, input_ids: np.ndarray) -> np.ndarray:
-        """Where image features stand: bool, in the shape of the ids."""
-        return np.isin(input_ids, self.image_token_ids)
-
-    def place(self, layouts: Sequence[Layout], input_ids: np.ndarray) -> Images[np.ndarray] | None:
-        """The images at the image tokens of ids `[B, S]`."""
-        return place(layouts, self.is_image(input_ids), self.collate, self.shared_rows) if layouts else None
-
-    def position_ids(self, input_ids: np.ndarray, layouts: Sequence[Layout]) -> np.ndarray | None:
-        """Positions i32 `[3, S]` of one prompt where they are not 0, 1, 2, ..; the token after it stands at their
-        largest plus 1."""
-        return None
 
 
 class VisionLanguageModel(nnx.Module):
@@ -101,8 +50,18 @@ class VisionLanguageModel(nnx.Module):
     def dtype(self) -> jnp.dtype:
         return self.language_model.embed_tokens.embedding.dtype
 
+    @property
+    def vocab_size(self) -> int:
+        """V, tokens that have an embedding and a logit."""
+        return self.config.text.vocab_size
+
+    @property
+    def embedding(self) -> jax.Array:
+        """The table of token embeddings `[V, D]` in the model's dtype, as it is stored: `embed` may scale its rows."""
+        return self.language_model.embed_tokens.embedding[...]
+
     def encode_vision(self, pixels: Any) -> jax.Array:
-        """What the tower sees in `pixels`, as `TargetConfig.collate` makes them: `[R, Dv]` in the model's dtype, a row
+        """What the tower sees in `pixels`, as `PromptAdapter.collate` makes them: `[R, Dv]` in the model's dtype, a row
         for each row of the table, as the projector reads them; zeros in shared rows."""
         raise NotImplementedError(f"{type(self).__name__} must implement encode_vision")
 

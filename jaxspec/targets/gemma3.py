@@ -10,29 +10,25 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from jaxspec.checkpoints.configs import gemma_text_config
 from jaxspec.layers import Embed, LanguageModel, RMSNorm, TextConfig, linear
+from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.clip import ClipEncoder, ClipVisionConfig, layer_norm, patchify
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
-from jaxspec.targets.images import ImageLayout, check_pixels
+from jaxspec.targets.images import ImageLayout, single_entries
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Gemma3Config(TargetConfig[ImageLayout]):
+class Gemma3Config(TargetConfig):
     text: TextConfig
     vision: ClipVisionConfig
     image_token_id: int
     tokens_per_image: int
-
-    @property
-    def image_token_ids(self) -> tuple[int, ...]:
-        return (self.image_token_id,)
 
     @property
     def vision_width(self) -> int:
@@ -56,18 +52,23 @@ class Gemma3Config(TargetConfig[ImageLayout]):
     def reads_images_whole(self) -> bool:
         return True
 
+
+@dataclasses.dataclass(frozen=True)
+class Gemma3Adapter(PromptAdapter[ImageLayout]):
+    config: Gemma3Config
+
+    @property
+    def image_token_ids(self) -> tuple[int, ...]:
+        return (self.config.image_token_id,)
+
     @property
     def processor_settings(self) -> dict[str, Any]:
-        return {"image_seq_length": self.tokens_per_image}
+        return {"image_seq_length": self.config.tokens_per_image}
 
     def lay_out(self, inputs: Mapping[str, Any]) -> list[ImageLayout]:
         """Every image (and every crop, which the processor makes an image of its own) is one entry of the tower."""
-        tokens = self.tokens_per_image
-        images = [
-            check_pixels(np.asarray(image, np.float32), self.vision.pixel_shape, "images")
-            for image in inputs.get("pixel_values", ())
-        ]
-        return [ImageLayout(image[None], np.arange(tokens), tokens) for image in images]
+        shape, tokens = self.config.vision.pixel_shape, self.config.tokens_per_image
+        return single_entries(inputs.get("pixel_values", ()), shape, tokens)
 
 
 class SiglipEmbeddings(nnx.Module):
@@ -122,7 +123,6 @@ class GemmaProjector(nnx.Module):
 
 class Gemma3(VisionLanguageModel):
     config: Gemma3Config
-    images_see_themselves = True
 
     def __init__(self, config: Gemma3Config, *, rngs: nnx.Rngs) -> None:
         self.config = config

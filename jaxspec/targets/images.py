@@ -7,7 +7,7 @@ index is made on the host, from sizes, so that any number of images of any size 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -57,30 +57,6 @@ def table_rows(layout: ImageLayout, start: int) -> np.ndarray:
     return np.where(layout.rows < 0, -1 - layout.rows, start + layout.rows).astype(np.int32)
 
 
-def place(
-    layouts: Sequence[ImageLayout],
-    is_image: np.ndarray,
-    collate: Callable[[Sequence[Any]], Any],
-    shared_rows: int = 0,
-) -> Images[np.ndarray]:
-    """The images in reading order at the tokens that `is_image` bool `[B, S]` marks.
-
-    `collate(layouts)` puts their pixels together; the first `shared_rows` rows of the table belong to no image.
-
-    Raises ValueError where there are not as many marks as the images have tokens; `check_images` tells them apart.
-    """
-    marks, tokens = int(is_image.sum()), sum(layout.tokens for layout in layouts)
-    if marks != tokens:
-        raise ValueError(f"the prompts have {marks} image tokens, the images {tokens}")
-    starts = shared_rows + np.cumsum([0, *(layout.table_rows for layout in layouts)])
-    table = [table_rows(each, start) for each, start in zip(layouts, starts, strict=False)]
-    rows, ids = np.zeros(is_image.shape, np.int32), np.full(is_image.shape, len(layouts), np.int32)
-    rows[is_image] = np.concatenate(table)
-    ids[is_image] = np.repeat(np.arange(len(layouts)), [layout.tokens for layout in layouts])
-    ids = np.where(is_image, ids - ids.min(axis=1, keepdims=True), -1)
-    return Images(collate(layouts), rows, ids)
-
-
 def image_runs(input_ids: np.ndarray, is_image: np.ndarray) -> list[tuple[int, int]]:
     """(id, length) of the runs of one image token in ids `[S]`; images that touch are in one run."""
     places = np.flatnonzero(is_image)
@@ -122,6 +98,12 @@ def check_pixels(pixels: np.ndarray, shape: tuple[int, ...], name: str) -> np.nd
         made = pixels.shape[-len(shape) :]
         raise ValueError(f"the processor makes {name} of shape {made}, the vision tower reads {shape}")
     return pixels
+
+
+def single_entries(pixels: Iterable[Any], shape: tuple[int, ...], tokens: int) -> list[ImageLayout]:
+    """Images of which each is one entry of the tower, of `shape`, and has `tokens` tokens."""
+    images = (check_pixels(np.asarray(image, np.float32), shape, "images") for image in pixels)
+    return [ImageLayout(image[None], np.arange(tokens), tokens) for image in images]
 
 
 def stack_entries(layouts: Sequence[ImageLayout]) -> np.ndarray:

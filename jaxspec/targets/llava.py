@@ -6,22 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxspec.checkpoints.configs import llama_text_config
 from jaxspec.checkpoints.names import NameTable
 from jaxspec.layers import LanguageModel, TextConfig, linear
+from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.clip import ClipVisionConfig, ClipVisionTower
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
-from jaxspec.targets.images import ImageLayout, check_pixels
+from jaxspec.targets.images import ImageLayout, single_entries
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class LlavaConfig(TargetConfig[ImageLayout]):
+class LlavaConfig(TargetConfig):
     text: TextConfig
     vision: ClipVisionConfig
     image_token_id: int
@@ -34,29 +34,8 @@ class LlavaConfig(TargetConfig[ImageLayout]):
         return self.vision.num_patches + (0 if self.drop_class_token else 1)
 
     @property
-    def image_token_ids(self) -> tuple[int, ...]:
-        return (self.image_token_id,)
-
-    @property
     def vision_width(self) -> int:
         return self.vision.hidden_size * len(self.vision_feature_layers)
-
-    @property
-    def processor_settings(self) -> dict[str, Any]:
-        return {
-            "patch_size": self.vision.patch_size,
-            "vision_feature_select_strategy": "default" if self.drop_class_token else "full",
-            "num_additional_image_tokens": 1,  # CLIP's class token
-        }
-
-    def lay_out(self, inputs: Mapping[str, Any]) -> list[ImageLayout]:
-        """Every image is one entry of the tower and `tokens_per_image` tokens."""
-        tokens = self.tokens_per_image
-        images = [
-            check_pixels(np.asarray(image, np.float32), self.vision.pixel_shape, "images")
-            for image in inputs.get("pixel_values", ())
-        ]
-        return [ImageLayout(image[None], np.arange(tokens), tokens) for image in images]
 
     @classmethod
     def from_hf(cls, config: "PretrainedConfig") -> "LlavaConfig":
@@ -82,6 +61,28 @@ class LlavaConfig(TargetConfig[ImageLayout]):
             drop_class_token=config.vision_feature_select_strategy == "default",
             projector_bias=config.multimodal_projector_bias,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaAdapter(PromptAdapter[ImageLayout]):
+    config: LlavaConfig
+
+    @property
+    def image_token_ids(self) -> tuple[int, ...]:
+        return (self.config.image_token_id,)
+
+    @property
+    def processor_settings(self) -> dict[str, Any]:
+        return {
+            "patch_size": self.config.vision.patch_size,
+            "vision_feature_select_strategy": "default" if self.config.drop_class_token else "full",
+            "num_additional_image_tokens": 1,  # CLIP's class token
+        }
+
+    def lay_out(self, inputs: Mapping[str, Any]) -> list[ImageLayout]:
+        """Every image is one entry of the tower and `tokens_per_image` tokens."""
+        shape, tokens = self.config.vision.pixel_shape, self.config.tokens_per_image
+        return single_entries(inputs.get("pixel_values", ()), shape, tokens)
 
 
 class Projector(nnx.Module):

@@ -16,7 +16,7 @@ from flax import nnx
 from transformers.image_processing_utils import select_best_resolution
 
 from jaxspec.targets.images import ImageLayout, check_pixels
-from jaxspec.targets.llava import Llava, LlavaConfig
+from jaxspec.targets.llava import Llava, LlavaAdapter, LlavaConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,18 +42,24 @@ class LlavaNextConfig(LlavaConfig):
         fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
         return cls(**fields, grid_pinpoints=tuple(map(tuple, config.image_grid_pinpoints)))
 
+
+@dataclasses.dataclass(frozen=True)
+class LlavaNextAdapter(LlavaAdapter):
+    config: LlavaNextConfig
+
     @property
     def shared_rows(self) -> int:
         return 1
 
     def lay_out(self, inputs: Mapping[str, Any]) -> list[ImageLayout]:
         """Of `pixel_values` f32 [n, tiles, 3, H, W], padded, and `image_sizes` [n, 2]."""
-        layouts, side = [], self.vision.image_size // self.vision.patch_size
+        config, vision, layouts = self.config, self.config.vision, []
         for tiles, size in zip(inputs.get("pixel_values", ()), inputs.get("image_sizes", ()), strict=True):
-            grid = tile_grid(size, self.grid_pinpoints, self.vision.image_size)
+            grid = tile_grid(size, config.grid_pinpoints, vision.image_size)
             entries = np.asarray(tiles[: 1 + grid[0] * grid[1]], np.float32)
-            check_pixels(entries, self.vision.pixel_shape, "tiles")
-            layouts.append(ImageLayout(entries, image_rows(size, grid, side), len(entries) * self.tokens_per_image))
+            check_pixels(entries, vision.pixel_shape, "tiles")
+            rows = image_rows(size, grid, vision.image_size // vision.patch_size)
+            layouts.append(ImageLayout(entries, rows, len(entries) * config.tokens_per_image))
         return layouts
 
 

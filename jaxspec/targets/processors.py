@@ -18,7 +18,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase
 
 from jaxspec.checkpoints.tensors import read_json
 from jaxspec.checks import reason
-from jaxspec.targets.contract import TargetConfig
+from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.prompts import check_prompt
 from jaxspec.targets.words import GUARD, GuardedTokenizer, control_tokens
 
@@ -244,10 +244,11 @@ def read_processor(load: Callable[[Path], Any], folder: Path, images: bool) -> A
     return processor
 
 
-def check_processor(processor: Any, config: TargetConfig) -> None:
+def check_processor(processor: Any, adapter: PromptAdapter) -> None:
     """Raises ValueError, naming what to change, where a folder's processor writes other image tokens than its
     config.json names, or not as many as an image has features; a blank picture shows it."""
-    if not config.image_token_ids:
+    mark = adapter.image_mark(processor)
+    if mark is None:
         return
     tokenizer = processor.tokenizer
 
@@ -258,20 +259,20 @@ def check_processor(processor: Any, config: TargetConfig) -> None:
             f"for {noun}, the processor writes {written} ({tokenizer.convert_ids_to_tokens(written)!r})"
         )
 
-    if config.video_token_id is not None:
-        written = tokenizer.convert_tokens_to_ids(processor.video_token)
-        if written != config.video_token_id:
-            raise contradiction("videos", config.video_token_id, written)
+    if adapter.video_token_id is not None:
+        written = tokenizer.convert_tokens_to_ids(adapter.video_mark(processor))
+        if written != adapter.video_token_id:
+            raise contradiction("videos", adapter.video_token_id, written)
     try:
-        inputs = process(processor, processor.image_token, images=[Image.new("RGB", (64, 48))])
+        inputs = process(processor, mark, images=[Image.new("RGB", (64, 48))])
         ids = np.asarray(inputs["input_ids"][0])
         counts = np.bincount(ids)
-        if not config.is_image(ids).any() and counts.max(initial=0) > 1:
-            raise contradiction("images", config.image_token_ids[0], int(counts.argmax()))
-        check_prompt(config, ids, config.lay_out(inputs), tokenizer)
+        if not adapter.is_image(ids).any() and counts.max(initial=0) > 1:
+            raise contradiction("images", adapter.image_token_ids[0], int(counts.argmax()))
+        check_prompt(adapter, ids, adapter.lay_out(inputs), tokenizer)
     except ValueError as error:
         image_processor, wrong = getattr(processor, "image_processor", None), []
-        for name, value in config.processor_settings.items():
+        for name, value in adapter.processor_settings.items():
             found = getattr(processor, name, getattr(image_processor, name, None))
             if found != value:
                 wrong.append(f"{name} must be {value!r}, it is {found!r}")

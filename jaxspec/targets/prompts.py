@@ -1,7 +1,7 @@
 """Prompts as arrays: one on the host, and a batch of them as a target's prefill reads it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic
 
 import jax
@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxspec.buckets import bucket_below
 from jaxspec.checks import shown
-from jaxspec.targets.contract import TargetConfig
-from jaxspec.targets.images import Array, ImageLayout, Images, check_images, stack_positions
+from jaxspec.targets.adapter import PromptAdapter
+from jaxspec.targets.images import Array, ImageLayout, Images, check_images, split_by_tokens, stack_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +23,23 @@ class EncodedPrompt:
 
     @classmethod
     def of(
-        cls, config: TargetConfig, input_ids: np.ndarray, images: list[ImageLayout], tokenizer: Any = None
+        cls, adapter: PromptAdapter, input_ids: np.ndarray, images: list[ImageLayout], tokenizer: Any = None
     ) -> "EncodedPrompt":
         """A prompt that the target can read, with its positions. Raises ValueError as `check_prompt`."""
-        check_prompt(config, np.asarray(input_ids), images, tokenizer)
+        check_prompt(adapter, np.asarray(input_ids), images, tokenizer)
         ids = np.asarray(input_ids, np.int32)
-        return cls(ids, images, config.position_ids(ids, images))
+        return cls(ids, images, adapter.position_ids(ids, images))
+
+
+def prompts_of(adapter: PromptAdapter, inputs: Mapping[str, Any], tokenizer: Any = None) -> list[EncodedPrompt]:
+    """The prompts of a processor's outputs: `input_ids` `[B, S]`, perhaps `attention_mask` `[B, S]` (padding on either
+    side is left out) and image arrays. Raises ValueError as `check_prompt`, and for images that no prompt shows."""
+    ids = np.asarray(inputs["input_ids"])
+    mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids))).astype(bool)
+    rows = [row[real] for row, real in zip(ids, mask, strict=True)]
+    images = adapter.lay_out({**inputs, "input_ids": np.concatenate(rows)})
+    per_row = split_by_tokens(images, [int(adapter.is_image(row).sum()) for row in rows])
+    return [EncodedPrompt.of(adapter, row, own, tokenizer) for row, own in zip(rows, per_row, strict=True)]
 
 
 def check_tokens(input_ids: Any) -> None:
@@ -39,14 +50,14 @@ def check_tokens(input_ids: Any) -> None:
 
 
 def check_prompt(
-    config: TargetConfig, input_ids: np.ndarray, images: Sequence[ImageLayout], tokenizer: Any = None
+    adapter: PromptAdapter, input_ids: np.ndarray, images: Sequence[ImageLayout], tokenizer: Any = None
 ) -> None:
     """Raises ValueError for a prompt without tokens, a token that the embedding has no row for, and an image with
     another number of tokens than features. A `tokenizer` spells the token."""
     check_tokens(input_ids)
     if not len(input_ids):
         raise ValueError("a prompt needs at least one token, it has none")
-    rows, is_image = config.text.vocab_size, config.is_image(input_ids)
+    rows, is_image = adapter.config.text.vocab_size, adapter.is_image(input_ids)
     outside = input_ids[((input_ids < 0) | (input_ids >= rows)) & ~is_image]  # image tokens take their rows elsewhere
     if len(outside):
         token = int(outside[0])
@@ -80,11 +91,11 @@ class PromptBatch(Generic[Array]):
 
 
 def stack_prompts(
-    config: TargetConfig, prompts: Sequence[EncodedPrompt], length: int, pad_token_id: int = 0
+    adapter: PromptAdapter, prompts: Sequence[EncodedPrompt], length: int, pad_token_id: int = 0
 ) -> PromptBatch[np.ndarray]:
     """Prompts of up to `length` tokens as a batch, on the host. Raises ValueError as `check_prompt`."""
     for prompt in prompts:
-        check_prompt(config, prompt.input_ids, prompt.images)
+        check_prompt(adapter, prompt.input_ids, prompt.images)
     ids = np.full((len(prompts), length), pad_token_id, np.int32)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt.input_ids)] = prompt.input_ids
@@ -94,7 +105,7 @@ def stack_prompts(
     return PromptBatch(
         input_ids=ids,
         lengths=lengths,
-        images=config.place([layout for prompt in prompts for layout in prompt.images], used),
+        images=adapter.place([layout for prompt in prompts for layout in prompt.images], used),
         position_ids=stack_positions([prompt.position_ids for prompt in prompts], length),
         max_images=max(len(prompt.images) for prompt in prompts),
         min_image_tokens=bucket_below(fewest),  # rounded, so that images of all sizes share a few programs

@@ -16,12 +16,14 @@ from jaxspec.checkpoints.configs import check_sizes, one_sentence
 from jaxspec.checkpoints.foreign import draft_head, foreign_files, refuse_quantised
 from jaxspec.checkpoints.names import NameTable, abstract, fill, to_tensors
 from jaxspec.checkpoints.tensors import SINGLE, read_folder, read_json, write_file
+from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.contract import VisionLanguageModel
-from jaxspec.targets.gemma3 import Gemma3, Gemma3Config
-from jaxspec.targets.llava import LLAVA_NAMES, Llava, LlavaConfig
-from jaxspec.targets.llava_next import LlavaNext, LlavaNextConfig
+from jaxspec.targets.gemma3 import Gemma3, Gemma3Adapter, Gemma3Config
+from jaxspec.targets.llava import LLAVA_NAMES, Llava, LlavaAdapter, LlavaConfig
+from jaxspec.targets.llava_next import LlavaNext, LlavaNextAdapter, LlavaNextConfig
 from jaxspec.targets.processors import QwenProcessor, TextProcessor, load_processor
 from jaxspec.targets.qwen2_5_vl import QWEN2_5_VL_NAMES, Qwen2_5VL, Qwen2_5VLConfig
+from jaxspec.targets.qwen2_5_vl_adapter import Qwen2_5VLAdapter
 from jaxspec.targets.text import TEXT_NAMES, TextModel, TextTargetConfig
 
 
@@ -33,6 +35,7 @@ class Family:
     architecture: str  # the transformers class that it is tested against
     model: Callable[..., VisionLanguageModel]
     config_from_hf: Callable[[transformers.PretrainedConfig], Any]
+    adapter: Callable[[Any], PromptAdapter]  # of the config
     names: NameTable
     load_processor: Callable[[Path], Any] = load_processor
     images: bool = True  # any number per prompt
@@ -48,6 +51,7 @@ def text_family(title: str, architecture: str) -> Family:
         architecture,
         TextModel,
         TextTargetConfig.from_hf,
+        PromptAdapter,
         TEXT_NAMES,
         TextProcessor.load,
         images=False,
@@ -56,12 +60,15 @@ def text_family(title: str, architecture: str) -> Family:
 
 
 FAMILIES = {
-    "llava": Family("LLaVA-1.5", "LlavaForConditionalGeneration", Llava, LlavaConfig.from_hf, LLAVA_NAMES),
+    "llava": Family(
+        "LLaVA-1.5", "LlavaForConditionalGeneration", Llava, LlavaConfig.from_hf, LlavaAdapter, LLAVA_NAMES
+    ),
     "llava_next": Family(
         "LLaVA-NeXT / LLaVA-1.6",
         "LlavaNextForConditionalGeneration",
         LlavaNext,
         LlavaNextConfig.from_hf,
+        LlavaNextAdapter,
         LLAVA_NAMES,
     ),
     "qwen2_5_vl": Family(
@@ -69,11 +76,14 @@ FAMILIES = {
         "Qwen2_5_VLForConditionalGeneration",
         Qwen2_5VL,
         Qwen2_5VLConfig.from_hf,
+        Qwen2_5VLAdapter,
         QWEN2_5_VL_NAMES,
         QwenProcessor.load,
         video=True,
     ),
-    "gemma3": Family("Gemma3", "Gemma3ForConditionalGeneration", Gemma3, Gemma3Config.from_hf, LLAVA_NAMES),
+    "gemma3": Family(
+        "Gemma3", "Gemma3ForConditionalGeneration", Gemma3, Gemma3Config.from_hf, Gemma3Adapter, LLAVA_NAMES
+    ),
     "llama": text_family("Llama", "LlamaForCausalLM"),
     "mistral": text_family("Mistral", "MistralForCausalLM"),
     "qwen2": text_family("Qwen2 / Qwen2.5", "Qwen2ForCausalLM"),

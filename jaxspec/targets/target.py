@@ -13,28 +13,32 @@ import numpy as np
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.checkpoints.tensors import read_folder
 from jaxspec.quiet import quiet
+from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 from jaxspec.targets.generation import GenerationDefaults, stop_tokens
-from jaxspec.targets.images import Images, split_by_tokens, stack_positions
+from jaxspec.targets.images import Images
 from jaxspec.targets.processors import check_processor, read_processor
-from jaxspec.targets.prompts import EncodedPrompt
+from jaxspec.targets.prompts import prompts_of, stack_prompts
 from jaxspec.targets.registry import family_of, load_model, read_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Target:
-    """Made by `load_target`. `model` holds the parameters; everything else is about the folder it came from."""
+    """Made by `load_target`. `model` holds the parameters and `adapter` is its family's host half; everything else is
+    about the folder it came from."""
 
     def __init__(
         self,
         model: VisionLanguageModel,
+        adapter: PromptAdapter,
         processor: Any,
         path: Path | None,
         stop_token_ids: tuple[int, ...],
         generation_defaults: GenerationDefaults = GenerationDefaults(),
     ) -> None:
         self.model = model
+        self.adapter = adapter
         self.processor = processor
         self.path = path
         self.stop_token_ids = stop_token_ids
@@ -48,20 +52,6 @@ class Target:
     @property
     def tokenizer(self) -> Any:
         return self.processor.tokenizer
-
-    @property
-    def image_token(self) -> str | None:
-        """The family's own mark for an image in a raw prompt; None where it reads no images."""
-        if mark := getattr(self.processor, "boi_token", None):  # Gemma3's prompts mark the beginning of an image
-            return mark
-        ids = self.config.image_token_ids
-        return self.tokenizer.convert_ids_to_tokens(ids[0]) if ids else None
-
-    @property
-    def video_token(self) -> str | None:
-        """The same for a video."""
-        mark = self.config.video_token_id
-        return None if mark is None else self.tokenizer.convert_ids_to_tokens(mark)
 
     def fingerprint(self) -> str | None:
         """Names the weights: a hash over every tensor's name, shape, dtype and first values in the files, read once.
@@ -85,26 +75,14 @@ class Target:
         Raises ValueError for a row without tokens, tokens outside the embedding, and images that have not as many
         tokens as features.
         """
-        ids = np.asarray(inputs["input_ids"])
-        mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids))).astype(bool)
-        # Rows move to the left, so that positions count from the first real token, and back afterwards.
-        order = np.argsort(~mask, axis=1, kind="stable")
-        ids = np.take_along_axis(ids, order, axis=1)
-        lengths, config = mask.sum(axis=1), self.config
-        rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
-        images = config.lay_out({**inputs, "input_ids": np.concatenate(rows)})
-        per_row = split_by_tokens(images, [int(config.is_image(row).sum()) for row in rows])
-        tokenizer = self.tokenizer if self.processor else None
-        prompts = [EncodedPrompt.of(config, row, own, tokenizer) for row, own in zip(rows, per_row, strict=True)]
-        real = np.arange(ids.shape[1]) < lengths[:, None]
-        logits = full_logits(
-            self.model,
-            jnp.asarray(np.where(real, ids, 0), jnp.int32),
-            lengths,
-            config.place(images, np.where(real, ids, -1)),
-            stack_positions([prompt.position_ids for prompt in prompts], ids.shape[1]),
-        )
-        return jnp.take_along_axis(logits, jnp.asarray(np.argsort(order, axis=1))[..., None], axis=1)
+        prompts = prompts_of(self.adapter, inputs, self.tokenizer if self.processor else None)
+        shape = np.asarray(inputs["input_ids"]).shape
+        batch = stack_prompts(self.adapter, prompts, shape[1])
+        logits = full_logits(self.model, batch.input_ids, batch.lengths, batch.images, batch.position_ids)
+        mask = np.asarray(inputs.get("attention_mask", np.ones(shape))).astype(bool)
+        # Without their padding the tokens of a row stand at its beginning.
+        places = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+        return jnp.take_along_axis(logits, jnp.asarray(places)[..., None], axis=1)
 
 
 @jax.jit
@@ -143,8 +121,9 @@ def load_target(path_or_repo_id: str | Path, dtype: str = "float32", mesh: jax.s
     with quiet("transformers"):  # it warns that torchvision is missing; its PIL image processors are the ones we want
         family = family_of(hf_config)
         processor = read_processor(family.load_processor, path, family.images)
-        check_processor(processor, model.config)
+        adapter = family.adapter(model.config)
+        check_processor(processor, adapter)
     stop_token_ids = stop_tokens(path, hf_config, processor.tokenizer)
     if warning := defaults.warning():
         warnings.warn(warning, stacklevel=2)
-    return Target(model, processor, path, stop_token_ids, defaults)
+    return Target(model, adapter, processor, path, stop_token_ids, defaults)

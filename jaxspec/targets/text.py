@@ -1,8 +1,6 @@
 """Text-only targets: Llama, Mistral, Qwen2 / Qwen2.5, Qwen3 and Gemma3 text models behind the same contract."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import transformers
 from flax import nnx
@@ -18,11 +16,10 @@ from jaxspec.checkpoints.configs import (
 from jaxspec.checkpoints.names import NameTable
 from jaxspec.layers import LanguageModel, TextConfig
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
-from jaxspec.targets.images import ImageLayout
 
 
 @dataclasses.dataclass(frozen=True)
-class TextTargetConfig(TargetConfig[ImageLayout]):
+class TextTargetConfig(TargetConfig):
     text: TextConfig
 
     @classmethod
@@ -30,9 +27,6 @@ class TextTargetConfig(TargetConfig[ImageLayout]):
         """From a transformers config of a causal language model."""
         gemma = config.model_type == "gemma3_text"
         return cls(gemma_text_config(config) if gemma else llama_text_config(config))
-
-    def lay_out(self, inputs: Mapping[str, Any]) -> list[ImageLayout]:
-        return []
 
 
 def published_text_config(text: TextConfig, model_type: str) -> transformers.PretrainedConfig:

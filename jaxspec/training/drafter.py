@@ -130,7 +130,7 @@ def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None, an
     """
     mesh = recipe.mesh()
     target = target or load_teacher(recipe)
-    recipe.tree.check_vocabulary(target.config.text.vocab_size)
+    recipe.tree.check_vocabulary(target.model.vocab_size)
     graph, params, rest = split_draft_model(recipe, target)
     params, rest = place_parameters(params, mesh), place_parameters(rest, mesh)
     model_graph, model_params = nnx.split(target.model)
@@ -227,10 +227,10 @@ def records_and_encoder(
     """What the recipe learns from, and what reads it. Raises ValueError for another target's answers."""
     if recipe.conversations is not None:
         records = open_conversations(recipe.conversations, recipe.image_folder)
-        encoder = ConversationEncoder(target.processor, target.config)
+        encoder = ConversationEncoder(target.processor, target.adapter)
     else:
         records = open_answers(recipe, target)
-        encoder = AnswerEncoder(target.processor, target.config)
+        encoder = AnswerEncoder(target.processor, target.adapter)
     count = len(records) if recipe.max_records is None else min(recipe.max_records, len(records))
     return Span(records, 0, count), encoder
 
@@ -259,7 +259,7 @@ def check_records(
         )
     if not recipe.needs_images:
         return
-    if not target.config.image_token_ids:
+    if not target.adapter.image_token_ids:
         raise ValueError(f"method {recipe.method} learns from images, but the target {recipe.target} reads none")
     known = records.source.has_images
     if known is False or not (known or any(len(records[index]["images"]) for index in range(len(records)))):

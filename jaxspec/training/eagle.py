@@ -81,7 +81,7 @@ class EagleRecipe(DrafterRecipe):
         if self.draft_vocab_size is not None:
             answers = open_answers(self, target).records
             said = (answers[index]["answer_ids"] for index in range(len(answers)))
-            ids = most_frequent(said, target.config.text.vocab_size, self.draft_vocab_size)
+            ids = most_frequent(said, target.model.vocab_size, self.draft_vocab_size)
             take_from_target(head.draft_head, target.model, ids)
         if self.init_from is not None:
             start_from(head, self.init_from, target)
@@ -128,7 +128,7 @@ class EagleRecipe(DrafterRecipe):
         total, metrics, overlaps = jnp.zeros(()), {}, []
         for step in range(self.mtp_steps + 1):
             output, _ = draft_model.forward(sequence, inputs)
-            values = by_columns(compare, model.config.text.vocab_size, output, target_features)
+            values = by_columns(compare, model.vocab_size, output, target_features)
             values["feature"] = smooth_l1(output, target_features)
             overlaps.append(values["overlap"] * mask)
             for name, (weight, _) in weights.items():

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.data.answers import AnswerSource
 from jaxspec.data.records import Example
-from jaxspec.targets.contract import TargetConfig
+from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.processors import load_tokenizer
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.reading import read_prompts
@@ -56,8 +56,8 @@ class SmallLanguageModelRecipe(Recipe):
 class TextEncoder:
     """Records of an `AnswerSource` without their pictures: image tokens are left out, the answer is what to learn."""
 
-    def __init__(self, config: TextTargetConfig, target_config: TargetConfig) -> None:
-        self.config, self.target_config = config, target_config
+    def __init__(self, adapter: PromptAdapter, target_adapter: PromptAdapter) -> None:
+        self.adapter, self.target_adapter = adapter, target_adapter
 
     def length(self, record: dict) -> int:
         """How many tokens `encode_record` will give."""
@@ -65,7 +65,7 @@ class TextEncoder:
 
     def encode_record(self, record: dict) -> Example:
         prompt, answer = np.asarray(record["prompt_ids"]), np.asarray(record["answer_ids"])
-        prompt = prompt[~self.target_config.is_image(prompt)]
+        prompt = prompt[~self.target_adapter.is_image(prompt)]
         ids = np.concatenate([prompt, answer]).astype(np.int32)
         return Example(EncodedPrompt(ids, []), np.arange(len(ids)) >= len(prompt))
 
@@ -78,7 +78,8 @@ def language_model_task(recipe: SmallLanguageModelRecipe) -> Task:
     hf_config = recipe.hf_config(tokenizer)
     config = TextTargetConfig.from_hf(hf_config)
     graph, params = nnx.split(TextModel(config, rngs=nnx.Rngs(recipe.seed)))
-    encoder = TextEncoder(config, family_of(target_config).config_from_hf(target_config))
+    family = family_of(target_config)
+    encoder = TextEncoder(PromptAdapter(config), family.adapter(family.config_from_hf(target_config)))
     answers = AnswerSource(recipe.answers_dir).records
     training, validation = pipelines(recipe, answers, held_out_of(recipe.validation_records, answers), encoder)
 

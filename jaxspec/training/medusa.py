@@ -28,8 +28,8 @@ class MedusaRecipe(DrafterRecipe):
 
     def new_draft_model(self, target: Target) -> MedusaHeads:
         """Heads of the target's width, or those of `init_from` and fresh ones where it has fewer."""
-        text = target.config.text
-        heads = MedusaHeads(MedusaConfig(text.hidden_size, text.vocab_size, self.num_heads), rngs=nnx.Rngs(self.seed))
+        sizes = target.config.text.hidden_size, target.model.vocab_size
+        heads = MedusaHeads(MedusaConfig(*sizes, self.num_heads), rngs=nnx.Rngs(self.seed))
         heads.check_tree(self.tree)
         if self.init_from is not None:
             start_from(heads, self.init_from, target)
@@ -52,7 +52,7 @@ class MedusaRecipe(DrafterRecipe):
                 agreement = logits.argmax(axis=-1) == target_logits.argmax(axis=-1)
                 return {"soft_ce": soft_cross_entropy(logits, target_logits), "agreement": agreement}
 
-            return by_columns(values, model.config.text.vocab_size, earlier(features, number), features)
+            return by_columns(values, model.vocab_size, earlier(features, number), features)
 
         # A draft begins behind a token of the answer, and every token up to the one foreseen is the answer's.
         total, metrics, mask = jnp.zeros(()), {}, foreseen

@@ -17,7 +17,7 @@ from jaxspec.demo.generation import conversation_of
 from jaxspec.demo.language import inventory
 from jaxspec.demo.processor import IMAGE_SIZE, PATCH_SIZE, processor_at
 from jaxspec.demo.scenes import scene_from_json
-from jaxspec.targets.llava import Llava, LlavaConfig
+from jaxspec.targets.llava import Llava, LlavaAdapter, LlavaConfig
 from jaxspec.targets.reading import read_prompts
 from jaxspec.targets.registry import load_model, save_model
 from jaxspec.training.losses import next_token_loss
@@ -109,7 +109,7 @@ def target_task(recipe: TargetRecipe) -> Task:
     if recipe.init_from is not None:
         model = grow(model, cast(Llava, load_model(resolve_folder(recipe.init_from))))  # which looks whether it is
     graph, params = nnx.split(model)
-    encoder = ConversationEncoder(processor, config)
+    encoder = ConversationEncoder(processor, LlavaAdapter(config))
 
     def pipeline(split: str, shuffle: bool) -> Pipeline:
         return Pipeline(

@@ -106,9 +106,7 @@ def test_drafters(tmp_path, method, name):
     spoil(folder, **{name: np.nan})
 
     class Model:  # what a loader looks at
-        class language_model:
-            class embed_tokens:
-                embedding = load_file(REFERENCE / method / SINGLE)["embed_tokens.weight"]
+        embedding, vocab_size = load_file(REFERENCE / method / SINGLE)["embed_tokens.weight"], 199
 
         class config:
             class text:

@@ -17,7 +17,7 @@ from jaxspec.demo.scenes import render
 from jaxspec.distillation import finish_output, open_output
 from jaxspec.media import open_image
 from jaxspec.prompting import encode_prompt
-from jaxspec.targets.llava import LlavaConfig
+from jaxspec.targets.llava import LlavaAdapter, LlavaConfig
 from tests.helpers import config_for
 
 
@@ -132,12 +132,11 @@ def test_pictures_by_reference(tmp_path):
 
 def test_encoded_records_are_what_was_asked(tmp_path):
     processor = build_processor(tmp_path / "processor", scenes=300)
-    config = LlavaConfig.from_hf(config_for(processor))
-
-    target = SimpleNamespace(processor=processor, config=config, image_token="<image>", video_token=None)
+    adapter = LlavaAdapter(LlavaConfig.from_hf(config_for(processor)))
+    target = SimpleNamespace(processor=processor, adapter=adapter)
     pictures = [Image.new("RGB", (40, 60), colour) for colour in ("red", "blue")]
     prompt = encode_prompt(target, "Compare the two.", pictures)
-    encoder = AnswerEncoder(processor, config)
+    encoder = AnswerEncoder(processor, adapter)
     record = {"prompt_ids": prompt.input_ids, "answer_ids": np.array([7, 8, 2], np.int32), "images": pictures}
     (again, tokens), example = encoder.encode_question(record), encoder.encode_record(record)
     assert tokens == 3

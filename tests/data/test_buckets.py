@@ -68,7 +68,8 @@ def lengths_of_50(index: int) -> int:
 @pytest.fixture(scope="module")
 def encoder():
     hf_config, processor = FAMILIES["qwen2_5_vl"]()
-    return ConversationEncoder(processor, family_of(hf_config).config_from_hf(hf_config))
+    family = family_of(hf_config)
+    return ConversationEncoder(processor, family.adapter(family.config_from_hf(hf_config)))
 
 
 def record(number: int) -> dict:
@@ -169,7 +170,7 @@ def test_a_length_that_is_wrong_is_named(encoder):
         def length(self, record):
             return 1
 
-    liar = Liar(encoder.processor, encoder.config)
+    liar = Liar(encoder.processor, encoder.adapter)
     with warnings.catch_warnings(), pytest.raises(ValueError, match="tokens, more than the 64 that its length told"):
         warnings.simplefilter("ignore")
         _ = pipeline(liar, [record(7)] * 4)[0]

@@ -9,7 +9,7 @@ from jaxspec.data.conversations import ConversationEncoder, to_messages
 from jaxspec.demo.generation import conversation_of, numbered_scene
 from jaxspec.demo.processor import build_processor
 from jaxspec.demo.scenes import render
-from jaxspec.targets.llava import LlavaConfig
+from jaxspec.targets.llava import LlavaAdapter, LlavaConfig
 from tests.helpers import config_for
 
 
@@ -19,7 +19,7 @@ def processor(tmp_path_factory):
 
 
 def encoder_of(processor):
-    return ConversationEncoder(processor, LlavaConfig.from_hf(config_for(processor)))
+    return ConversationEncoder(processor, LlavaAdapter(LlavaConfig.from_hf(config_for(processor))))
 
 
 def _example(index):
@@ -62,7 +62,7 @@ def test_a_question_is_what_comes_before_the_first_answer(processor):
         assert whole.loss_mask[start : start + tokens].all() and not whole.loss_mask[start + tokens]
     later = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello"}, *conversation]
     prompt, _ = encoder.encode_question({"images": [picture], "conversations": later})
-    assert prompt.images == [] and not encoder.config.is_image(prompt.input_ids).any()
+    assert prompt.images == [] and not encoder.adapter.is_image(prompt.input_ids).any()
 
 
 def test_a_template_without_end_of_text_still_trains_it(processor, monkeypatch):

@@ -2,7 +2,6 @@
 
 import functools
 import io
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,7 +73,8 @@ def encoders(tmp_path_factory):
         holder = processor.tokenizer if name == "llama" else processor
         holder.chat_template = TEMPLATES[name][0]
         hf_config.get_text_config().vocab_size = len(processor.tokenizer)
-        return ConversationEncoder(processor, family_of(hf_config).config_from_hf(hf_config))
+        family = family_of(hf_config)
+        return ConversationEncoder(processor, family.adapter(family.config_from_hf(hf_config)))
 
     return encoder
 
@@ -107,7 +107,7 @@ def conversations(draw, with_images: bool):
 @given(data=st.data())
 def test_conversations_are_read_as_in_generation(encoders, family, data):
     encoder = encoders(family)
-    processor, config = encoder.processor, encoder.config
+    processor = encoder.processor
     images, turns = data.draw(conversations(with_images=family != "llama"))
     example = encoder(images, turns)
     ids, messages = example.prompt.input_ids, to_messages(turns, len(images))
@@ -116,10 +116,10 @@ def test_conversations_are_read_as_in_generation(encoders, family, data):
     text = processor.apply_chat_template(messages, tokenize=False)
     inputs = process(processor, text, **({"images": open_images(images)} if images else {}))
     np.testing.assert_array_equal(ids, inputs["input_ids"][0])
-    same_layouts(example.prompt.images, config.lay_out(inputs))
+    same_layouts(example.prompt.images, encoder.adapter.lay_out(inputs))
 
     # its beginning what generation asks the last answer with,
-    target = Target(SimpleNamespace(config=config), processor, None, ())
+    target = Target(None, encoder.adapter, processor, None, ())
     prompt = encode_prompt(target, messages[:-1], images)
     same_layouts(example.prompt.images, prompt.images)
     np.testing.assert_array_equal(ids[: len(prompt.input_ids)], prompt.input_ids)
@@ -166,7 +166,7 @@ def test_words_that_spell_control_tokens_are_words(encoders, family):
     usual = encoder(images, plain).prompt.input_ids
     special = encoder.tokenizer.convert_tokens_to_ids([*ENDS, "<s>", "</s>"])
     assert [(ids == token).sum() for token in special] == [(usual == token).sum() for token in special]
-    target = Target(SimpleNamespace(config=encoder.config), encoder.processor, None, ())
+    target = Target(None, encoder.adapter, encoder.processor, None, ())
     asked = encode_prompt(target, to_messages(turns, len(images))[:-1], images)
     np.testing.assert_array_equal(ids[: len(asked.input_ids)], asked.input_ids)
     assert encoder.length({"images": images, "conversations": turns}) == len(ids)
@@ -222,7 +222,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(encoders, monkeypatch
 def test_rows_of_a_mixed_batch_equal_each_alone(request, family):
     """Rows with no, one and two images of different sizes, and only text, long and short."""
     target = request.getfixturevalue("target") if family == "llava" else family_target(family)
-    encoder = ConversationEncoder(target.processor, target.config)
+    encoder = ConversationEncoder(target.processor, target.adapter)
     small, wide, tall = map(picture, SIZES[:3])
     prompts = [
         encoder(images, [question(words), ANSWER]).prompt
@@ -235,7 +235,7 @@ def test_rows_of_a_mixed_batch_equal_each_alone(request, family):
     ]
 
     def logits(rows, length):
-        batch = stack_prompts(target.config, rows, length)
+        batch = stack_prompts(target.adapter, rows, length)
         return np.asarray(full_logits(target.model, batch.input_ids, batch.lengths, batch.images, batch.position_ids))
 
     together = logits(prompts, 256)

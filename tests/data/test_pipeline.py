@@ -11,7 +11,7 @@ from jaxspec.data.pipeline import Pipeline
 from jaxspec.data.scenes import load_scenes
 from jaxspec.demo.generation import conversation_of, numbered_scene
 from jaxspec.demo.processor import build_processor
-from jaxspec.targets.llava import LlavaConfig
+from jaxspec.targets.llava import LlavaAdapter, LlavaConfig
 from tests.helpers import config_for
 
 
@@ -23,7 +23,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     processor = build_processor(tmp_path_factory.mktemp("processor"), scenes=1500)
-    return ConversationEncoder(processor, LlavaConfig.from_hf(config_for(processor)))
+    return ConversationEncoder(processor, LlavaAdapter(LlavaConfig.from_hf(config_for(processor))))
 
 
 def _take(batches, n):
@@ -52,13 +52,13 @@ def test_shapes_and_padding(source, encoder):
     assert prompts.lengths.dtype == np.int32 and prompts.max_images == 1
     padding = np.arange(448) >= prompts.lengths[:, None]
     assert not mask[padding].any() and (images.ids[padding] == -1).all()
-    assert ((prompts.input_ids == encoder.config.image_token_id) == (images.ids == 0)).all()
+    assert ((prompts.input_ids == encoder.adapter.config.image_token_id) == (images.ids == 0)).all()
 
 
 def test_pixels_stand_at_the_tokens_of_their_row(source, encoder):
     """Row i of a batch reads row i's picture, whatever pictures stand before it."""
     batch = Pipeline(source, encoder, sequence_length=448, batch_size=3, shuffle=False)[0]["prompts"]
-    tokens = encoder.config.tokens_per_image
+    tokens = encoder.adapter.config.tokens_per_image
     for row in range(3):
         alone = encoder.encode_record(source[row]).prompt.images[0].pixels[0]
         first = batch.images.rows[row][batch.images.ids[row] == 0]

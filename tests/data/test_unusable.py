@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from jaxspec.data.answers import AnswerEncoder
 from jaxspec.data.pipeline import Pipeline, teaches
 from jaxspec.layers import TextConfig
+from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.processors import TextProcessor
 from jaxspec.targets.text import TextTargetConfig
 
 LIMIT = 16
 TEXT = TextConfig(97, 32, 64, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8)
-ENCODER = AnswerEncoder(TextProcessor(None), TextTargetConfig(TEXT))  # without pictures and names of tokens
+# Without pictures and names of tokens.
+ENCODER = AnswerEncoder(TextProcessor(None), PromptAdapter(TextTargetConfig(TEXT)))
 pytestmark = pytest.mark.filterwarnings("ignore:left out", "ignore:A conversation of")
 
 

@@ -38,7 +38,7 @@ def rounds(target, head, requests, temperature: float) -> list[list[int]]:
 
 def test_tapped_layers_stand_before_the_features(target, pictures):
     encoded = encode_prompt(target, "What is this?", pictures[:1])
-    prompt = stack_prompts(target.config, [encoded], len(encoded.input_ids))
+    prompt = stack_prompts(target.adapter, [encoded], len(encoded.input_ids))
     features, _, embeds, _ = read_prompts(target.model, prompt, (0, 2, 1))
     width, language = target.config.text.hidden_size, target.model.language_model
     rope = rope_tables(language.config.rope, language.config.head_dim, jnp.arange(prompt.input_ids.shape[1])[None])

@@ -29,7 +29,7 @@ def test_knows_its_target(target, folder, dtype):
 
 def test_a_target_without_files(target, folder):
     """Nothing is known of its weights but what the head's copy of the embedding says."""
-    built = jaxspec.Target(target.model, target.processor, None, ())
+    built = jaxspec.Target(target.model, target.adapter, target.processor, None, ())
     assert built.fingerprint() is None
     assert jaxspec.load_drafter(folder, built).target_fingerprint is None
 

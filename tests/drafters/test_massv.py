@@ -167,7 +167,7 @@ def read_images(family: str, more: tuple = ((), (), ())):
     for index, tokens in enumerate(more):
         ids = np.concatenate([prompts[index].input_ids, np.asarray(tokens, np.int32)])
         prompts[index] = dataclasses.replace(prompts[index], input_ids=ids, position_ids=None)
-    batch = stack_prompts(target.config, prompts, 256)
+    batch = stack_prompts(target.adapter, prompts, 256)
     passed = read(target.model, batch)
     context = DrafterContext.of_pass(batch, passed, batch.lengths, np.zeros(3, np.uint32), np.zeros(3, np.int32))
     return prompts, context
@@ -181,7 +181,7 @@ def spliced(draft_model, target, prompts, context, tails) -> list[np.ndarray]:
     for index, (prompt, tail) in enumerate(zip(prompts, tails, strict=True)):
         sequence = []
         for place, token in enumerate([*prompt.input_ids.tolist(), *tail]):
-            if token not in target.config.image_token_ids:
+            if token not in target.adapter.image_token_ids:
                 sequence.append(draft_model.language_model.embed(jnp.array(min(token, last))))
             elif draft_model.config.multimodal:
                 sequence.append(draft_model.projector(vision[int(context.vision_index[index, place])]))

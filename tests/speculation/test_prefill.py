@@ -26,9 +26,9 @@ def encoded(family: str) -> list:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_make_what_one_pass_makes(family):
     """Keys, values and all that a drafter reads; a prompt of one chunk stands beside longer ones."""
-    model, prompts = targets(family).model, encoded(family)
+    model, adapter, prompts = targets(family).model, targets(family).adapter, encoded(family)
     head = random_head(targets(family), "eagle2")
-    whole, chunked = (Programs(model, head, TreeConfig(1, 2, 4), chunk) for chunk in (512, CHUNK))
+    whole, chunked = (Programs(model, adapter, head, TreeConfig(1, 2, 4), chunk) for chunk in (512, CHUNK))
     params = whole.params_of(model, head)
     expected, read = (each.read(params, prompts, CAPACITY) for each in (whole, chunked))
     assert whole.traced.count("read_chunk") == 1 and "grow" in chunked.traced
@@ -66,7 +66,7 @@ def test_a_prompt_goes_on_from_one_that_begins_alike(target, generators, picture
     questions = "How many shapes are there, and of what colour is each of them?", "Where?"
     first, second = (encode_prompt(target, question, pictures[:1]) for question in questions)
     alike = int(np.cumprod(first.input_ids[: len(second.input_ids)] == second.input_ids[: len(first.input_ids)]).sum())
-    assert target.config.is_image(second.input_ids[:alike]).any() and alike < len(second.input_ids)
+    assert target.adapter.is_image(second.input_ids[:alike]).any() and alike < len(second.input_ids)
     sampling = SamplingParams(temperature=1.0, seed=5)
     read = programs.read(params, [first], 192)
     read = prefill.rewind(read, jnp.array([alike], jnp.int32))

@@ -40,11 +40,11 @@ def test_chunks_are_the_whole(name):
     """Ragged rows, cut at places of their own; local layers see 6 tokens back, less than a chunk."""
     target, rng = family_target(name), np.random.default_rng(3)
     pictures = [rng.integers(0, 256, shape, np.uint8) for shape in ((40, 60, 3), (130, 90, 3), (16, 16, 3))]
-    own = ((), pictures[:1], pictures[1:]) if target.config.image_token_ids else ((), (), ())
+    own = ((), pictures[:1], pictures[1:]) if target.adapter.image_token_ids else ((), (), ())
     questions = ("How many shapes are there, and where is the largest?", "What?", "Compare the two, please.")
     prompts = [encode_prompt(target, *each) for each in zip(questions, own, strict=True)]
     longest = max(len(prompt.input_ids) for prompt in prompts)
-    batch = stack_prompts(target.config, prompts, longest + 3)
+    batch = stack_prompts(target.adapter, prompts, longest + 3)
     features, new_kv, embeds, _ = jax.jit(read_prompts, static_argnums=2)(target.model, batch, (1,))
     model, text = target.model, target.config.text
 

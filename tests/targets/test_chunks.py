@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jaxspec.buckets import chunk_size, coarse_bucket
 from jaxspec.layers import TextConfig
+from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.chunks import cuts, images_of, position_offset, steps_of
 from jaxspec.targets.contract import TargetConfig
 from jaxspec.targets.images import ImageLayout
@@ -18,17 +19,19 @@ MARK = 99
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TargetConfig[ImageLayout]):
+class Config(TargetConfig):
     text: TextConfig = TextConfig(100, 8, 8, 1, 1, 1, 8)
     whole: bool = False
 
     @property
-    def image_token_ids(self) -> tuple[int, ...]:
-        return (MARK,)
-
-    @property
     def reads_images_whole(self) -> bool:
         return self.whole
+
+
+class Adapter(PromptAdapter[ImageLayout]):
+    @property
+    def image_token_ids(self) -> tuple[int, ...]:
+        return (MARK,)
 
     @property
     def shared_rows(self) -> int:
@@ -54,11 +57,11 @@ def prompts(draw) -> EncodedPrompt:
 @given(batch=st.lists(prompts(), min_size=1, max_size=3), limit=st.sampled_from([16, 32, 64]), whole=st.booleans())
 @settings(deadline=None, max_examples=60)
 def test_chunks_hold_every_token_once(batch, limit, whole):
-    config = Config(whole=whole)
+    adapter = Adapter(Config(whole=whole))
     layouts = images_of(batch)
     tables = {key: np.concatenate([[-1], np.arange(layout.table_rows)]) for key, layout in layouts.items()}
     read = [[] for _ in batch]
-    for step in steps_of(config, batch, limit, 512):
+    for step in steps_of(adapter, batch, limit, 512):
         chunk = step.chunk
         features = np.full(chunk.input_ids.shape, -2)
         for key, rows in step.placements.items():
@@ -121,6 +124,6 @@ def test_positions_of_what_follows():
 
 @pytest.mark.parametrize("start", [0, 3])
 def test_one_short_prompt_is_one_chunk_of_its_own_size(start):
-    steps = steps_of(Config(), [EncodedPrompt(np.arange(50, dtype=np.int32), [])], 512, 256, [start])
+    steps = steps_of(Adapter(Config()), [EncodedPrompt(np.arange(50, dtype=np.int32), [])], 512, 256, [start])
     assert [step.chunk.input_ids.shape for step in steps] == [(1, 64 if start == 0 else 128)]
     assert steps[0].chunk.count.tolist() == [50 - start]

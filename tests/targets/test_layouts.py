@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from jaxspec.checkpoints.names import parameter_paths
+from jaxspec.targets.llava import LlavaAdapter
 from jaxspec.targets.registry import load_model, save_model
 from jaxspec.targets.target import Target
 from tests.folders import batch_of, llava_config, relative_error, torch_llava, torch_logits
@@ -47,7 +48,7 @@ def assert_same_parameters(a, b):
 
 
 def logits_of(model, folder):
-    return np.asarray(Target(model, None, folder, ()).logits(INPUTS))[REAL]
+    return np.asarray(Target(model, LlavaAdapter(model.config), None, folder, ()).logits(INPUTS))[REAL]
 
 
 @pytest.fixture(scope="module")

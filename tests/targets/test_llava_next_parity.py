@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import LlavaNextImageProcessor
 
-from jaxspec.targets.llava_next import LlavaNextConfig
+from jaxspec.targets.llava_next import LlavaNextAdapter, LlavaNextConfig
 from jaxspec.targets.registry import FAMILIES
 from tests.folders import padded, relative_error, torch_pair
 from tests.greedy import check_greedy
@@ -83,7 +83,7 @@ def batch(rows, config, side="right") -> dict:
     rng = np.random.default_rng(0)
     sizes = [piece for row in rows for piece in row if isinstance(piece, tuple)]
     inputs = pictures(sizes, config) if sizes else {}
-    counts = iter([layout.tokens for layout in config.lay_out(inputs)])
+    counts = iter([layout.tokens for layout in LlavaNextAdapter(config).lay_out(inputs)])
     ids = [
         np.concatenate(
             [[IMAGE_TOKEN] * next(counts) if isinstance(p, tuple) else rng.integers(3, IMAGE_TOKEN, p) for p in row]
@@ -124,7 +124,7 @@ def test_token_counts_are_the_processors(pinpoints):
     processor.patch_size, processor.num_additional_image_tokens = PATCH, 1
     processor.image_processor = type("Grid", (), {"image_grid_pinpoints": pinpoints})
     expected = [processor._get_number_of_features(*size, TILE, TILE) - 1 for size in SIZES]
-    assert [layout.tokens for layout in config.lay_out(images)] == expected
+    assert [layout.tokens for layout in LlavaNextAdapter(config).lay_out(images)] == expected
 
 
 def test_a_class_token_is_refused():

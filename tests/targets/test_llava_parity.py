@@ -1,8 +1,6 @@
 """LLaVA equals transformers' LLaVA, for every setting that config.json may choose and every arrangement of images,
 in padded batches and cached decoding."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +9,9 @@ import pytest
 from jaxspec import SamplingParams
 from jaxspec.cache import Cache
 from jaxspec.kernels.masks import Mask
-from jaxspec.targets.registry import FAMILIES, load_model
+from jaxspec.targets.registry import FAMILIES
 from jaxspec.targets.target import Target
-from tests.folders import IMAGE_TOKEN, batch_of, llava_config, relative_error, torch_llava, torch_logits
+from tests.folders import IMAGE_TOKEN, bare_target, batch_of, llava_config, relative_error, torch_llava, torch_logits
 from tests.greedy import check_greedy
 
 TOLERANCE = FAMILIES["llava"].tolerance
@@ -48,10 +46,6 @@ CONFIGS = {
 ROWS = [[3, "i", 4], [2, "i", 3, "i", 2], [2, "i", "i", 3], [5], ["i", 4, "i"], [9]]
 
 
-def load(folder: Path) -> Target:
-    return Target(load_model(folder), None, folder, ())
-
-
 def check(target: Target, model, inputs: dict):
     real = inputs["attention_mask"].astype(bool)
     assert relative_error(np.asarray(target.logits(inputs))[real], torch_logits(model, inputs)[real]) < TOLERANCE
@@ -62,7 +56,7 @@ def default(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava") / "default"
     model = torch_llava(llava_config())
     model.save_pretrained(folder)
-    return load(folder), model
+    return bare_target(folder), model
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -70,7 +64,7 @@ def test_configs(name, tmp_path):
     config = llava_config(**CONFIGS[name])
     model = torch_llava(config)
     model.save_pretrained(tmp_path)
-    target = load(tmp_path)
+    target = bare_target(tmp_path)
     assert (target.model.language_model.lm_head is None) == name.startswith("tied")
     tokens_per_image = 5 if name.startswith("class token") else 4
     assert target.config.tokens_per_image == tokens_per_image
@@ -137,7 +131,7 @@ def test_cached_decoding(default):
         return model.unembed(features)[:, 0], cache.append(new_kv, jnp.ones_like(cache.lengths))
 
     prompts = ids[:, : lengths.max()]
-    images = target.config.place(target.config.lay_out(whole), np.asarray(prompts))
+    images = target.adapter.place(target.adapter.lay_out(whole), np.asarray(prompts))
     logits, cache = prefill(target.model, prompts, images, jnp.asarray(lengths))
     expected, each = torch_logits(model, whole), np.arange(len(rows))
     assert relative_error(logits, expected[each, lengths - 1]) < TOLERANCE

@@ -79,7 +79,7 @@ SETTINGS = {
 @pytest.mark.parametrize("family", SETTINGS)
 def test_every_family_is_checked(family):
     target = family_target(family)
-    check_processor(target.processor, target.config)
+    check_processor(target.processor, target.adapter)
     for name, value, sentence in SETTINGS[family]:
         holder, _, attribute = name.rpartition(".")
         holder = getattr(target.processor, holder) if holder else target.processor
@@ -89,11 +89,11 @@ def test_every_family_is_checked(family):
             holder.full_image_sequence, whole = "\n\n<start_of_image>" + "<image>" * value, holder.full_image_sequence
             sentence = "image_seq_length must be 4, it is 3"
         with pytest.raises(ValueError, match=sentence):
-            check_processor(target.processor, target.config)
+            check_processor(target.processor, target.adapter)
         setattr(holder, attribute, right)
         if attribute == "image_seq_length":
             holder.full_image_sequence = whole
-    check_processor(target.processor, target.config)
+    check_processor(target.processor, target.adapter)
 
 
 @pytest.mark.parametrize(

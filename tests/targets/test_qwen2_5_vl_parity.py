@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from jaxspec.targets.images import split_by_tokens
+from jaxspec.targets.chunks import position_offset
+from jaxspec.targets.prompts import prompts_of
 from jaxspec.targets.registry import FAMILIES
 from tests.folders import padded, relative_error, torch_pair
 from tests.greedy import check_greedy
@@ -93,16 +94,12 @@ def batch(rows, side="right") -> dict:
 def positions(target, inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Ours, i64 `[3, B, S]`, and how far each row's next position is from its length, `[B, 1]`: what transformers'
     `get_rope_index` returns."""
-    config, mask = target.config, inputs["attention_mask"].astype(bool)
-    rows = [ids[real] for ids, real in zip(inputs["input_ids"], mask, strict=True)]
-    images = config.lay_out({**inputs, "input_ids": np.concatenate(rows)})
-    per_row = split_by_tokens(images, [int(config.is_image(row).sum()) for row in rows])
+    mask = inputs["attention_mask"].astype(bool)
     placed, deltas = np.zeros((3, *mask.shape), np.int64), []
-    for index, (row, own) in enumerate(zip(rows, per_row, strict=True)):
-        ours = config.position_ids(row, own)
-        ours = np.tile(np.arange(len(row)), (3, 1)) if ours is None else ours
-        placed[:, index, mask[index]] = ours
-        deltas.append([ours.max() + 1 - len(row)])
+    for index, prompt in enumerate(prompts_of(target.adapter, inputs)):
+        length, ours = len(prompt.input_ids), prompt.position_ids
+        placed[:, index, mask[index]] = np.arange(length) if ours is None else ours
+        deltas.append([position_offset(prompt)])
     return torch.from_numpy(placed), torch.tensor(deltas)
 
 

@@ -10,27 +10,29 @@ import pytest
 
 from jaxspec.targets.chunks import position_offset
 from jaxspec.targets.prompts import EncodedPrompt
-from jaxspec.targets.qwen2_5_vl import Qwen2_5VLConfig, QwenVisionConfig, frame_windows
+from jaxspec.targets.qwen2_5_vl import Qwen2_5VLConfig, QwenVisionConfig
+from jaxspec.targets.qwen2_5_vl_adapter import Qwen2_5VLAdapter, frame_windows
 from tests.families import family_target
 
 TEXT, IMAGE, VIDEO = 5, 1, 2
 
 
-def config(tokens_per_second: float = 2.0) -> Qwen2_5VLConfig:
+def adapter(tokens_per_second: float = 2.0) -> Qwen2_5VLAdapter:
     vision = QwenVisionConfig(8, 8, 1, 1, 8, 14, 2, 2, 112, (), tokens_per_second=tokens_per_second)
-    return Qwen2_5VLConfig(None, vision, image_token_id=IMAGE, video_token_id=VIDEO)
+    return Qwen2_5VLAdapter(Qwen2_5VLConfig(None, vision, image_token_id=IMAGE, video_token_id=VIDEO))
 
 
 def positions(pieces, tokens_per_second: float = 2.0) -> list[list[int]]:
     """Of pieces: a number is that many text tokens, (t, h, w) an image and (t, h, w, seconds) a video, in tokens."""
-    ours, ids, layouts = config(tokens_per_second), [], []
+    ours, ids, layouts = adapter(tokens_per_second), [], []
+    vision = ours.config.vision
     for piece in pieces:
         if isinstance(piece, int):
             ids += [TEXT] * piece
             continue
         frames, height, width, *seconds = piece
         patches = np.zeros((frames * 4 * height * width, 0), np.float32)
-        layouts.append(frame_windows(ours.vision, patches, (frames, 2 * height, 2 * width), *(seconds or [None])))
+        layouts.append(frame_windows(vision, patches, (frames, 2 * height, 2 * width), *(seconds or [None])))
         ids += [VIDEO if seconds else IMAGE] * (frames * height * width)
     return ours.position_ids(np.array(ids), layouts).tolist()
 
@@ -72,10 +74,10 @@ def test_time_is_multiplied_as_in_training():
 
 def test_decoding_goes_on_behind_the_largest_position():
     target = family_target("qwen2_5_vl")
-    ours = target.config
+    ours = target.adapter
     ids = np.array([TEXT, *[ours.video_token_id] * 4, TEXT])
-    pixels = np.zeros((16, ours.vision.patch_pixels), np.float32)
-    layout = frame_windows(ours.vision, pixels, (4, 2, 2), 3.0)
+    pixels = np.zeros((16, ours.config.vision.patch_pixels), np.float32)
+    layout = frame_windows(ours.config.vision, pixels, (4, 2, 2), 3.0)
     assert layout.tokens == 4
     prompt = EncodedPrompt.of(ours, ids, [layout])
     assert prompt.position_ids[0].tolist() == [0, 1, 13, 25, 37, 38]

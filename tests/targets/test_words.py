@@ -140,7 +140,7 @@ def test_questions_may_spell_marks(family):
     parts = [image, {"type": "text", "text": f"What does {spelt} mean?"}, image, {"type": "text", "text": spelt}]
     prompt = encode_prompt(target, [{"role": "user", "content": parts}], pictures)
     assert len(prompt.images) == 2
-    words = prompt.input_ids[~target.config.is_image(prompt.input_ids)]
+    words = prompt.input_ids[~target.adapter.is_image(prompt.input_ids)]
     text = target.tokenizer.decode(words)
     assert f"What does {spelt} mean?" in text and text.count(spelt) == 2
     plain = [{**part, "text": part["text"].replace("<", "(")} if "text" in part else part for part in parts]

@@ -8,6 +8,7 @@ import pytest
 
 from jaxspec.data.answers import AnswerEncoder
 from jaxspec.layers import TextConfig
+from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.processors import TextProcessor
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.text import TextTargetConfig
@@ -43,7 +44,7 @@ def test_values_that_cannot_be(changes, message):
     ],
 )
 def test_answers_that_a_recipe_cannot_learn_from(changes, image_token_ids, message):
-    target = SimpleNamespace(config=SimpleNamespace(image_token_ids=image_token_ids))
+    target = SimpleNamespace(adapter=SimpleNamespace(image_token_ids=image_token_ids))
     with pytest.raises(ValueError, match=message):
         check_records(ViSpecRecipe(name="head", **changes), target, text_only(False), 4)
     check_records(EagleRecipe(name="head"), target, text_only(False), 4)
@@ -57,7 +58,7 @@ def text_only(has_images, last=()) -> Span:
 
 
 def test_an_image_in_any_record_is_one():
-    target = SimpleNamespace(config=SimpleNamespace(image_token_ids=(7,)))
+    target = SimpleNamespace(adapter=SimpleNamespace(image_token_ids=(7,)))
     recipe = ViSpecRecipe(name="head")
     check_records(recipe, target, text_only(True), 4)
     check_records(recipe, target, text_only(None, ["image"]), 4)
@@ -82,7 +83,8 @@ def test_questions_that_cannot_be_asked_are_left_out_by_name():
 
 
 TEXT = TextConfig(97, 32, 64, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8)
-ENCODER = AnswerEncoder(TextProcessor(None), TextTargetConfig(TEXT))  # without pictures and names of tokens
+# Without pictures and names of tokens.
+ENCODER = AnswerEncoder(TextProcessor(None), PromptAdapter(TextTargetConfig(TEXT)))
 RECIPE = EagleRecipe(name="head", batch_size=2, sequence_length=16, validation_records=2)
 
 

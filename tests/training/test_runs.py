@@ -127,7 +127,7 @@ def final_state(folder) -> dict:
 def test_the_recorded_acceptance_is_what_decoding_earns(runs):
     recipe, target = head_recipe(runs, "vispec"), jaxspec.load_target(runs / "target/export")
     drafter = jaxspec.load_drafter(runs / "vispec/export", target)
-    answers, encoder = AnswerSource(runs / "answers"), AnswerEncoder(target.processor, target.config)
+    answers, encoder = AnswerSource(runs / "answers"), AnswerEncoder(target.processor, target.adapter)
     records = [answers[index] for index in range(recipe.validation_records)]
     prompts, limit = [encoder.encode_question(record)[0] for record in records], longest_answer(records)
     generator = jaxspec.Generator(target, drafter)
@@ -164,7 +164,7 @@ def test_a_head_learns_from_conversations(runs):
     target, source = jaxspec.load_target(runs / "target/export"), open_conversations("scenes")
     drafter, encoder = (
         jaxspec.load_drafter(runs / "others/export", target),
-        ConversationEncoder(target.processor, target.config),
+        ConversationEncoder(target.processor, target.adapter),
     )
     questions = [encoder.encode_question(source[index]) for index in range(recipe.validation_records)]
     prompts, limit = [prompt for prompt, _ in questions], max(tokens for _, tokens in questions)
@@ -227,7 +227,7 @@ def test_measured_acceptance_is_that_of_the_held_out_prompts(runs):
     drafter = jaxspec.load_drafter(runs / "vispec/export", target)
     source = AnswerSource(runs / "answers")
     records = [source[index] for index in range(4)]
-    encoder = AnswerEncoder(target.processor, target.config)
+    encoder = AnswerEncoder(target.processor, target.adapter)
     questions = [numbered_scene("train", index)[1][0].question for index in range(4)]
     images = [record["images"] for record in records]
     generator, limit = jaxspec.Generator(target, drafter), longest_answer(records)
