@@ -55,7 +55,7 @@ def report(folder: Path, config, processor) -> dict:
     adapter = config_from(folder)[0].adapter(single.config)
     ids, lengths, images, positions = batch(Target(single, adapter, processor, folder, ()))
     expected = full_logits(single, ids, lengths, images, positions)
-    places = (ROWS, ROWS, images and Images(pixels=WHOLE, rows=ROWS, ids=ROWS), None if positions is None else SECOND)
+    places = (ROWS, ROWS, images and Images(pixels=WHOLE, index=ROWS, ids=ROWS), None if positions is None else SECOND)
     logits = full_logits(sharded, *jax.device_put((ids, lengths, images, positions), places))
     real = np.arange(ids.shape[1]) < lengths[:, None]
     singles, shards = parameter_paths(single), parameter_paths(sharded)

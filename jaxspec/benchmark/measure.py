@@ -76,7 +76,7 @@ def distinct_shapes(target: Target, questions: Sequence[Question]) -> list[Quest
     seen = {}
     for question in questions:
         encoded = encode_prompt(target, question.prompt, question.images)
-        shape = bucket(len(encoded.input_ids)), *((image.table_rows, image.tokens) for image in encoded.images)
+        shape = bucket(len(encoded.input_ids)), *((image.table_size, image.tokens) for image in encoded.images)
         seen.setdefault(shape, question)
     return list(seen.values())
 

@@ -136,7 +136,7 @@ class DrafterContext:
             embeds=read.embeds,
             features=read.features,
             vision=read.vision,
-            vision_index=None if prompts.images is None else prompts.images.rows,
+            vision_index=None if prompts.images is None else prompts.images.index,
             image_ids=prompts.image_ids,
             input_ids=prompts.input_ids,
             lengths=prompts.lengths,

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from jaxspec.targets.contract import TargetConfig
-from jaxspec.targets.images import ImageLayout, Images, stack_entries, table_rows
+from jaxspec.targets.images import ImageLayout, Images, stack_entries, table_index
 
 Layout = TypeVar("Layout", bound=ImageLayout)
 
@@ -35,8 +35,8 @@ class PromptAdapter(Generic[Layout]):
         return None
 
     @property
-    def shared_rows(self) -> int:
-        """Rows at the beginning of the table of features that belong to no image."""
+    def shared_features(self) -> int:
+        """How many features at the beginning of the table belong to no image."""
         return 0
 
     @property
@@ -77,13 +77,13 @@ class PromptAdapter(Generic[Layout]):
         marks, tokens = int(is_image.sum()), sum(layout.tokens for layout in layouts)
         if marks != tokens:
             raise ValueError(f"the prompts have {marks} image tokens, the images {tokens}")
-        starts = self.shared_rows + np.cumsum([0, *(layout.table_rows for layout in layouts)])
-        table = [table_rows(each, start) for each, start in zip(layouts, starts, strict=False)]
-        rows, ids = np.zeros(is_image.shape, np.int32), np.full(is_image.shape, len(layouts), np.int32)
-        rows[is_image] = np.concatenate(table)
+        starts = self.shared_features + np.cumsum([0, *(layout.table_size for layout in layouts)])
+        table = [table_index(each, start) for each, start in zip(layouts, starts, strict=False)]
+        index, ids = np.zeros(is_image.shape, np.int32), np.full(is_image.shape, len(layouts), np.int32)
+        index[is_image] = np.concatenate(table)
         ids[is_image] = np.repeat(np.arange(len(layouts)), [layout.tokens for layout in layouts])
         ids = np.where(is_image, ids - ids.min(axis=1, keepdims=True), -1)
-        return Images(self.collate(layouts), rows, ids)
+        return Images(self.collate(layouts), index, ids)
 
     def position_ids(self, input_ids: np.ndarray, layouts: Sequence[Layout]) -> np.ndarray | None:
         """Positions i32 `[3, S]` of one prompt where they are not 0, 1, 2, ..; the token after it stands at their

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxspec.buckets import chunk_size
 from jaxspec.targets.adapter import PromptAdapter
-from jaxspec.targets.images import Array, ImageLayout, table_rows
+from jaxspec.targets.images import Array, ImageLayout, table_index
 from jaxspec.targets.prompts import EncodedPrompt
 
 
@@ -33,7 +33,7 @@ class Step:
     """One chunk, and where in it the features of which images stand."""
 
     chunk: Chunk[np.ndarray]
-    placements: dict[Hashable, np.ndarray]  # image -> i32 [B, C], the row of its table at each token, -1 elsewhere
+    placements: dict[Hashable, np.ndarray]  # image -> i32 [B, C], which feature of its table each token has, or -1
 
 
 def cuts(image_ids: np.ndarray, start: int, limit: int, whole_images: bool) -> list[tuple[int, int]]:
@@ -75,8 +75,8 @@ def steps_of(
     """How to read a batch of prompts, from token `starts[row]` of each on (0 by default).
 
     No chunk has more than `limit` tokens, unless an image that must be read whole has more, and none more than
-    `capacity`, the rows of the cache. A batch of short prompts is one chunk of a finely stepped size, all others share
-    three sizes. An image's key in `Step.placements` is its layout's `key`.
+    `capacity`, the positions of the cache. A batch of short prompts is one chunk of a finely stepped size, all others
+    share three sizes. An image's key in `Step.placements` is its layout's `key`.
     """
     starts = starts or [0] * len(prompts)
     places = [image_ids_of(adapter, prompt) for prompt in prompts]
@@ -115,10 +115,10 @@ def step_of(
         for number in np.unique(where[start:stop]):
             if number >= 0:
                 layout = prompt.images[number]
-                rows = placements.setdefault(layout.key, np.full(shape, -1, np.int32))
+                index = placements.setdefault(layout.key, np.full(shape, -1, np.int32))
                 within = np.flatnonzero(where == number)
                 inside = (within >= start) & (within < stop)
-                rows[row, within[inside] - start] = table_rows(layout, adapter.shared_rows)[inside]
+                index[row, within[inside] - start] = table_index(layout, adapter.shared_features)[inside]
     count = np.array([stop - start for start, stop in pieces], np.int32)
     return Step(Chunk(ids, count, image_ids, positions), placements)
 

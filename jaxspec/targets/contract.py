@@ -57,12 +57,12 @@ class VisionLanguageModel(nnx.Module):
 
     @property
     def embedding(self) -> jax.Array:
-        """The table of token embeddings `[V, D]` in the model's dtype, as it is stored: `embed` may scale its rows."""
+        """The table of token embeddings `[V, D]` in the model's dtype, as it is stored: `embed` may scale it."""
         return self.language_model.embed_tokens.embedding[...]
 
     def encode_vision(self, pixels: Any) -> jax.Array:
-        """What the tower sees in `pixels`, as `PromptAdapter.collate` makes them: `[R, Dv]` in the model's dtype, a row
-        for each row of the table, as the projector reads them; zeros in shared rows."""
+        """What the tower sees in `pixels`, as `PromptAdapter.collate` makes them: `[R, Dv]` in the model's dtype, one
+        for each feature of the table, as the projector reads them; zeros for shared ones."""
         raise NotImplementedError(f"{type(self).__name__} must implement encode_vision")
 
     def project(self, vision: jax.Array) -> jax.Array:
@@ -76,7 +76,7 @@ class VisionLanguageModel(nnx.Module):
             return self.language_model.embed(input_ids)
         with jax.named_scope("projector"):
             table = self.project(self.encode_vision(images.pixels) if vision is None else vision)  # [R, D]
-        return self.splice(input_ids, table[images.rows], images.ids)
+        return self.splice(input_ids, table[images.index], images.ids)
 
     def splice(self, input_ids: jax.Array, features: jax.Array | None, image_ids: jax.Array) -> jax.Array:
         """Token embeddings `[B, S, D]` of ids `[B, S]` with image features `[B, S, D]` (None: there are none) where

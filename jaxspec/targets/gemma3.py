@@ -1,8 +1,8 @@
 """Gemma3 (`Gemma3ForConditionalGeneration`): SigLIP tower, average-pooled projector, local and global text layers.
 
 Local layers see the last `sliding_window` tokens and have a rope of their own; every image's tokens see each other in
-both directions while the prompt is read. Caches keep all rows, the window is a mask: a verified tree is committed as in
-any other family.
+both directions while the prompt is read. Caches keep all positions, the window is a mask: a verified tree is committed
+as in any other family.
 """
 
 import dataclasses

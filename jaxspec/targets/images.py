@@ -1,7 +1,7 @@
 """Where the features of images stand in a batch of prompts.
 
-A family's tower turns pixels into a table of features; an index per token says which row of the table stands there. The
-index is made on the host, from sizes, so that any number of images of any size lands in the same few compiled shapes.
+A family's tower turns pixels into a table of features; an index says which of them stands at each token. The index is
+made on the host, from sizes, so that any number of images of any size lands in the same few compiled shapes.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Images(Generic[Array]):
     """The images of a batch, as the device sees them."""
 
     pixels: Any  # what the family's tower reads, in bucketed shapes
-    rows: Array  # i32 [B, S], the row of the tower's table that stands at each image token, 0 at text
+    index: Array  # i32 [B, S], which feature of the table stands at each image token, 0 at text
     ids: Array  # i32 [B, S], which image of its prompt a token belongs to, -1 for text
 
 
@@ -34,12 +34,12 @@ class ImageLayout:
     """One image (or video) on the host."""
 
     pixels: Any  # arrays that the tower reads
-    rows: np.ndarray  # i32 [K], for each of its tokens the row of its own part of the table; -1 - i is shared row i
-    table_rows: int  # rows that it adds to the table
+    index: np.ndarray  # i32 [K], which feature of its own part of the table each token has; -1 - i is shared feature i
+    table_size: int  # features that it adds to the table
 
     @property
     def tokens(self) -> int:
-        return len(self.rows)
+        return len(self.index)
 
     @functools.cached_property
     def key(self) -> str:
@@ -52,9 +52,9 @@ class ImageLayout:
         return digest.hexdigest()
 
 
-def table_rows(layout: ImageLayout, start: int) -> np.ndarray:
-    """For each token of an image the row of a table in which the image's own rows begin at `start`: i32 `[K]`."""
-    return np.where(layout.rows < 0, -1 - layout.rows, start + layout.rows).astype(np.int32)
+def table_index(layout: ImageLayout, start: int) -> np.ndarray:
+    """Which feature of a table in which the image's own begin at `start` each of its tokens has: i32 `[K]`."""
+    return np.where(layout.index < 0, -1 - layout.index, start + layout.index).astype(np.int32)
 
 
 def image_runs(input_ids: np.ndarray, is_image: np.ndarray) -> list[tuple[int, int]]:

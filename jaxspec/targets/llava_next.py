@@ -2,7 +2,7 @@
 
 An image of any size is resized to the whole view and to the best of a few grids of tiles; each is one entry of the CLIP
 tower. The tokens of an image are the whole view, then the rows of the grid without what padding made, each closed by a
-learned newline (LLaVA-NeXT's "spatial unpad"). Which row of the tower's table stands where is arithmetic on sizes.
+learned newline (LLaVA-NeXT's "spatial unpad"). Which feature of the tower's table stands where is arithmetic on sizes.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 NEWLINE = -1
-"""The newline is the table's one shared row."""
+"""The newline is the table's one shared feature."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class LlavaNextAdapter(LlavaAdapter):
     config: LlavaNextConfig
 
     @property
-    def shared_rows(self) -> int:
+    def shared_features(self) -> int:
         return 1
 
     def lay_out(self, inputs: Mapping[str, Any]) -> list[ImageLayout]:
@@ -58,8 +58,8 @@ class LlavaNextAdapter(LlavaAdapter):
             grid = tile_grid(size, config.grid_pinpoints, vision.image_size)
             entries = np.asarray(tiles[: 1 + grid[0] * grid[1]], np.float32)
             check_pixels(entries, vision.pixel_shape, "tiles")
-            rows = image_rows(size, grid, vision.image_size // vision.patch_size)
-            layouts.append(ImageLayout(entries, rows, len(entries) * config.tokens_per_image))
+            index = image_index(size, grid, vision.image_size // vision.patch_size)
+            layouts.append(ImageLayout(entries, index, len(entries) * config.tokens_per_image))
         return layouts
 
 
@@ -69,17 +69,17 @@ def tile_grid(size: Sequence[int], pinpoints: Sequence[tuple[int, int]], tile: i
     return height // tile, width // tile
 
 
-def image_rows(size: Sequence[int], grid: tuple[int, int], side: int) -> np.ndarray:
-    """The table's row at each token of one image whose entries are the whole view and `grid` tiles, of `side` x `side`
+def image_index(size: Sequence[int], grid: tuple[int, int], side: int) -> np.ndarray:
+    """Which feature each token has of one image whose entries are the whole view and `grid` tiles, of `side` x `side`
     patches each."""
     down, across = grid
     # Patch (y, x) of the grid lies in tile (y // side, x // side); tiles follow the whole view in reading order.
     y, x = np.meshgrid(np.arange(down * side), np.arange(across * side), indexing="ij")
     tile = 1 + (y // side) * across + x // side
-    rows = tile * side**2 + (y % side) * side + x % side  # [down * side, across * side]
-    rows = unpad(rows, size)
-    rows = np.concatenate([rows, np.full((len(rows), 1), NEWLINE)], axis=1)
-    return np.concatenate([np.arange(side**2), rows.reshape(-1)])
+    index = tile * side**2 + (y % side) * side + x % side  # [down * side, across * side]
+    index = unpad(index, size)
+    index = np.concatenate([index, np.full((len(index), 1), NEWLINE)], axis=1)
+    return np.concatenate([np.arange(side**2), index.reshape(-1)])
 
 
 def unpad(grid: np.ndarray, size: Sequence[int]) -> np.ndarray:
@@ -101,7 +101,7 @@ class LlavaNext(Llava):
         self.image_newline = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width,)))
 
     def encode_vision(self, pixels: jax.Array) -> jax.Array:
-        """`[1 + T * M, Dv]` of the entries `[T, 3, H, W]`; the first row is the newline's, which no tower sees."""
+        """`[1 + T * M, Dv]` of the entries `[T, 3, H, W]`; the first feature is the newline's, which no tower sees."""
         return jnp.pad(super().encode_vision(pixels), ((1, 0), (0, 0)))
 
     def project(self, vision: jax.Array) -> jax.Array:

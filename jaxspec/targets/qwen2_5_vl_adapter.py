@@ -125,26 +125,26 @@ def frame_windows(
     t, y, x = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
     window = (t * down + y // side) * across + x // side
     window_width = np.minimum(side, width - x // side * side)
-    rows = (window * slots + y % side * window_width + x % side).reshape(-1)  # [tokens]
+    index = (window * slots + y % side * window_width + x % side).reshape(-1)  # [tokens]
     count = frames * down * across
 
     def spread(values: np.ndarray) -> np.ndarray:  # per token, unit patches each -> [windows, slots * unit, ..]
         spread = np.zeros((count * slots, *values.shape[1:]), values.dtype)
-        spread[rows] = values
+        spread[index] = values
         return spread.reshape(count, slots * unit, *values.shape[2:])
 
     inner = np.stack(np.meshgrid(np.arange(merge), np.arange(merge), indexing="ij"), axis=-1).reshape(unit, 2)
     places = (np.stack([y, x], axis=-1).reshape(-1, 1, 2) * merge + inner).astype(np.int32)  # [tokens, unit, 2]
-    per_frame = rows.reshape(frames, -1, 1) * unit + np.arange(unit)
+    per_frame = index.reshape(frames, -1, 1) * unit + np.arange(unit)
     return QwenLayout(
         pixels={
-            "patches": spread(np.asarray(patches, np.float32).reshape(len(rows), unit, -1)),
-            "valid": spread(np.ones((len(rows), unit), bool)),
+            "patches": spread(np.asarray(patches, np.float32).reshape(len(index), unit, -1)),
+            "valid": spread(np.ones((len(index), unit), bool)),
             "places": spread(places),
             "frames": list(per_frame.reshape(frames, -1)),
         },
-        rows=rows,
-        table_rows=count * slots,
+        index=index,
+        table_size=count * slots,
         grid=(frames, height, width),
         seconds_per_frame=seconds_per_frame,
     )

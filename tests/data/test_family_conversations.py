@@ -138,7 +138,7 @@ def test_conversations_are_read_as_in_generation(encoders, family, data):
 def same_layouts(ours, theirs):
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(one.rows, other.rows)
+        np.testing.assert_array_equal(one.index, other.index)
         for left, right in zip(leaves(one.pixels), leaves(other.pixels), strict=True):
             np.testing.assert_array_equal(left, right)
 

@@ -47,7 +47,7 @@ def test_shapes_and_padding(source, encoder):
     batch = Pipeline(source, encoder, sequence_length=448, batch_size=4)[0]
     prompts, mask = batch["prompts"], batch["loss_mask"]
     images = prompts.images
-    shapes = [(value.shape, value.dtype) for value in (prompts.input_ids, images.rows, images.pixels, mask)]
+    shapes = [(value.shape, value.dtype) for value in (prompts.input_ids, images.index, images.pixels, mask)]
     assert shapes == [((4, 448), np.int32)] * 2 + [((4, 3, 144, 144), np.float32), ((4, 448), bool)]
     assert prompts.lengths.dtype == np.int32 and prompts.max_images == 1
     padding = np.arange(448) >= prompts.lengths[:, None]
@@ -61,7 +61,7 @@ def test_pixels_stand_at_the_tokens_of_their_row(source, encoder):
     tokens = encoder.adapter.config.tokens_per_image
     for row in range(3):
         alone = encoder.encode_record(source[row]).prompt.images[0].pixels[0]
-        first = batch.images.rows[row][batch.images.ids[row] == 0]
+        first = batch.images.index[row][batch.images.ids[row] == 0]
         np.testing.assert_array_equal(first, row * tokens + np.arange(tokens))
         np.testing.assert_array_equal(batch.images.pixels[row], alone)
 

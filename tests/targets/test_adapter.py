@@ -69,15 +69,15 @@ def test_images_stand_where_their_tokens_are(family):
     ]
     longest = max(len(prompt.input_ids) for prompt in prompts)
     images = stack_prompts(adapter, prompts, longest).images
-    start = adapter.shared_rows
+    start = adapter.shared_features
     for row, prompt in enumerate(prompts):
         ids = images.ids[row, : len(prompt.input_ids)]
         np.testing.assert_array_equal(ids >= 0, adapter.is_image(prompt.input_ids))
         assert (images.ids[row, len(ids) :] == -1).all()
         for number, layout in enumerate(prompt.images):
-            expected = np.where(layout.rows < 0, -1 - layout.rows, start + layout.rows)
-            np.testing.assert_array_equal(images.rows[row, : len(ids)][ids == number], expected)
-            start += layout.table_rows
+            expected = np.where(layout.index < 0, -1 - layout.index, start + layout.index)
+            np.testing.assert_array_equal(images.index[row, : len(ids)][ids == number], expected)
+            start += layout.table_size
     layouts = [layout for prompt in prompts for layout in prompt.images]
     with pytest.raises(ValueError, match=r"the prompts have \d+ image tokens, the images \d+"):
         adapter.place(layouts[1:], prompts[0].input_ids[None])

@@ -34,12 +34,12 @@ class Adapter(PromptAdapter[ImageLayout]):
         return (MARK,)
 
     @property
-    def shared_rows(self) -> int:
+    def shared_features(self) -> int:
         return 1
 
 
 def image(tokens: int, name: int) -> ImageLayout:
-    """Its last token is the shared row, as LLaVA-NeXT's newline."""
+    """Its last token is the shared feature, as LLaVA-NeXT's newline."""
     return ImageLayout(np.full((1, 2), name, np.float32), np.array([*range(tokens - 1), -1]), tokens - 1)
 
 
@@ -59,13 +59,13 @@ def prompts(draw) -> EncodedPrompt:
 def test_chunks_hold_every_token_once(batch, limit, whole):
     adapter = Adapter(Config(whole=whole))
     layouts = images_of(batch)
-    tables = {key: np.concatenate([[-1], np.arange(layout.table_rows)]) for key, layout in layouts.items()}
+    tables = {key: np.concatenate([[-1], np.arange(layout.table_size)]) for key, layout in layouts.items()}
     read = [[] for _ in batch]
     for step in steps_of(adapter, batch, limit, 512):
         chunk = step.chunk
         features = np.full(chunk.input_ids.shape, -2)
-        for key, rows in step.placements.items():
-            features = np.where(rows >= 0, tables[key][np.maximum(rows, 0)], features)
+        for key, index in step.placements.items():
+            features = np.where(index >= 0, tables[key][np.maximum(index, 0)], features)
         for row, count in enumerate(chunk.count):
             assert (chunk.image_ids[row, count:] == -1).all() and (features[row, count:] == -2).all()
             parts = (chunk.input_ids[row, :count], chunk.image_ids[row, :count], features[row, :count])
@@ -78,7 +78,7 @@ def test_chunks_hold_every_token_once(batch, limit, whole):
                     assert (here == last).sum() == batch[row].images[last].tokens
     for prompt, got in zip(batch, read, strict=True):
         assert [int(token) for token, _, _ in got] == prompt.input_ids.tolist()
-        expected = [value for layout in prompt.images for value in layout.rows.tolist()]
+        expected = [value for layout in prompt.images for value in layout.index.tolist()]
         assert [int(value) for _, number, value in got if number >= 0] == expected
         assert all(value == -2 for _, number, value in got if number < 0)
 
@@ -112,7 +112,7 @@ def test_equal_pictures_have_one_key():
     first, again, other = image(5, 1), image(5, 1), image(5, 2)
     assert first.key == again.key != other.key
     assert list(images_of([EncodedPrompt(np.full(10, MARK), [first, again])])) == [first.key]
-    same_numbers = ImageLayout(first.pixels.reshape(2, 1), first.rows, first.table_rows)
+    same_numbers = ImageLayout(first.pixels.reshape(2, 1), first.index, first.table_size)
     assert same_numbers.key != first.key
 
 
