@@ -29,8 +29,8 @@ from jaxspec.drafters.registry import METHODS
 from jaxspec.drafters.vispec import ViSpecConfig
 from jaxspec.layers import RopeConfig, TextConfig
 from jaxspec.programs import Programs
-from jaxspec.speculation import loop
 from jaxspec.speculation.params import BatchSampling, SamplingParams
+from jaxspec.speculation.state import Request
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.clip import ClipVisionConfig
 from jaxspec.targets.llava import Llava, LlavaAdapter, LlavaConfig
@@ -126,7 +126,7 @@ class Runner:
         images = adapter.lay_out({"pixel_values": pixels})
         self.prompts = [EncodedPrompt(ids, images)] * batch
         limit = rounds * (tree.max_depth + 1) + 1
-        self.request = loop.Request(
+        self.request = Request(
             BatchSampling.from_params([SamplingParams()] * batch), jnp.full((batch,), limit), jnp.full((batch, 1), -1)
         )
         self.rounds, self.capacity = rounds, len(ids) + limit

@@ -29,6 +29,7 @@ from jaxspec.layers import TextConfig
 from jaxspec.programs import CHUNK
 from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.params import BatchSampling, SamplingParams
+from jaxspec.speculation.state import Request
 from jaxspec.targets.chunks import steps_of
 from jaxspec.targets.clip import ClipVisionConfig
 from jaxspec.targets.llava import Llava, LlavaAdapter, LlavaConfig
@@ -109,7 +110,7 @@ class Memory:
         self, config: LlavaConfig, model: nnx.Module, draft_model: nnx.Module | None, chunk: int
     ) -> jax.stages.Lowered:
         capacity = self.rows + 256
-        request = loop.Request(BatchSampling.from_params([SamplingParams()]), np.full(1, 256), np.full((1, 1), -1))
+        request = Request(BatchSampling.from_params([SamplingParams()]), np.full(1, 256), np.full((1, 1), -1))
         step = steps_of(LlavaAdapter(config), [encoded(config, self.rows)], chunk, capacity)[-1]
         tokens = step.chunk
         shape = tokens.input_ids.shape

@@ -22,8 +22,8 @@ from jaxspec.buckets import coarse_bucket
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.layers import RopeConfig, TextConfig
 from jaxspec.programs import Programs
-from jaxspec.speculation.loop import Request
 from jaxspec.speculation.params import BatchSampling, SamplingParams
+from jaxspec.speculation.state import Request
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.clip import ClipVisionConfig
 from jaxspec.targets.images import ImageLayout

@@ -34,10 +34,10 @@ from jaxspec.drafters.registry import METHODS
 from jaxspec.metrics import AcceptanceWatch, GenerationStats, emitted_per_round
 from jaxspec.programs import CHUNK, Programs
 from jaxspec.prompting import ImageLike, Prompt, encode_prompt
-from jaxspec.speculation import loop
 from jaxspec.speculation.logprobs import Logprobs
 from jaxspec.speculation.params import BatchSampling, SamplingParams
 from jaxspec.speculation.penalties import Penalties
+from jaxspec.speculation.state import DecodeState, Request, finish
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.generation import GenerationDefaults
 from jaxspec.targets.prompts import EncodedPrompt
@@ -295,7 +295,7 @@ class Batch:
             ids, size = [prompt.input_ids for prompt in prompts], generator.target.model.vocab_size
             penalties = Penalties.from_params(sampling, ids, stops, size)
         telling = [params.logprobs is not None for params in sampling]
-        self.request = loop.Request(
+        self.request = Request(
             sampling=BatchSampling.from_params(sampling, penalties),
             max_new_tokens=np.array(limits, np.int32),
             stop_token_ids=np.array([[*row, *[-1] * (width - len(row))] for row in stops], np.int32),
@@ -332,7 +332,7 @@ class Batch:
             seen = text.count
             state = self.advance(state, rounds)
 
-    def start(self) -> loop.DecodeState:
+    def start(self) -> DecodeState:
         started = time.perf_counter()
         programs, params = self.generator.programs, self.generator._params
         read = programs.read(params, self.prompts, self.capacity)
@@ -341,7 +341,7 @@ class Batch:
         self.prefill_seconds = time.perf_counter() - started
         return self.watched(state)
 
-    def advance(self, state: loop.DecodeState, rounds: int) -> loop.DecodeState:
+    def advance(self, state: DecodeState, rounds: int) -> DecodeState:
         """Up to `rounds` more rounds; `state` is consumed."""
         started = time.perf_counter()
         state = self.generator.programs.decode(self.generator._params, state, jnp.int32(rounds))
@@ -349,22 +349,22 @@ class Batch:
         self.decode_seconds += time.perf_counter() - started
         return self.watched(state)
 
-    def watched(self, state: loop.DecodeState) -> loop.DecodeState:
+    def watched(self, state: DecodeState) -> DecodeState:
         """The state with the rows done whose stop strings have come: they decode no further."""
         if not self.watching:
             return state
         self.read(state)
         stopped = np.array([text.stopped for text in self.texts])
-        return loop.finish(state, stopped) if (stopped & ~np.asarray(state.done)).any() else state
+        return finish(state, stopped) if (stopped & ~np.asarray(state.done)).any() else state
 
-    def read(self, state: loop.DecodeState) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, state: DecodeState) -> tuple[np.ndarray, np.ndarray]:
         """Takes in what the rows have said since the last look. Their tokens i32 `[B, T]`, and which were drafted."""
         tokens, drafted, counts = map(np.asarray, jax.device_get((state.tokens, state.from_draft, state.counts)))
         for row, text in enumerate(self.texts):
             text.add(tokens[row, text.count : counts[row]])
         return tokens, drafted
 
-    def logprobs(self, state: loop.DecodeState, row: int, columns: slice) -> Logprobs[np.ndarray] | None:
+    def logprobs(self, state: DecodeState, row: int, columns: slice) -> Logprobs[np.ndarray] | None:
         """Of these tokens of a row, where it asks for them."""
         count = self.sampling[row].logprobs
         if state.logprobs is None or count is None:
@@ -372,10 +372,10 @@ class Batch:
         own = jax.tree.map(lambda part: part[row], jax.device_get(state.logprobs))
         return Logprobs(own.token_logprobs[columns], own.top_ids[columns, :count], own.top_logprobs[columns, :count])
 
-    def finished(self, state: loop.DecodeState) -> bool:
+    def finished(self, state: DecodeState) -> bool:
         return bool(np.asarray(state.done).all())
 
-    def results(self, state: loop.DecodeState) -> list[Result]:
+    def results(self, state: DecodeState) -> list[Result]:
         """The answers, once all rows are done. Each counts the rounds up to the one that gave its last token."""
         tokens, drafted = self.read(state)
         failed, width, results = np.asarray(state.failed), self.generator.tree.max_depth + 1, []

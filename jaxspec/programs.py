@@ -18,6 +18,7 @@ from jaxspec.checks import whole_number
 from jaxspec.drafters.contract import DraftModel
 from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.prefill import ImageFeatures, Read
+from jaxspec.speculation.state import DecodeState, Request, insert
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.chunks import Step, images_of, position_offset, steps_of
@@ -72,7 +73,7 @@ class Programs:
         self._begin = compiled(loop.begin, static_argnames=("capacity", "max_images"))
         self._idle = compiled(loop.idle, static_argnums=(1, 2, 3, 4, 5))
         self.decode = compiled(loop.decode, with_tree=True, donate_argnums=1)
-        self.insert = jax.jit(self._counted(loop.insert), donate_argnums=0)
+        self.insert = jax.jit(self._counted(insert), donate_argnums=0)
 
     def _counted(self, function: Callable) -> Callable:
         @functools.wraps(function)
@@ -90,7 +91,7 @@ class Programs:
         stop_tokens: int,
         penalties: bool = False,
         logprobs: bool = False,
-    ) -> loop.DecodeState:
+    ) -> DecodeState:
         """As `loop.idle`."""
         return self._idle(params, batch, capacity, stop_tokens, penalties, logprobs)
 
@@ -146,10 +147,10 @@ class Programs:
         self,
         params: Any,
         read: Read,
-        request: loop.Request[np.ndarray],
+        request: Request[np.ndarray],
         prompts: Sequence[EncodedPrompt],
         capacity: int,
-    ) -> loop.DecodeState:
+    ) -> DecodeState:
         """The state after the first token of each row."""
         most = max(len(prompt.images) for prompt in prompts)
         offsets = np.array([position_offset(prompt) for prompt in prompts], np.int32)

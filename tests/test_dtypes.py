@@ -21,6 +21,7 @@ from jaxspec.prompting import encode_prompt
 from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.penalties import Penalties
+from jaxspec.speculation.state import Request
 from jaxspec.targets.chunks import steps_of
 from tests.drafting import DRAFTERS, NARROW, TREE, fresh_head
 from tests.families import FAMILIES, family_target
@@ -72,7 +73,7 @@ def programs(target: Target, drafter: Drafter | None, images: list):
     params = [SamplingParams(temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, presence_penalty=1)] * BATCH
     stops, size = np.full((BATCH, 4), -1, np.int32), target.config.text.vocab_size
     penalties = Penalties.from_params(params, [each.input_ids for each in prompts], stops, size)
-    request = loop.Request(BatchSampling.from_params(params, penalties), np.full(BATCH, NEW, np.int32), stops)
+    request = Request(BatchSampling.from_params(params, penalties), np.full(BATCH, NEW, np.int32), stops)
     tree = drafter.tree if drafter else TreeConfig.autoregressive()
     traced, features = [], None
 

@@ -16,6 +16,7 @@ from jaxspec.prompting import encode_prompt
 from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.prefill import ImageFeatures
+from jaxspec.speculation.state import Request
 from jaxspec.targets.chunks import Chunk
 from jaxspec.targets.prompts import stack_prompts
 from jaxspec.targets.reading import read_prompts
@@ -66,7 +67,7 @@ def prefill_program(target, draft_model, pictures):
     """A first chunk of `LENGTH` tokens, as many behind it, and what comes before the first round."""
     prompt = prompts(target, pictures)
     chunk = Chunk(prompt.input_ids, prompt.lengths, prompt.image_ids, prompt.position_ids)
-    request = loop.Request(
+    request = Request(
         BatchSampling.from_params([SamplingParams(temperature=0.7)] * BATCH),
         np.full(BATCH, 16, np.int32),
         np.full((BATCH, 1), -1),

@@ -2,17 +2,16 @@
 
     state = begin(model, draft_model, read, request, offset)      # of prompts that prefill.py has read
     state = decode(model, draft_model, tree, state, max_rounds)   # until all rows are done, or a slice for streaming
-    state = insert(state, slots, rows)                            # rows of another state take the place of some
-    state = finish(state, rows)                                   # and some are done because the host says so
 
-All are pure and jitted by the caller (jaxspec/programs.py); whole generation and streaming run the same round. Every
-row has its own length, seed, sampling parameters and stop state, and answers as if it were alone. The draft model
-is any object with the contract of `jaxspec.drafters.contract`, or None for autoregressive decoding.
+Both are pure and jitted by the caller (jaxspec/programs.py); whole generation and streaming run the same round, and
+between two slices rows may come and go (state.py). Every row has its own length, seed, sampling parameters and stop
+state, and answers as if it were alone. The draft model is any object with the contract of `jaxspec.drafters.contract`,
+or None for autoregressive decoding.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,49 +26,9 @@ from jaxspec.speculation.params import BatchSampling, SamplingParams
 from jaxspec.speculation.penalties import Penalties, penalised
 from jaxspec.speculation.prefill import Read, context_of, nothing_read, taps_of
 from jaxspec.speculation.sampling import Noise, choose
+from jaxspec.speculation.state import DecodeState, Request
 from jaxspec.speculation.tree import NO_TOKEN, Tree, TreeConfig, path_tokens, root_only
 from jaxspec.targets.contract import VisionLanguageModel
-from jaxspec.targets.images import Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Request(Generic[Array]):
-    """What each row asks for."""
-
-    sampling: BatchSampling
-    max_new_tokens: Array  # i32 [B], at least 1
-    stop_token_ids: Array  # i32 [B, K], -1 where unused
-    logprobs: Array | None = None  # bool [B], rows whose log-probabilities are told; None where no row's are
-
-    def counted(self, tokens: jax.Array, count: jax.Array) -> "Request":
-        """The same after the first `count` i32 `[B]` of `tokens` i32 `[B, P]` were generated, which penalties count."""
-        return dataclasses.replace(self, sampling=self.sampling.counted(tokens, count))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """The whole state of a batch between rounds: B slots, each a row of every leaf."""
-
-    cache: Cache
-    offset: jax.Array  # i32 [B], position of the root minus `lengths`: not 0 where images take fewer positions
-    root: jax.Array  # i32 [B], last chosen token, not yet in the cache
-    draft_state: Any  # what the draft model keeps of each row, as its contract says; None without one
-    request: Request[jax.Array]
-    tokens: jax.Array  # i32 [B, S], generated tokens; S is the capacity of the cache
-    from_draft: jax.Array  # bool [B, S], True where the drafter had proposed the token
-    counts: jax.Array  # i32 [B], generated tokens so far
-    done: jax.Array  # bool [B]
-    alone: jax.Array  # bool [B], rows whose next round verifies the root without a draft (see `decode_round`)
-    failed: jax.Array  # bool [B], rows that are done because the logits of their next token were not finite
-    rounds: jax.Array  # i32 [B], verification steps
-    logprobs: Logprobs[jax.Array] | None = None  # [B, T, ..] of the generated tokens, where a row asks for them
-
-    @property
-    def lengths(self) -> jax.Array:
-        """Committed tokens, i32 `[B]`."""
-        return self.cache.lengths
 
 
 class Verified(NamedTuple):
@@ -119,7 +78,7 @@ def begin(
         tokens=jnp.zeros((batch, capacity), jnp.int32).at[:, 0].set(root),
         from_draft=jnp.zeros((batch, capacity), bool),
         counts=counts,
-        done=failed | is_stop(root[:, None], request)[:, 0] | (request.max_new_tokens <= 1),
+        done=failed | request.stops(root[:, None])[:, 0] | (request.max_new_tokens <= 1),
         alone=jnp.zeros((batch,), bool),
         failed=failed,
         rounds=jnp.zeros((batch,), jnp.int32),
@@ -158,12 +117,6 @@ def idle(
     return dataclasses.replace(state, done=jnp.ones((batch,), bool))
 
 
-def insert(state: DecodeState, slots: jax.Array, rows: DecodeState) -> DecodeState:
-    """`state` with the n rows of another one in its `slots` i32 `[n]`, whatever stood there; a slot that is not there
-    takes none. Both have the same capacity, the same width of stop tokens, and room for the same extras."""
-    return jax.tree.map(lambda whole, new: whole.at[slots].set(new, mode="drop"), state, rows)
-
-
 def decode(
     model: VisionLanguageModel,
     draft_model: DraftModel | None,
@@ -195,7 +148,7 @@ def decode_round(
     (its values reach its siblings through attention, where nothing times NaN is NaN), so the next round of that row
     verifies the root alone: what is still not finite is the target's own answer, and the row has failed.
     """
-    sampling, room = of_rows(state.request.sampling, ~state.done), config.max_depth + 1
+    sampling, room = state.request.sampling.of_rows(~state.done), config.max_depth + 1
     levels = jnp.arange(room)
     noise = Noise(sampling.seed, state.lengths + 1, model.vocab_size)
     draft_state = state.draft_state
@@ -234,7 +187,7 @@ def decode_round(
             result = verified(tree)
         accepted = result.accepted
     with jax.named_scope("commit"):
-        emit = emission(accepted.tokens, accepted.length, state)  # [B], 0 for rows that are done
+        emit = state.emission(accepted.tokens, accepted.length)  # [B], 0 for rows that are done
         broken = jnp.any(~result.finite & (levels < emit[:, None]), axis=1)  # [B]
         emit = jnp.where(broken, 0, emit)
         cache = state.cache.append(result.kv, emit)
@@ -242,7 +195,7 @@ def decode_round(
             draft_state = draft_model.advance(model, draft_state, accepted.tokens, result.features, emit)
     last = jnp.take_along_axis(accepted.tokens, jnp.maximum(emit - 1, 0)[:, None], axis=1)[:, 0]
     counts = state.counts + emit
-    stopped = (emit > 0) & (is_stop(last[:, None], state.request)[:, 0] | (counts >= state.request.max_new_tokens))
+    stopped = (emit > 0) & (state.request.stops(last[:, None])[:, 0] | (counts >= state.request.max_new_tokens))
     failed = broken & (state.alone | (config.total_tokens == 1))
     # Of an accepted path of `length` nodes, the first `length - 1` new tokens are the draft's, the last is the bonus.
     drafted = levels < (accepted.length - 1)[:, None]
@@ -263,20 +216,6 @@ def decode_round(
     )
 
 
-def finish(state: DecodeState, rows: jax.Array | np.ndarray) -> DecodeState:
-    """The same with `rows` bool `[B]` done: a stop string that the host found has ended them."""
-    return dataclasses.replace(state, done=state.done | rows)
-
-
-def of_rows(sampling: BatchSampling, rows: jax.Array) -> BatchSampling:
-    """What the rows bool `[B]` ask for; the others cost what greedy ones do."""
-    penalties = sampling.penalties
-    if penalties is not None:
-        penalties = dataclasses.replace(penalties, used=penalties.used & rows)
-    temperature = jnp.where(rows, sampling.temperature, 0.0)
-    return dataclasses.replace(sampling, temperature=temperature, penalties=penalties)
-
-
 def verify(
     model: VisionLanguageModel, tree: Tree, state: DecodeState, tap_layers: Sequence[int] = ()
 ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
@@ -289,19 +228,6 @@ def verify(
 def finite(logits: jax.Array) -> jax.Array:
     """Bool `[B, N]`: logits `[B, N, V]` without NaN and infinity, of which some token is possible (-inf is legal)."""
     return jnp.isfinite(jnp.max(logits, axis=-1))
-
-
-def emission(tokens: jax.Array, length: jax.Array, state: DecodeState) -> jax.Array:
-    """How many of the path's tokens `[B, P]` become output: up to the first stop token and the row's limit."""
-    stops = is_stop(tokens, state.request)  # [B, P]
-    before_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1) + 1, tokens.shape[1])
-    limit = state.request.max_new_tokens - state.counts
-    return jnp.where(state.done, 0, jnp.minimum(jnp.minimum(length, before_stop), limit))
-
-
-def is_stop(tokens: jax.Array, request: Request[jax.Array]) -> jax.Array:
-    """Bool `[B, P]` of tokens `[B, P]`."""
-    return jnp.any(tokens[..., None] == request.stop_token_ids[:, None, :], axis=-1)
 
 
 def of_nodes(tree: Tree, levels: jax.Array) -> jax.Array:

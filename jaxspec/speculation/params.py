@@ -199,6 +199,14 @@ class BatchSampling:
             penalties=penalties,
         )
 
+    def of_rows(self, rows: jax.Array) -> "BatchSampling":
+        """What the rows bool `[B]` ask for; the others cost what greedy ones do."""
+        penalties = self.penalties
+        if penalties is not None:
+            penalties = dataclasses.replace(penalties, used=penalties.used & rows)
+        temperature = jnp.where(rows, self.temperature, 0.0)
+        return dataclasses.replace(self, temperature=temperature, penalties=penalties)
+
     def counted(self, tokens: jax.Array, count: jax.Array) -> "BatchSampling":
         """The same after the first `count` i32 `[B]` of `tokens` i32 `[B, P]` were generated."""
         if self.penalties is None:

@@ -9,6 +9,7 @@ from jaxspec import SamplingParams
 from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.prefill import ImageFeatures
+from jaxspec.speculation.state import Request
 from jaxspec.targets.chunks import Chunk
 from tests.drafting import DRAFTERS
 
@@ -20,7 +21,7 @@ def shape_of(target, draft_model, batch: int, capacity: int, length: int, images
     chunk = Chunk(jnp.zeros((batch, length), jnp.int32), jnp.full((batch,), length, jnp.int32), ids)
     vision = jnp.zeros((batch, length, target.config.vision_width)) if prefill.reads_vision(draft_model) else None
     features = ImageFeatures(jnp.zeros((batch, length, width)), vision) if images else None
-    request = loop.Request(
+    request = Request(
         BatchSampling.from_params([SamplingParams()] * batch), jnp.ones(batch, jnp.int32), jnp.full((batch, 8), -1)
     )
 

@@ -10,8 +10,9 @@ import pytest
 from jaxspec import Generator, SamplingParams, TreeConfig
 from jaxspec.programs import Programs
 from jaxspec.prompting import encode_prompt
-from jaxspec.speculation import loop, prefill
+from jaxspec.speculation import prefill
 from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.state import Request
 from tests.drafting import DRAFTERS, random_head
 from tests.families import FAMILIES
 from tests.speculation.test_families import OTHERS, VISION, answers, generator, requests, targets
@@ -71,7 +72,7 @@ def test_a_prompt_goes_on_from_one_that_begins_alike(target, generators, picture
     read = programs.read(params, [first], 192)
     read = prefill.rewind(read, jnp.array([alike], jnp.int32))
     read = programs.read(params, [second], 192, past=read, starts=[alike])
-    request = loop.Request(
+    request = Request(
         BatchSampling.from_params([sampling]),
         np.array([24], np.int32),
         np.array([[*target.stop_token_ids, -1]], np.int32),

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from jaxspec import Result, SamplingParams
 from jaxspec.prompting import encode_prompt
-from jaxspec.speculation import loop
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.penalties import Penalties
+from jaxspec.speculation.state import DecodeState, Request, finish
 from tests.drafting import DRAFTERS
 
 SLOTS, CAPACITY, STOPS = 3, 192, 8
@@ -49,15 +49,15 @@ class Service:
         requests = zip(self.prompts, SAMPLING, LIMITS, strict=True)
         return [generate([prompt], sampling, limit)[0] for prompt, sampling, limit in requests]
 
-    def idle(self) -> loop.DecodeState:
+    def idle(self) -> DecodeState:
         return self.programs.idle(self.params, SLOTS, CAPACITY, STOPS, penalties=True, logprobs=True)
 
     @functools.cache  # noqa: B019
-    def prefilled(self, request: int) -> loop.DecodeState:
+    def prefilled(self, request: int) -> DecodeState:
         prompts = [self.prompts[request]]
         params, size = [SAMPLING[request]], self.generator.target.config.text.vocab_size
         penalties = Penalties.from_params(params, [prompts[0].input_ids], [self.stops], size)
-        asked = loop.Request(
+        asked = Request(
             sampling=BatchSampling.from_params(params, penalties),
             max_new_tokens=np.array([LIMITS[request]], np.int32),
             stop_token_ids=np.array([self.stops], np.int32),
@@ -88,7 +88,7 @@ class Service:
                 state = self.programs.insert(state, jnp.array([slot]), self.prefilled(value))
                 rows[slot], joined = value, joined + 1
             elif event == "leave":
-                state = loop.finish(state, np.arange(SLOTS) == slot)
+                state = finish(state, np.arange(SLOTS) == slot)
                 check(slot, left=True)
                 rows[slot] = None
             else:

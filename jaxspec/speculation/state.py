@@ -1,0 +1,83 @@
+"""What a batch is between rounds, and how its rows come and go.
+
+    state = insert(state, slots, rows)  # rows of another state take the place of some
+    state = finish(state, rows)         # and some are done because the host says so
+
+A `DecodeState` has a slot for each of B rows. Its shapes depend on the batch, the capacity and the width of the
+requests alone, so a row that `begin` (loop.py) has made elsewhere fits any slot.
+"""
+
+import dataclasses
+from typing import Any, Generic
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.cache import Cache
+from jaxspec.speculation.logprobs import Logprobs
+from jaxspec.speculation.params import BatchSampling
+from jaxspec.targets.images import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Request(Generic[Array]):
+    """What each row asks for."""
+
+    sampling: BatchSampling
+    max_new_tokens: Array  # i32 [B], at least 1
+    stop_token_ids: Array  # i32 [B, K], -1 where unused
+    logprobs: Array | None = None  # bool [B], rows whose log-probabilities are told; None where no row's are
+
+    def counted(self, tokens: jax.Array, count: jax.Array) -> "Request":
+        """The same after the first `count` i32 `[B]` of `tokens` i32 `[B, P]` were generated, which penalties count."""
+        return dataclasses.replace(self, sampling=self.sampling.counted(tokens, count))
+
+    def stops(self, tokens: jax.Array) -> jax.Array:
+        """Which of the tokens i32 `[B, P]` end their row's answer: bool `[B, P]`."""
+        return jnp.any(tokens[..., None] == self.stop_token_ids[:, None, :], axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """The whole state of a batch between rounds: B slots, each a row of every leaf."""
+
+    cache: Cache
+    offset: jax.Array  # i32 [B], position of the root minus `lengths`: not 0 where images take fewer positions
+    root: jax.Array  # i32 [B], last chosen token, not yet in the cache
+    draft_state: Any  # what the draft model keeps of each row, as its contract says; None without one
+    request: Request[jax.Array]
+    tokens: jax.Array  # i32 [B, S], generated tokens; S is the capacity of the cache
+    from_draft: jax.Array  # bool [B, S], True where the drafter had proposed the token
+    counts: jax.Array  # i32 [B], generated tokens so far
+    done: jax.Array  # bool [B]
+    alone: jax.Array  # bool [B], rows whose next round verifies the root without a draft (see `decode_round`)
+    failed: jax.Array  # bool [B], rows that are done because the logits of their next token were not finite
+    rounds: jax.Array  # i32 [B], verification steps
+    logprobs: Logprobs[jax.Array] | None = None  # [B, T, ..] of the generated tokens, where a row asks for them
+
+    @property
+    def lengths(self) -> jax.Array:
+        """Committed tokens, i32 `[B]`."""
+        return self.cache.lengths
+
+    def emission(self, tokens: jax.Array, length: jax.Array) -> jax.Array:
+        """How many of the first `length` i32 `[B]` tokens of an accepted path i32 `[B, P]` become output: up to the
+        first stop token and the row's limit; 0 for rows that are done."""
+        stops = self.request.stops(tokens)  # [B, P]
+        before_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1) + 1, tokens.shape[1])
+        limit = self.request.max_new_tokens - self.counts
+        return jnp.where(self.done, 0, jnp.minimum(jnp.minimum(length, before_stop), limit))
+
+
+def insert(state: DecodeState, slots: jax.Array, rows: DecodeState) -> DecodeState:
+    """`state` with the n rows of another one in its `slots` i32 `[n]`, whatever stood there; a slot that is not there
+    takes none. Both have the same capacity, the same width of stop tokens, and room for the same extras."""
+    return jax.tree.map(lambda whole, new: whole.at[slots].set(new, mode="drop"), state, rows)
+
+
+def finish(state: DecodeState, rows: jax.Array | np.ndarray) -> DecodeState:
+    """The same with `rows` bool `[B]` done: a stop string that the host found has ended them."""
+    return dataclasses.replace(state, done=state.done | rows)
