@@ -27,17 +27,26 @@ def power_of_two(size: int) -> int:
 
 
 def coarse_bucket(size: int) -> int:
-    """The next of 64, 96, 128, 192, 256, 384, 512, 768, ..: two steps to a power of two. Sizes of chunks and of caches,
-    where one more size costs one more program each."""
-    return max(64, round_up(size))
+    """The next of 64, 96, 128, 192, 256, 384, 512, 1024, 2048, ..: two steps to a power of two up to 512, then one.
+    Sizes of chunks and of caches, where one more size costs one more program each."""
+    return max(64, round_up(size) if size <= 512 else power_of_two(size))
 
 
 def chunk_size(size: int, limit: int, alone: bool) -> int:
     """What a chunk of `size` tokens is padded to: `coarse_bucket(size)` if it is read `alone`, up to `limit` tokens;
-    one of `limit`, its half and its quarter where a prompt takes several chunks. An image that must be read whole may
-    be longer than `limit`."""
+    `limit` or its half where a prompt takes several chunks. An image that must be read whole may be longer."""
     if size > limit:
         return coarse_bucket(size)
     if alone:
         return min(coarse_bucket(size), limit)
-    return next(part for part in (limit // 4, limit // 2, limit) if size <= part)
+    return limit // 2 if size <= limit // 2 else limit
+
+
+def images_bucket(count: int) -> int:
+    """The next of 4, 16, 64, ..: how many images a row of a batch may have."""
+    return 4 if count <= 4 else 4 * images_bucket(-(-count // 4))
+
+
+def table_bucket(size: int) -> int:
+    """The next of 256, 1024, 4096, ..: features in a table of images."""
+    return 64 * images_bucket(-(-size // 64))

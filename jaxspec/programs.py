@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxspec.buckets import power_of_two
+from jaxspec.buckets import images_bucket
 from jaxspec.checks import whole_number
 from jaxspec.drafters.contract import DraftModel
 from jaxspec.speculation import loop, prefill
@@ -67,8 +67,9 @@ class Programs:
             return jax.jit(run, **options)
 
         self._encode = compiled(prefill.encode_image)
+        self._no_images = compiled(prefill.no_images, static_argnums=(1, 2))
         self._place = jax.jit(self._counted(prefill.place), donate_argnums=0)
-        self._grow = jax.jit(self._counted(prefill.grow), static_argnums=1)
+        self._with_room = jax.jit(self._counted(prefill.with_room), static_argnums=1)
         self._read = compiled(prefill.read_chunk, donate_argnums=1)
         self._begin = compiled(loop.begin, static_argnames=("capacity", "max_images"))
         self._idle = compiled(loop.idle, static_argnums=(1, 2, 3, 4, 5))
@@ -131,16 +132,20 @@ class Programs:
         read = past
         for step in steps:
             if read is not None and read.cache.capacity < capacity:
-                read = self._grow(read, capacity)
+                read = self._with_room(read, capacity)
             read = self.read_step(params, read, step, tables)
         assert read is not None  # there is at least one step
         return read
 
     def read_step(self, params: Any, read: Read | None, step: Step, tables: Mapping[Hashable, ImageFeatures]) -> Read:
         """One chunk of it; `read` is consumed."""
-        images = None
-        for key, index in step.placements.items():
-            images = self._place(images, tables[key], index)
+        images, (batch, length) = None, step.chunk.input_ids.shape
+        if self.adapter.image_token_ids:  # chunks of all sizes, with images and without, share the programs
+            width = max(length, self.chunk)
+            images = self._no_images(params, batch, width)
+            for key, index in step.placements.items():
+                index = np.pad(index, ((0, 0), (0, width - length)), constant_values=-1)
+                images = self._place(images, tables[key], index)
         return self._read(params, read, step.chunk, images)
 
     def begin(
@@ -152,7 +157,6 @@ class Programs:
         capacity: int,
     ) -> DecodeState:
         """The state after the first token of each row."""
-        most = max(len(prompt.images) for prompt in prompts)
         offsets = np.array([position_offset(prompt) for prompt in prompts], np.int32)
-        bound = power_of_two(most) if most else 0
+        bound = images_bucket(max(len(prompt.images) for prompt in prompts)) if self.adapter.image_token_ids else 0
         return self._begin(params, read, request, offsets, capacity=capacity, max_images=bound)

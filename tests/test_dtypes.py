@@ -86,7 +86,8 @@ def programs(target: Target, drafter: Drafter | None, images: list):
         pixels = target.adapter.collate(prompts[1].images[:1])
         table = trace(lambda models, pixels: prefill.encode_image(*models, pixels), pixels)
         index = np.zeros(chunk.input_ids.shape, np.int32)
-        features = trace(lambda models, table, index: prefill.place(None, table, index), table, index)
+        none = trace(lambda models: prefill.no_images(*models, *index.shape))
+        features = trace(lambda models, *args: prefill.place(*args), none, table, index)
 
     def read(models, before, chunk, features):
         return prefill.read_chunk(*models, before, chunk, features)

@@ -4,6 +4,8 @@ The programs are traced, not compiled. What has two long axes, or as many number
 masks of all pairs; widths, vocabulary and blocks are smaller than that.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,8 @@ from tests.families import family_target
 from tests.test_dtypes import equations
 
 BATCH, LENGTH, LONG = 2, 2048, 700
+MORE = 512
+ROOM = LENGTH + MORE + 24
 RECIPES: dict[str, DrafterRecipe] = {
     "eagle2": EagleRecipe("long"),
     "vispec": ViSpecRecipe("long"),
@@ -64,7 +68,7 @@ def prompts(target, pictures):
 
 
 def prefill_program(target, draft_model, pictures):
-    """A first chunk of `LENGTH` tokens, as many behind it, and what comes before the first round."""
+    """A first chunk of `LENGTH` tokens, another one behind it, and what comes before the first round."""
     prompt = prompts(target, pictures)
     chunk = Chunk(prompt.input_ids, prompt.lengths, prompt.image_ids, prompt.position_ids)
     request = Request(
@@ -79,8 +83,11 @@ def prefill_program(target, draft_model, pictures):
             vision = jnp.zeros((BATCH, LENGTH, model.config.vision_width))
         images = ImageFeatures(model.embed(prompt.input_ids, prompt.images), vision)
         read = prefill.read_chunk(model, draft_model, None, chunk, images)
-        read = prefill.read_chunk(model, draft_model, prefill.grow(read, 2 * LENGTH + 24), chunk, images)
-        return loop.begin(model, draft_model, read, request, jnp.zeros(BATCH, jnp.int32), 2 * LENGTH + 24, 2)
+        second = Chunk(prompt.input_ids[:, :MORE], jnp.full(BATCH, MORE), -jnp.ones((BATCH, MORE), jnp.int32))
+        if prompt.position_ids is not None:
+            second = dataclasses.replace(second, position_ids=prompt.position_ids[:, :, :MORE])
+        read = prefill.read_chunk(model, draft_model, prefill.with_room(read, ROOM), second, images)
+        return loop.begin(model, draft_model, read, request, jnp.zeros(BATCH, jnp.int32), ROOM, 2)
 
     return jax.make_jaxpr(run)(target.model, draft_model, prompt).jaxpr
 

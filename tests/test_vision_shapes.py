@@ -38,7 +38,7 @@ def test_no_program_for_another_size(family):
     for size in ((44, 61), (47, 60), (45, 58)):
         image = rng.integers(0, 256, (*size, 3), np.uint8)
         generator.generate("What is this?", [image], max_new_tokens=2)
-    assert sorted(generator.programs.traced) == ["begin", "decode", "encode_image", "place", "read_chunk"]
+    assert sorted(generator.programs.traced) == ["begin", "decode", "encode_image", "no_images", "place", "read_chunk"]
 
 
 def test_shapes_of_published_qwen():

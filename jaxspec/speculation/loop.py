@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.cache import Cache, LayerKV, take, write_at
+from jaxspec.cache import LayerKV, take, write_at
 from jaxspec.drafters.contract import DraftModel
 from jaxspec.kernels.masks import Mask
 from jaxspec.speculation.accept import Accepted, accept
 from jaxspec.speculation.logprobs import Logprobs, logprobs_if
 from jaxspec.speculation.params import BatchSampling, SamplingParams
 from jaxspec.speculation.penalties import Penalties, penalised
-from jaxspec.speculation.prefill import Read, context_of, nothing_read, taps_of
+from jaxspec.speculation.prefill import Read, context_of, nothing_read, taps_of, with_room
 from jaxspec.speculation.sampling import Noise, choose
 from jaxspec.speculation.state import DecodeState, Request
 from jaxspec.speculation.tree import NO_TOKEN, Tree, TreeConfig, path_tokens, root_only
@@ -68,9 +68,10 @@ def begin(
     draft_state = None
     if draft_model is not None:
         with jax.named_scope("draft_prefill"):
-            draft_state = draft_model.prefill(model, context_of(read, sampling.seed, root, max_images), capacity)
+            short = with_room(read, min(read.cache.capacity, capacity))
+            draft_state = draft_model.prefill(model, context_of(short, sampling.seed, root, max_images), capacity)
     return DecodeState(
-        cache=Cache.of_prompt(read.cache.layers, lengths, capacity),
+        cache=with_room(read, capacity).cache,
         offset=offset,
         root=root,
         draft_state=draft_state,

@@ -1,7 +1,7 @@
 """Reading prompts before decoding, in programs that add up instead of multiplying.
 
     table  = encode_image(model, draft_model, pixels)  # one per shape of the tower; kept for an image seen again
-    images = place(images, table, index)               # features of images at the tokens of a chunk
+    images = place(no_images(..), table, index)        # features of images at the tokens of a chunk
     read   = read_chunk(model, draft_model, read, chunk, images)  # until the prompts are in the cache
     state  = loop.begin(model, draft_model, read, request, ..)    # the drafter's prefill and the first token
 
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxspec.buckets import power_of_two, table_bucket
 from jaxspec.cache import Cache, write_at
 from jaxspec.drafters.contract import DrafterContext, DraftModel
 from jaxspec.targets.chunks import Chunk
@@ -62,24 +63,31 @@ def reads_vision(draft_model: DraftModel | None) -> bool:
 
 def encode_image(model: VisionLanguageModel, draft_model: DraftModel | None, pixels: Any) -> ImageFeatures:
     """The table of one image (or of several, collated): `pixels` as `PromptAdapter.collate` makes them. R is padded to
-    a power of two, so that tables of many shapes share the programs behind them."""
+    one of a few sizes, so that tables of all shapes share the programs behind them."""
     vision = model.encode_vision(pixels)
     with jax.named_scope("projector"):
         features = model.project(vision)
 
     def padded(x):
-        size = 1 << (x.shape[0] - 1).bit_length()
-        return jnp.pad(x, ((0, size - x.shape[0]), (0, 0)))
+        return jnp.pad(x, ((0, table_bucket(x.shape[0]) - x.shape[0]), (0, 0)))
 
     return ImageFeatures(padded(features), padded(vision) if reads_vision(draft_model) else None)
 
 
-def place(images: ImageFeatures | None, table: ImageFeatures, index: jax.Array) -> ImageFeatures:
-    """`images` `[B, C, ..]` (None: nothing yet) with the features `index` i32 `[B, C]` of a table in place; those at -1
-    stay."""
+def no_images(model: VisionLanguageModel, draft_model: DraftModel | None, batch: int, length: int) -> ImageFeatures:
+    """Zeros `[B, C, ..]`: a chunk of C = `length` tokens before its images are placed."""
+
+    def zeros(width):
+        return jnp.zeros((batch, length, width), model.dtype)
+
+    vision = zeros(model.config.vision_width) if reads_vision(draft_model) else None
+    return ImageFeatures(zeros(model.config.text.hidden_size), vision)
+
+
+def place(images: ImageFeatures, table: ImageFeatures, index: jax.Array) -> ImageFeatures:
+    """`images` `[B, C, ..]` with the features `index` i32 `[B, C]` of a table in place; those at -1 stay."""
     here = (index >= 0)[..., None]
-    placed = jax.tree.map(lambda new: jnp.where(here, new[jnp.maximum(index, 0)], 0), table)
-    return placed if images is None else jax.tree.map(lambda new, old: jnp.where(here, new, old), placed, images)
+    return jax.tree.map(lambda old, new: jnp.where(here, new[jnp.maximum(index, 0)], old), images, table)
 
 
 def nothing_read(model: VisionLanguageModel, draft_model: DraftModel | None, batch: int, capacity: int) -> Read:
@@ -88,11 +96,11 @@ def nothing_read(model: VisionLanguageModel, draft_model: DraftModel | None, bat
     width = text.hidden_size * (len(taps_of(draft_model)) + 1)
     inputs = None
     if draft_model is not None:
-        vision = jnp.zeros((batch, capacity, model.config.vision_width), dtype) if reads_vision(draft_model) else None
+        images = no_images(model, draft_model, batch, capacity)
         inputs = DraftInputs(
-            embeds=jnp.zeros((batch, capacity, text.hidden_size), dtype),
+            embeds=images.features,
             features=jnp.zeros((batch, capacity, width), dtype),
-            vision=vision,
+            vision=images.vision,
             input_ids=jnp.zeros((batch, capacity), jnp.int32),
             image_ids=jnp.full((batch, capacity), -1, jnp.int32),
         )
@@ -107,10 +115,13 @@ def read_chunk(
     chunk: Chunk[jax.Array],
     images: ImageFeatures | None,
 ) -> Read:
-    """The prompts read on by a chunk; without `read` it is the whole of them, and there is room for no more.
+    """The prompts read on by a chunk of C tokens; without `read` it is the whole of them so far, and the result has
+    room for C tokens, rounded up to a power of two.
 
-    `images` are the features at the tokens of images, None where the chunk has none.
+    `images` are the features at the tokens of images, `[B, C, ..]` or longer; None for a target that reads none.
     """
+    length = chunk.input_ids.shape[1]
+    images = None if images is None else jax.tree.map(lambda x: x[:, :length], images)
     embeds = model.splice(chunk.input_ids, None if images is None else images.features, chunk.image_ids)
     with jax.named_scope("prefill"):
         before = None if read is None else read.cache
@@ -119,14 +130,12 @@ def read_chunk(
         )
     at = jnp.maximum(chunk.count - 1, 0)[:, None, None]
     last = jnp.take_along_axis(features, at, axis=1)[:, 0]
-    vision = None
-    if reads_vision(draft_model):
-        vision = no_vision(model, embeds) if images is None else images.vision
     inputs = None
     if draft_model is not None:
+        vision = None if images is None else images.vision
         inputs = DraftInputs(embeds, features, vision, chunk.input_ids, chunk.image_ids)
     if read is None:
-        return Read(Cache(new_kv, chunk.count), last, inputs)
+        return with_room(Read(Cache(new_kv, chunk.count), last, inputs), max(64, power_of_two(length)))
     if draft_model is not None:
         inputs = jax.tree.map(lambda old, new: write_at(old, new, read.cache.lengths, chunk.count), read.inputs, inputs)
     last = jnp.where((chunk.count > 0)[:, None], last, read.last)
@@ -158,20 +167,17 @@ def context_of(read: Read, seeds: jax.Array, root: jax.Array, max_images: int) -
     )
 
 
-def no_vision(model: VisionLanguageModel, embeds: jax.Array) -> jax.Array:
-    """Zeros where a drafter would read what the tower saw."""
-    return jnp.zeros((*embeds.shape[:2], model.config.vision_width), embeds.dtype)
+def with_room(read: Read, capacity: int) -> Read:
+    """The same with room for `capacity` tokens in each row: longer, to be read on, or cut where it had more than
+    needed."""
 
+    def resized(x: jax.Array, axis: int) -> jax.Array:
+        x = jax.lax.slice_in_dim(x, 0, min(capacity, x.shape[axis]), axis=axis)
+        return jnp.pad(x, [(0, capacity - x.shape[axis] if at == axis else 0) for at in range(x.ndim)])
 
-def grow(read: Read, capacity: int) -> Read:
-    """The same with room for `capacity` tokens in each row, to be read on."""
-    room = capacity - read.cache.capacity
-
-    def longer(x):
-        return jnp.pad(x, ((0, 0), (0, room), *[(0, 0)] * (x.ndim - 2)))
-
-    cache = Cache.of_prompt(read.cache.layers, read.cache.lengths, capacity)
-    return dataclasses.replace(read, cache=cache, inputs=jax.tree.map(longer, read.inputs))
+    layers = jax.tree.map(lambda x: resized(x, 2), read.cache.layers)
+    inputs = jax.tree.map(lambda x: resized(x, 1), read.inputs)
+    return dataclasses.replace(read, cache=Cache(layers, read.cache.lengths), inputs=inputs)
 
 
 def rewind(read: Read, lengths: jax.Array) -> Read:

@@ -8,7 +8,6 @@ import pytest
 from jaxspec import SamplingParams
 from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.params import BatchSampling
-from jaxspec.speculation.prefill import ImageFeatures
 from jaxspec.speculation.state import Request
 from jaxspec.targets.chunks import Chunk
 from tests.drafting import DRAFTERS
@@ -16,17 +15,14 @@ from tests.drafting import DRAFTERS
 
 def shape_of(target, draft_model, batch: int, capacity: int, length: int, images: int):
     """The drafter's state after a prompt of that many tokens with so many images, by the paths of its leaves."""
-    width = target.config.text.hidden_size
     ids = jnp.full((batch, length), -1).at[:, 1 : 1 + 2 * images].set(jnp.repeat(jnp.arange(images), 2))
     chunk = Chunk(jnp.zeros((batch, length), jnp.int32), jnp.full((batch,), length, jnp.int32), ids)
-    vision = jnp.zeros((batch, length, target.config.vision_width)) if prefill.reads_vision(draft_model) else None
-    features = ImageFeatures(jnp.zeros((batch, length, width)), vision) if images else None
     request = Request(
         BatchSampling.from_params([SamplingParams()] * batch), jnp.ones(batch, jnp.int32), jnp.full((batch, 8), -1)
     )
 
     def run(models):
-        read = prefill.read_chunk(*models, None, chunk, features)
+        read = prefill.read_chunk(*models, None, chunk, prefill.no_images(*models, batch, length))
         state = loop.begin(*models, read, request, jnp.zeros(batch, jnp.int32), capacity, images)
         return state.draft_state
 

@@ -150,7 +150,7 @@ def test_last_position_of_the_cache(target, name):
         assert len(result.tokens) == left
         assert result.tokens.tolist() == baseline.tokens.tolist()
         assert result.finish_reason == baseline.finish_reason == "length"
-    assert [arm.programs.traced for arm in arms] == [["read_chunk", "begin", "decode"]] * 2
+    assert [arm.programs.traced for arm in arms] == [["no_images", "read_chunk", "begin", "decode"]] * 2
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 5, 1000])

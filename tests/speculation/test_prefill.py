@@ -32,7 +32,7 @@ def test_chunks_make_what_one_pass_makes(family):
     whole, chunked = (Programs(model, adapter, head, TreeConfig(1, 2, 4), chunk) for chunk in (512, CHUNK))
     params = whole.params_of(model, head)
     expected, read = (each.read(params, prompts, CAPACITY) for each in (whole, chunked))
-    assert whole.traced.count("read_chunk") == 1 and "grow" in chunked.traced
+    assert whole.traced.count("read_chunk") == 1 and "with_room" in chunked.traced
     np.testing.assert_array_equal(read.cache.lengths, [len(prompt.input_ids) for prompt in prompts])
     np.testing.assert_allclose(read.last, expected.last, rtol=1e-4, atol=1e-4)
     for row, prompt in enumerate(prompts):
