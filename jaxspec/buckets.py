@@ -34,12 +34,13 @@ def coarse_bucket(size: int) -> int:
 
 def chunk_size(size: int, limit: int, alone: bool) -> int:
     """What a chunk of `size` tokens is padded to: `coarse_bucket(size)` if it is read `alone`, up to `limit` tokens;
-    `limit` or its half where a prompt takes several chunks. An image that must be read whole may be longer."""
+    `limit`, its half or an eighth where a prompt takes several chunks. An image that must be read whole may be
+    longer."""
     if size > limit:
         return coarse_bucket(size)
     if alone:
         return min(coarse_bucket(size), limit)
-    return limit // 2 if size <= limit // 2 else limit
+    return next(part for part in (limit // 8, limit // 2, limit) if size <= part)
 
 
 def images_bucket(count: int) -> int:

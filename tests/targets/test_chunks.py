@@ -101,7 +101,7 @@ def test_an_image_longer_than_a_chunk_is_read_at_once_where_it_must_be():
 
 def test_sizes_are_few():
     assert {chunk_size(size, 512, alone=True) for size in range(1, 513)} == {64, 96, 128, 192, 256, 384, 512}
-    assert {chunk_size(size, 512, alone=False) for size in range(1, 513)} == {256, 512}
+    assert {chunk_size(size, 512, alone=False) for size in range(1, 513)} == {64, 256, 512}
     assert chunk_size(600, 512, alone=False) >= 600  # an image that is longer than a chunk
     sizes = [coarse_bucket(size) for size in range(1, 4097)]
     assert sizes == sorted(sizes) and all(size >= wanted for wanted, size in enumerate(sizes, 1))
@@ -125,5 +125,5 @@ def test_positions_of_what_follows():
 @pytest.mark.parametrize("start", [0, 3])
 def test_one_short_prompt_is_one_chunk_of_its_own_size(start):
     steps = steps_of(Adapter(Config()), [EncodedPrompt(np.arange(50, dtype=np.int32), [])], 512, 256, [start])
-    assert [step.chunk.input_ids.shape for step in steps] == [(1, 64 if start == 0 else 128)]
+    assert [step.chunk.input_ids.shape for step in steps] == [(1, 64)]
     assert steps[0].chunk.count.tolist() == [50 - start]
