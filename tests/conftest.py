@@ -37,7 +37,7 @@ from jaxspec import Generator, Target  # noqa: E402
 from tests.drafting import DRAFTERS, linked_target  # noqa: E402
 from tests.pairwise import pairwise  # noqa: E402
 
-SPLIT = ("tests/speculation/test_equality.py", "tests/speculation/test_families.py")
+SPLIT = tuple(f"tests/speculation/test_{name}.py" for name in ("rows", "prefill", "equality", "families"))
 """Modules whose tests may run apart, by the value of their first parameter."""
 FIRST = (
     *("tests/training/test_runs.py", "tests/training/test_devices.py", "tests/cli/test_bench.py", *SPLIT),
