@@ -75,6 +75,8 @@ class Count:
     """What to count."""
 
     families: tuple[Literal["qwen2_5_vl", "llava_next"], ...] = ("qwen2_5_vl", "llava_next")
+    fixed_capacity: bool = False
+    """One size of cache for all, as in a server's state of slots; by default each request has the smallest that does."""
     requests: int = 600
     seed: int = 0
 
@@ -97,7 +99,8 @@ class Count:
         for number in range(1, self.requests + 1):
             prompt, limit = self.request(rng, adapter, functools.partial(picture, adapter))
             limit = min(limit, MAX_LENGTH - len(prompt.input_ids))
-            capacity = min(coarse_bucket(len(prompt.input_ids) + limit), MAX_LENGTH)
+            needed = MAX_LENGTH if self.fixed_capacity else len(prompt.input_ids) + limit
+            capacity = min(coarse_bucket(needed), MAX_LENGTH)
             towers |= {str(jax.tree.map(np.shape, adapter.collate([layout]))) for layout in prompt.images}
             caches.add(capacity)
             read = programs.read(params, [prompt], capacity)
