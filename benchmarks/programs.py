@@ -76,7 +76,7 @@ class Count:
 
     families: tuple[Literal["qwen2_5_vl", "llava_next"], ...] = ("qwen2_5_vl", "llava_next")
     fixed_capacity: bool = False
-    """One size of cache for all, as in a server's state of slots; by default each request has the smallest that does."""
+    """One size of cache for all, as in a server; by default each request has the smallest that does."""
     requests: int = 600
     seed: int = 0
 

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 OWN_CACHE = None if CACHE in os.environ else tempfile.mkdtemp(prefix="jaxspec-tests-")  # workers have it from the first
@@ -39,6 +40,8 @@ from tests.pairwise import pairwise  # noqa: E402
 
 SPLIT = tuple(f"tests/speculation/test_{name}.py" for name in ("rows", "prefill", "equality", "families"))
 """Modules whose tests may run apart, by the value of their first parameter."""
+MOST_MAPS = 20_000
+tests_run = 0
 FIRST = (
     *("tests/training/test_runs.py", "tests/training/test_devices.py", "tests/cli/test_bench.py", *SPLIT),
     *("tests/demo/test_weights.py", "tests/test_readme.py", "tests/test_sharding.py", "tests/drafters/test_eagle.py"),
@@ -83,6 +86,16 @@ class Groups(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
     return Groups(config, log)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Compiled programs are dropped before a process has more pieces of memory than Linux allows (65,530 by default; a
+    program takes dozens). Those that are needed again come from the cache on disk."""
+    global tests_run
+    tests_run += 1
+    maps = Path("/proc/self/maps")
+    if tests_run % 8 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 def pytest_unconfigure() -> None:
