@@ -174,7 +174,8 @@ def warned(generator, requests, **options) -> list[str]:
 
 def test_a_useless_drafter_is_warned_of_once(target, generators, requests):
     """A head that knows nothing, and a good one whose record it does not reach."""
-    random, good = generators("random"), generators("eagle2")
+    random = Generator(target, DRAFTERS["random"](target), max_length=512)  # one that has warned nobody yet
+    good = generators("eagle2")
     sampled = SamplingParams(temperature=1.0)
     assert warned(random, requests, sampling=sampled) == []  # sampling says little of a drafter
     assert len(said := warned(random, requests)) == 1 and "makes nothing faster" in said[0]

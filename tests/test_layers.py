@@ -62,6 +62,8 @@ def test_configs_that_cannot_be():
         dataclasses.replace(TEXT, layer_kinds=(LayerKind(TEXT.rope),) * 2)
     with pytest.raises(ValueError, match="a layer with a window cannot have multimodal rope"):
         dataclasses.replace(TEXT, layer_kinds=(LayerKind(RopeConfig(mrope_section=(2, 1, 1)), 4),) * 3)
-    with pytest.raises(ValueError, match="a draft head has a Llama layer"):
-        EagleConfig(dataclasses.replace(TEXT, qk_norm=True))
-    assert EagleConfig(dataclasses.replace(TEXT, qk_norm=True, activation="gelu_tanh").plain()).text.num_layers == 1
+
+
+def test_draft_heads_have_llama_layers_whatever_the_target_has():
+    head = EagleConfig(dataclasses.replace(TEXT, qk_norm=True, activation="gelu_tanh", num_layers=1))
+    assert head.text == dataclasses.replace(TEXT, num_layers=1)
