@@ -14,15 +14,34 @@ The root is the last token of the answer, so the row's counts hold it; a node at
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:
-    from jaxspec.speculation.params import SamplingParams
+
+class Asked(Protocol):
+    """What a request says of them: the fields of `SamplingParams` (params.py)."""
+
+    @property
+    def penalises(self) -> bool: ...
+
+    @property
+    def repetition_penalty(self) -> float: ...
+
+    @property
+    def presence_penalty(self) -> float: ...
+
+    @property
+    def frequency_penalty(self) -> float: ...
+
+    @property
+    def min_tokens(self) -> int: ...
+
+    @property
+    def logit_bias(self) -> Mapping[int, float] | tuple[tuple[int, float], ...]: ...
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +64,7 @@ class Penalties:
     @classmethod
     def from_params(
         cls,
-        params: Sequence["SamplingParams"],
+        params: Sequence[Asked],
         prompts: Sequence[np.ndarray],
         stop_token_ids: Sequence[Sequence[int]],
         vocab_size: int,
