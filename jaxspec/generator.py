@@ -1,7 +1,7 @@
 """`Generator`: prompts in, text and statistics out, over the jitted decode loop.
 
 Shapes are bucketed and prompts are read in programs of their own (jaxspec/programs.py), so a service compiles a
-handful: for every shape of the tower, every size of chunk and every size of cache, not for each of their combinations.
+few: for every shape of the tower, every size of chunk and every size of cache.
 """
 
 import copy

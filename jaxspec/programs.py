@@ -1,8 +1,8 @@
 """The compiled programs of a target with its drafter, and the host's part in running them.
 
 Programs are shared by everything that decodes with the same models: a generator, its copies with other parameters, an
-engine. Each is compiled once for every shape it meets: encoding per shape of the tower, reading per size of chunk and
-cache, decoding per batch and cache.
+engine. Each is compiled once for every shape it meets: encoding per shape of the tower, reading per size of chunk (of
+chunk and cache where something was read before), beginning per size of prompt and cache, decoding per size of cache.
 """
 
 import functools
@@ -122,7 +122,16 @@ class Programs:
         starts: Sequence[int] | None = None,
     ) -> Read:
         """A batch of prompts, for caches of `capacity` positions. Tables of images are taken from `tables` by their
-        key, where they are there. With `past` (consumed) the first `starts[row]` tokens of each are in it already."""
+        key, where they are there. With `past` (consumed) the first `starts[row]` tokens of each are in it already.
+
+        Raises ValueError for a prompt that is longer than `capacity`, and for one of which nothing is left to read: its
+        last token must be, since the answer begins with what the target makes of it."""
+        for row, prompt in enumerate(prompts):
+            length, start = len(prompt.input_ids), starts[row] if starts else 0
+            if length > capacity:
+                raise ValueError(f"prompt {row} has {length} tokens, the caches have {capacity} positions")
+            if not 0 <= start < length:
+                raise ValueError(f"prompt {row} has {length} tokens and cannot be read on from token {start}")
         tables, images = dict(tables or {}), images_of(prompts)
         steps = steps_of(self.adapter, prompts, self.chunk, capacity, starts)
         for step in steps:
@@ -156,7 +165,14 @@ class Programs:
         prompts: Sequence[EncodedPrompt],
         capacity: int,
     ) -> DecodeState:
-        """The state after the first token of each row."""
+        """The state after the first token of each row. Raises ValueError for a row whose prompt and new tokens need
+        more than `capacity` positions."""
+        for row, (prompt, limit) in enumerate(zip(prompts, np.asarray(request.max_new_tokens), strict=True)):
+            if len(prompt.input_ids) + limit > capacity:
+                raise ValueError(
+                    f"prompt {row} has {len(prompt.input_ids)} tokens and may have {limit} new ones, the caches have "
+                    f"{capacity} positions"
+                )
         offsets = np.array([position_offset(prompt) for prompt in prompts], np.int32)
         bound = images_bucket(max(len(prompt.images) for prompt in prompts)) if self.adapter.image_token_ids else 0
         return self._begin(params, read, request, offsets, capacity=capacity, max_images=bound)

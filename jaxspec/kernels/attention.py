@@ -32,8 +32,8 @@ def attend(query: jax.Array, segments: Sequence[Segment], scale: float | None = 
     """Softmax attention over the union of the segments, with grouped query heads, softmax in float32.
 
     `query` is `[B, H, N, Dh]`, H a multiple of Hkv; scores are multiplied by `scale`, by default `Dh**-0.5`. Returns
-    `[B, H, N, Dh]` in the query's dtype. A query that sees nothing returns some finite average (of padding). Many
-    queries are taken in blocks, so that no more than `[B, H, BLOCK, S]` scores are held at once.
+    `[B, H, N, Dh]` in the query's dtype. A query that sees nothing returns some finite average (of padding). From
+    `LONG` on, queries are taken in blocks, so that no more than `[B, H, BLOCK, S]` scores are held at once.
     """
     batch, heads, length, head_dim = query.shape
     keys = merged(segments)

@@ -74,7 +74,9 @@ class DecodeState:
 
 def insert(state: DecodeState, slots: jax.Array, rows: DecodeState) -> DecodeState:
     """`state` with the n rows of another one in its `slots` i32 `[n]`, whatever stood there; a slot that is not there
-    takes none. Both have the same capacity, the same width of stop tokens, and room for the same extras."""
+    (-1, or B and more) takes none. Both have the same capacity, the same width of stop tokens, and room for the same
+    extras."""
+    slots = jnp.where(slots < 0, state.done.shape[0], slots)  # which would count from the end
     return jax.tree.map(lambda whole, new: whole.at[slots].set(new, mode="drop"), state, rows)
 
 

@@ -120,3 +120,22 @@ def test_what_an_earlier_prompt_left_is_not_seen(target, generators, pictures):
 def test_sizes_of_chunks_that_cannot_be(target, chunk):
     with pytest.raises(ValueError, match="prefill_chunk must be"):
         Generator(target, prefill_chunk=chunk)
+
+
+def test_prompts_that_cannot_be_read(target, generators):
+    """Where a cache is too small something would be lost without a word; and the last token must be read."""
+    programs, params = generators("eagle2").programs, generators("eagle2")._params
+    prompt = encode_prompt(target, "~" * 80)
+    length = len(prompt.input_ids)
+    with pytest.raises(ValueError, match=f"prompt 0 has {length} tokens, the caches have 64 positions"):
+        programs.read(params, [prompt], 64)
+    read = programs.read(params, [prompt], 128)
+    with pytest.raises(ValueError, match=f"cannot be read on from token {length}"):
+        programs.read(params, [prompt], 128, past=read, starts=[length])
+    request = Request(
+        BatchSampling.from_params([SamplingParams()]),
+        np.array([129 - length], np.int32),
+        np.array([[*target.stop_token_ids, -1]], np.int32),
+    )
+    with pytest.raises(ValueError, match=f"may have {129 - length} new ones, the caches have 128 positions"):
+        programs.begin(params, read, request, [prompt], 128)

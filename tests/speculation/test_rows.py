@@ -139,6 +139,8 @@ def test_several_rows_join_at_once(services):
     rows = [service.prefilled(request) for request in (0, 1, 2)]
     batch = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
     state = service.idle()
+    state = service.programs.insert(state, jnp.array([-1, SLOTS, -1]), batch)  # none of these is there
+    assert bool(state.done.all()) and int(state.counts.sum()) == 0
     state = service.programs.insert(state, jnp.array([2, SLOTS, 0]), batch)
     assert np.asarray(state.done).tolist() == [False, True, False]
     state = service.programs.decode(service.params, state, jnp.int32(100))
