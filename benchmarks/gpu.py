@@ -29,7 +29,7 @@ from jaxspec.drafters.registry import METHODS
 from jaxspec.drafters.vispec import ViSpecConfig
 from jaxspec.layers import RopeConfig, TextConfig
 from jaxspec.programs import Programs
-from jaxspec.speculation.params import BatchSampling, SamplingParams
+from jaxspec.speculation.params import SamplingParams
 from jaxspec.speculation.state import Request
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.clip import ClipVisionConfig
@@ -126,9 +126,8 @@ class Runner:
         images = adapter.lay_out({"pixel_values": pixels})
         self.prompts = [EncodedPrompt(ids, images)] * batch
         limit = rounds * (tree.max_depth + 1) + 1
-        self.request = Request(
-            BatchSampling.from_params([SamplingParams()] * batch), jnp.full((batch,), limit), jnp.full((batch, 1), -1)
-        )
+        params, lengths = [SamplingParams()] * batch, [limit] * batch
+        self.request = Request.of(params, [ids] * batch, lengths, (), config.text.vocab_size)
         self.rounds, self.capacity = rounds, len(ids) + limit
         self.programs = Programs(model, adapter, draft_model, tree)
         self.params = self.programs.params_of(model, draft_model)

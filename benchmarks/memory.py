@@ -28,7 +28,7 @@ from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.layers import TextConfig
 from jaxspec.programs import CHUNK
 from jaxspec.speculation import loop, prefill
-from jaxspec.speculation.params import BatchSampling, SamplingParams
+from jaxspec.speculation.params import SamplingParams
 from jaxspec.speculation.state import Request
 from jaxspec.targets.chunks import steps_of
 from jaxspec.targets.clip import ClipVisionConfig
@@ -110,7 +110,7 @@ class Memory:
         self, config: LlavaConfig, model: nnx.Module, draft_model: nnx.Module | None, chunk: int
     ) -> jax.stages.Lowered:
         capacity = self.rows + 256
-        request = Request(BatchSampling.from_params([SamplingParams()]), np.full(1, 256), np.full((1, 1), -1))
+        request = Request.of([SamplingParams()], [np.zeros(0, np.int32)], [256], (), config.text.vocab_size)
         step = steps_of(LlavaAdapter(config), [encoded(config, self.rows)], chunk, capacity)[-1]
         tokens = step.chunk
         shape = tokens.input_ids.shape

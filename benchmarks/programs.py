@@ -22,7 +22,7 @@ from jaxspec.buckets import coarse_bucket
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.layers import RopeConfig, TextConfig
 from jaxspec.programs import Programs
-from jaxspec.speculation.params import BatchSampling, SamplingParams
+from jaxspec.speculation.params import SamplingParams
 from jaxspec.speculation.state import Request
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.clip import ClipVisionConfig
@@ -104,11 +104,7 @@ class Count:
             towers |= {str(jax.tree.map(np.shape, adapter.collate([layout]))) for layout in prompt.images}
             caches.add(capacity)
             read = programs.read(params, [prompt], capacity)
-            request = Request(
-                BatchSampling.from_params([SamplingParams()]),
-                np.array([limit], np.int32),
-                np.full((1, 8), -1, np.int32),
-            )
+            request = Request.of([SamplingParams()], [prompt.input_ids], [limit], (), model.vocab_size)
             state = programs.begin(params, read, request, [prompt], capacity)
             jax.block_until_ready(programs.decode(params, state, jnp.int32(1)))
             if number % 100 == 0:

@@ -1,7 +1,7 @@
 """`Generator`: prompts in, text and statistics out, over the jitted decode loop.
 
-Shapes are bucketed and prompts are read in programs of their own (jaxspec/programs.py), so a service compiles a
-few: for every shape of the tower, every size of chunk and every size of cache.
+Shapes are bucketed and prompts are read in programs of their own (jaxspec/programs.py), so a service compiles few:
+for every shape of the tower, every size of chunk and every size of cache.
 """
 
 import copy
@@ -35,8 +35,7 @@ from jaxspec.metrics import AcceptanceWatch, GenerationStats, emitted_per_round
 from jaxspec.programs import CHUNK, Programs
 from jaxspec.prompting import ImageLike, Prompt, encode_prompt
 from jaxspec.speculation.logprobs import Logprobs
-from jaxspec.speculation.params import BatchSampling, SamplingParams
-from jaxspec.speculation.penalties import Penalties
+from jaxspec.speculation.params import SamplingParams
 from jaxspec.speculation.state import DecodeState, Request, finish
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.generation import GenerationDefaults
@@ -45,8 +44,6 @@ from jaxspec.targets.target import Target
 
 ROUNDS_PER_SLICE = 4
 """Verification steps between two looks of the host, when streaming or watching for stop strings."""
-STOP_TOKENS = 8
-"""Stop tokens that a state has room for, or a multiple: a few more rarely mean another program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,19 +285,8 @@ class Batch:
         self.watching = any(params.stop for params in sampling)
         needed = max(len(prompt.input_ids) + limit for prompt, limit in zip(prompts, limits, strict=True))
         self.capacity = min(coarse_bucket(needed), generator.max_length)
-        stops = [(*generator.target.stop_token_ids, *params.stop_token_ids) for params in sampling]
-        width = -(-max(map(len, stops)) // STOP_TOKENS) * STOP_TOKENS
-        penalties = None
-        if any(params.penalises for params in sampling):
-            ids, size = [prompt.input_ids for prompt in prompts], generator.target.model.vocab_size
-            penalties = Penalties.from_params(sampling, ids, stops, size)
-        telling = [params.logprobs is not None for params in sampling]
-        self.request = Request(
-            sampling=BatchSampling.from_params(sampling, penalties),
-            max_new_tokens=np.array(limits, np.int32),
-            stop_token_ids=np.array([[*row, *[-1] * (width - len(row))] for row in stops], np.int32),
-            logprobs=np.array(telling) if any(telling) else None,
-        )
+        target, ids = generator.target, [prompt.input_ids for prompt in prompts]
+        self.request = Request.of(sampling, ids, limits, target.stop_token_ids, target.model.vocab_size)
 
     @functools.cached_property
     def texts(self) -> list[Detokenizer]:

@@ -18,7 +18,7 @@ from jaxspec.checks import whole_number
 from jaxspec.drafters.contract import DraftModel
 from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.prefill import ImageFeatures, Read
-from jaxspec.speculation.state import DecodeState, Request, insert
+from jaxspec.speculation.state import STOP_TOKENS, DecodeState, Request, insert
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.chunks import Step, images_of, position_offset, steps_of
@@ -72,7 +72,7 @@ class Programs:
         self._with_room = jax.jit(self._counted(prefill.with_room), static_argnums=1)
         self._read = compiled(prefill.read_chunk, donate_argnums=1)
         self._begin = compiled(loop.begin, static_argnames=("capacity", "max_images"))
-        self._idle = compiled(loop.idle, static_argnums=(1, 2, 3, 4, 5))
+        self._idle = compiled(loop.idle, static_argnums=(1, 2, 3, 4))
         self.decode = compiled(loop.decode, with_tree=True, donate_argnums=1)
         self.insert = jax.jit(self._counted(insert), donate_argnums=0)
 
@@ -85,16 +85,10 @@ class Programs:
         return run
 
     def idle(
-        self,
-        params: Any,
-        batch: int,
-        capacity: int,
-        stop_tokens: int,
-        penalties: bool = False,
-        logprobs: bool = False,
+        self, params: Any, batch: int, capacity: int, stop_tokens: int = STOP_TOKENS, extras: bool = False
     ) -> DecodeState:
         """As `loop.idle`."""
-        return self._idle(params, batch, capacity, stop_tokens, penalties, logprobs)
+        return self._idle(params, batch, capacity, stop_tokens, extras)
 
     @property
     def compilations(self) -> int:

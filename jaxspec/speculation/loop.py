@@ -22,11 +22,11 @@ from jaxspec.drafters.contract import DraftModel
 from jaxspec.kernels.masks import Mask
 from jaxspec.speculation.accept import Accepted, accept
 from jaxspec.speculation.logprobs import Logprobs, logprobs_if
-from jaxspec.speculation.params import BatchSampling, SamplingParams
-from jaxspec.speculation.penalties import Penalties, penalised
+from jaxspec.speculation.params import SamplingParams
+from jaxspec.speculation.penalties import penalised
 from jaxspec.speculation.prefill import Read, context_of, nothing_read, taps_of, with_room
 from jaxspec.speculation.sampling import Noise, choose
-from jaxspec.speculation.state import DecodeState, Request
+from jaxspec.speculation.state import STOP_TOKENS, DecodeState, Request
 from jaxspec.speculation.tree import NO_TOKEN, Tree, TreeConfig, path_tokens, root_only
 from jaxspec.targets.contract import VisionLanguageModel
 
@@ -92,25 +92,16 @@ def idle(
     draft_model: DraftModel | None,
     batch: int,
     capacity: int,
-    stop_tokens: int,
-    penalties: bool = False,
-    logprobs: bool = False,
+    stop_tokens: int = STOP_TOKENS,
+    extras: bool = False,
 ) -> DecodeState:
-    """A state whose rows are all done: slots that wait for rows. `stop_tokens` is the width of the requests to come;
-    `penalties` and `logprobs` say whether these have room for such, used or not."""
+    """A state whose rows are all done: slots that wait for rows. `stop_tokens` and `extras` are those of the requests
+    to come (`Request.of`)."""
 
     def nothing() -> DecodeState:
-        params = [SamplingParams()] * batch
-        asked = None
-        if penalties:
-            ids, stops = [np.zeros(0, np.int32)] * batch, [()] * batch
-            asked = Penalties.from_params(params, ids, stops, model.vocab_size)
-        request = Request(
-            BatchSampling.from_params(params, asked),
-            jnp.ones((batch,), jnp.int32),
-            jnp.full((batch, stop_tokens), -1, jnp.int32),
-            jnp.zeros((batch,), bool) if logprobs else None,
-        )
+        nobody, nothing_said = [SamplingParams()] * batch, [np.zeros(0, np.int32)] * batch
+        asked = Request.of(nobody, nothing_said, [1] * batch, [-1] * stop_tokens, model.vocab_size, extras)
+        request = jax.tree.map(jnp.asarray, asked)
         read = nothing_read(model, draft_model, batch, capacity)
         return begin(model, draft_model, read, request, jnp.zeros((batch,), jnp.int32), capacity)
 

@@ -8,6 +8,7 @@ requests alone, so a row that `begin` (loop.py) has made elsewhere fits any slot
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Generic
 
 import jax
@@ -16,8 +17,12 @@ import numpy as np
 
 from jaxspec.cache import Cache
 from jaxspec.speculation.logprobs import Logprobs
-from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.params import BatchSampling, SamplingParams
+from jaxspec.speculation.penalties import Penalties
 from jaxspec.targets.images import Array
+
+STOP_TOKENS = 8
+"""Stop tokens that a state has room for, or a multiple: a few more rarely mean another program."""
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +34,43 @@ class Request(Generic[Array]):
     max_new_tokens: Array  # i32 [B], at least 1
     stop_token_ids: Array  # i32 [B, K], -1 where unused
     logprobs: Array | None = None  # bool [B], rows whose log-probabilities are told; None where no row's are
+
+    @classmethod
+    def of(
+        cls,
+        params: Sequence[SamplingParams],
+        prompts: Sequence[np.ndarray],
+        max_new_tokens: Sequence[int],
+        end_token_ids: Sequence[int],
+        vocab_size: int,
+        extras: bool = False,
+    ) -> "Request[np.ndarray]":
+        """What a batch asks for, from the host.
+
+        Args:
+          params: of each row, with a number in every field (`SamplingParams.resolved`).
+          prompts: their tokens, i32 [S] each.
+          max_new_tokens: of each row, at least 1.
+          end_token_ids: the target's own, beside the stop tokens of the rows. All have room for `STOP_TOKENS`, or for a
+            multiple of these.
+          vocab_size: V.
+          extras: whether there is room for penalties and log-probabilities where no row asks for any, too, as in a
+            state that rows come to which do.
+
+        Raises ValueError where `min_tokens` leaves no token to choose.
+        """
+        stops = [(*end_token_ids, *each.stop_token_ids) for each in params]
+        width = -(-max(1, *map(len, stops)) // STOP_TOKENS) * STOP_TOKENS
+        penalties = None
+        if extras or any(each.penalises for each in params):
+            penalties = Penalties.from_params(params, prompts, stops, vocab_size)
+        telling = np.array([each.logprobs is not None for each in params])
+        return Request(
+            sampling=BatchSampling.from_params(params, penalties),
+            max_new_tokens=np.array(max_new_tokens, np.int32),
+            stop_token_ids=np.array([[*row, *[-1] * (width - len(row))] for row in stops], np.int32),
+            logprobs=telling if extras or telling.any() else None,
+        )
 
     def counted(self, tokens: jax.Array, count: jax.Array) -> "Request":
         """The same after the first `count` i32 `[B]` of `tokens` i32 `[B, P]` were generated, which penalties count."""

@@ -11,12 +11,10 @@ from hypothesis import strategies as st
 
 from jaxspec import Result, SamplingParams
 from jaxspec.prompting import encode_prompt
-from jaxspec.speculation.params import BatchSampling
-from jaxspec.speculation.penalties import Penalties
 from jaxspec.speculation.state import DecodeState, Request, finish
 from tests.drafting import DRAFTERS
 
-SLOTS, CAPACITY, STOPS = 3, 192, 8
+SLOTS, CAPACITY = 3, 192
 LIMITS = (24, 3, 17, 1, 20, 30)
 SAMPLING = [
     SamplingParams(repetition_penalty=1.3, presence_penalty=0.5),
@@ -40,7 +38,6 @@ class Service:
         self.generator, self.programs, self.params = generator, generator.programs, generator._params
         asked = (requests[index % len(requests)] for index in range(len(LIMITS)))
         self.prompts = [encode_prompt(generator.target, *request) for request in asked]
-        self.stops = (*generator.target.stop_token_ids, *[-1] * STOPS)[:STOPS]
 
     @functools.cached_property
     def alone(self) -> list[Result]:
@@ -50,18 +47,19 @@ class Service:
         return [generate([prompt], sampling, limit)[0] for prompt, sampling, limit in requests]
 
     def idle(self) -> DecodeState:
-        return self.programs.idle(self.params, SLOTS, CAPACITY, STOPS, penalties=True, logprobs=True)
+        return self.programs.idle(self.params, SLOTS, CAPACITY, extras=True)
 
     @functools.cache  # noqa: B019
     def prefilled(self, request: int) -> DecodeState:
         prompts = [self.prompts[request]]
-        params, size = [SAMPLING[request]], self.generator.target.config.text.vocab_size
-        penalties = Penalties.from_params(params, [prompts[0].input_ids], [self.stops], size)
-        asked = Request(
-            sampling=BatchSampling.from_params(params, penalties),
-            max_new_tokens=np.array([LIMITS[request]], np.int32),
-            stop_token_ids=np.array([self.stops], np.int32),
-            logprobs=np.array([SAMPLING[request].logprobs is not None]),
+        target = self.generator.target
+        asked = Request.of(
+            [SAMPLING[request]],
+            [prompts[0].input_ids],
+            [LIMITS[request]],
+            target.stop_token_ids,
+            target.model.vocab_size,
+            extras=True,
         )
         read = self.programs.read(self.params, prompts, CAPACITY)
         return self.programs.begin(self.params, read, asked, prompts, CAPACITY)
