@@ -27,8 +27,9 @@ from jaxspec.checkpoints.names import abstract
 from jaxspec.drafters.eagle import EagleConfig
 from jaxspec.drafters.registry import METHODS
 from jaxspec.drafters.vispec import ViSpecConfig
-from jaxspec.layers import RopeConfig, TextConfig
+from jaxspec.layers import TextConfig
 from jaxspec.programs import Programs
+from jaxspec.rope import RopeConfig
 from jaxspec.speculation.params import SamplingParams
 from jaxspec.speculation.state import Request
 from jaxspec.speculation.tree import TreeConfig

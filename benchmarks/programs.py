@@ -20,8 +20,9 @@ from flax import nnx
 
 from jaxspec.buckets import coarse_bucket
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
-from jaxspec.layers import RopeConfig, TextConfig
+from jaxspec.layers import TextConfig
 from jaxspec.programs import Programs
+from jaxspec.rope import RopeConfig
 from jaxspec.speculation.params import SamplingParams
 from jaxspec.speculation.state import Request
 from jaxspec.speculation.tree import TreeConfig

@@ -12,7 +12,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbe
 
 from jaxspec.drafters.eagle import EagleConfig
 from jaxspec.kernels.masks import Mask
-from jaxspec.layers import LanguageModel, LayerKind, RopeConfig, TextConfig, rope_tables
+from jaxspec.layers import LanguageModel, LayerKind, TextConfig
+from jaxspec.rope import RopeConfig, rope_tables
 from tests.helpers import randomized
 
 TEXT = TextConfig(50, 16, 24, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import StrictDataclassError
 
 from jaxspec.checks import reason
-from jaxspec.layers import LayerKind, RopeConfig, TextConfig
+from jaxspec.layers import LayerKind, TextConfig
+from jaxspec.rope import RopeConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

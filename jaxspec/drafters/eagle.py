@@ -20,7 +20,8 @@ from jaxspec.drafters.contract import DrafterContext, Method, size_misfits
 from jaxspec.drafters.sequence import HeadInputs
 from jaxspec.drafters.vocabulary import DraftHead
 from jaxspec.kernels.masks import Mask
-from jaxspec.layers import DecoderLayer, TextConfig, Uncommitted, linear, rope_tables, segments_before
+from jaxspec.layers import DecoderLayer, TextConfig, Uncommitted, linear, segments_before
+from jaxspec.rope import rope_tables
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.sampling import Noise
 from jaxspec.speculation.tree import Tree, TreeConfig, grow_tree

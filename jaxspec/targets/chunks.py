@@ -87,7 +87,7 @@ def steps_of(
     for number in range(count):
         pieces = [plan[number] if number < len(plan) else (0, 0) for plan in plans]
         longest = max(stop - start for start, stop in pieces)
-        size = min(chunk_size(longest, limit, alone=count == 1 and not any(starts)), max(capacity, longest))
+        size = min(chunk_size(longest, limit, alone=count == 1 and not any(starts)), capacity)
         steps.append(step_of(adapter, prompts, places, pieces, size))
     return steps
 

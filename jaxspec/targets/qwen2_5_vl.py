@@ -19,7 +19,8 @@ from jaxspec.checkpoints.configs import llama_text_config
 from jaxspec.checkpoints.names import NameTable
 from jaxspec.kernels.attention import BLOCK, LONG, Segment, attend
 from jaxspec.kernels.masks import Mask
-from jaxspec.layers import GatedMLP, LanguageModel, RMSNorm, TextConfig, apply_rope, linear
+from jaxspec.layers import GatedMLP, LanguageModel, RMSNorm, TextConfig, linear
+from jaxspec.rope import apply_rope
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from jaxspec.drafters.eagle import EagleConfig, EagleHead
 from jaxspec.drafters.vispec import ViSpecConfig, ViSpecHead
 from jaxspec.drafters.vocabulary import DraftHead, most_frequent, take_from_target
 from jaxspec.kernels.masks import Mask
-from jaxspec.layers import rope_tables
 from jaxspec.prompting import encode_prompt
+from jaxspec.rope import rope_tables
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.tree import grow_tree
 from jaxspec.targets.prompts import stack_prompts

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from jaxspec.checkpoints.names import abstract, match, parameter_paths
-from jaxspec.layers import rope_frequencies
+from jaxspec.rope import rope_frequencies
 from jaxspec.sharding import parameter_sharding
 from jaxspec.targets.registry import family_of, read_config
 from jaxspec.targets.text import TextModel
