@@ -6,13 +6,14 @@ import json
 import pickle
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxspec import SamplingParams
-from jaxspec.speculation.params import FOLDER_FIELDS, Unset
+from jaxspec.speculation.params import FOLDER_FIELDS, BatchSampling, Unset
 from jaxspec.targets.generation import GenerationDefaults
 
 SAMPLED = GenerationDefaults(do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.05, min_new_tokens=3)
@@ -21,6 +22,26 @@ SAMPLED = GenerationDefaults(do_sample=True, temperature=0.6, top_p=0.9, repetit
 @pytest.mark.parametrize(
     "field, value, message",
     [
+        ("temperature", -0.1, "temperature must be finite and at least 0, got -0.1"),
+        ("temperature", float("nan"), "temperature must be finite and at least 0, got nan"),
+        ("temperature", float("inf"), "temperature must be finite and at least 0, got inf"),
+        ("temperature", 1e39, "temperature must be finite and at least 0, got 1e+39"),
+        ("temperature", True, "temperature must be a number, got True"),
+        ("temperature", "hot", "temperature must be a number, got 'hot'"),
+        ("top_p", 0.0, "top_p must be greater than 0 and at most 1, got 0.0"),
+        ("top_p", 1.1, "top_p must be greater than 0 and at most 1, got 1.1"),
+        ("top_k", -1, "top_k must be between 0 and 2147483647, got -1"),
+        ("top_k", 1.5, "top_k must be an integer, got 1.5"),
+        ("min_p", -0.5, "min_p must be between 0 and 1, got -0.5"),
+        ("min_p", 2, "min_p must be between 0 and 1, got 2.0"),
+        ("seed", -1, "seed must be between 0 and 4294967295, got -1"),
+        ("seed", 2**32, "seed must be between 0 and 4294967295, got 4294967296"),
+        ("seed", None, "seed must be an integer, got None"),
+        ("stop", ("",), "stop must hold non-empty strings, got ''"),
+        ("stop", "\ud800", "a stop string cannot be written as UTF-8: character 0 is '\\ud800'"),
+        ("stop", 3, "stop must be a sequence, got 3"),
+        ("stop_token_ids", ("x",), "stop_token_ids must be an integer, got 'x'"),
+        ("stop_token_ids", (-3,), "stop_token_ids must be between 0 and 2147483647, got -3"),
         ("repetition_penalty", 0, "repetition_penalty must be between 1e-05 and 100000, got 0.0"),
         ("repetition_penalty", float("nan"), "repetition_penalty must be between 1e-05 and 100000, got nan"),
         ("repetition_penalty", "1.2", "repetition_penalty must be a number, got '1.2'"),
@@ -136,3 +157,17 @@ def test_what_is_given_wins(sampling, others, defaults):
         value = getattr(defaults, said)
         if name not in sampling | others and value is not None and not (greedy and name != "min_tokens"):
             assert getattr(resolved, name) == value
+
+
+def test_defaults_are_greedy_and_values_are_normalised():
+    params = SamplingParams(stop="\n\n", stop_token_ids=[np.int64(2), 7], top_k=np.int32(4), seed=2**32 - 1)
+    assert params.stop == ("\n\n",) and params.stop_token_ids == (2, 7) and params.top_k == 4
+    assert SamplingParams().temperature == 0 and SamplingParams(temperature=1e-9).temperature == 0
+    batch = BatchSampling.from_params([params, SamplingParams(temperature=0.5)])
+    assert [leaf.dtype.name for leaf in jax.tree.leaves(batch)] == ["float32", "float32", "int32", "float32", "uint32"]
+    assert batch.seed.tolist() == [2**32 - 1, 0] and batch.temperature.tolist() == [0.0, 0.5]
+
+
+def test_a_batch_needs_a_row():
+    with pytest.raises(ValueError, match="at least one SamplingParams"):
+        BatchSampling.from_params([])
