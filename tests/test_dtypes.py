@@ -19,8 +19,6 @@ from jaxspec import Drafter, Generator, SamplingParams, Target, TreeConfig, load
 from jaxspec.checkpoints.names import dotted_path
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation import loop, prefill
-from jaxspec.speculation.params import BatchSampling
-from jaxspec.speculation.penalties import Penalties
 from jaxspec.speculation.state import Request
 from jaxspec.targets.chunks import steps_of
 from tests.drafting import DRAFTERS, NARROW, TREE, fresh_head
@@ -71,9 +69,8 @@ def programs(target: Target, drafter: Drafter | None, images: list):
     step, *_ = steps_of(target.adapter, prompts, 128, CAPACITY)
     chunk, models = step.chunk, (target.model, drafter.model if drafter else None)
     params = [SamplingParams(temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, presence_penalty=1)] * BATCH
-    stops, size = np.full((BATCH, 4), -1, np.int32), target.config.text.vocab_size
-    penalties = Penalties.from_params(params, [each.input_ids for each in prompts], stops, size)
-    request = Request(BatchSampling.from_params(params, penalties), np.full(BATCH, NEW, np.int32), stops)
+    ids = [each.input_ids for each in prompts]
+    request = Request.of(params, ids, [NEW] * BATCH, (), target.model.vocab_size)
     tree = drafter.tree if drafter else TreeConfig.autoregressive()
     traced, features = [], None
 

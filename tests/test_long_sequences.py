@@ -16,7 +16,6 @@ from jaxspec import SamplingParams
 from jaxspec.kernels import attention
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation import loop, prefill
-from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.prefill import ImageFeatures
 from jaxspec.speculation.state import Request
 from jaxspec.targets.chunks import Chunk
@@ -71,11 +70,8 @@ def prefill_program(target, draft_model, pictures):
     """A first chunk of `LENGTH` tokens, another one behind it, and what comes before the first round."""
     prompt = prompts(target, pictures)
     chunk = Chunk(prompt.input_ids, prompt.lengths, prompt.image_ids, prompt.position_ids)
-    request = Request(
-        BatchSampling.from_params([SamplingParams(temperature=0.7)] * BATCH),
-        np.full(BATCH, 16, np.int32),
-        np.full((BATCH, 1), -1),
-    )
+    params = [SamplingParams(temperature=0.7)] * BATCH
+    request = Request.of(params, prompt.input_ids, [16] * BATCH, (), target.model.vocab_size)
 
     def run(model, draft_model, prompt):
         vision = None

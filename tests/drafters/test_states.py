@@ -7,7 +7,6 @@ import pytest
 
 from jaxspec import SamplingParams
 from jaxspec.speculation import loop, prefill
-from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.state import Request
 from jaxspec.targets.chunks import Chunk
 from tests.drafting import DRAFTERS
@@ -15,11 +14,10 @@ from tests.drafting import DRAFTERS
 
 def shape_of(target, draft_model, batch: int, capacity: int, length: int, images: int):
     """The drafter's state after a prompt of that many tokens with so many images, by the paths of its leaves."""
-    ids = jnp.full((batch, length), -1).at[:, 1 : 1 + 2 * images].set(jnp.repeat(jnp.arange(images), 2))
-    chunk = Chunk(jnp.zeros((batch, length), jnp.int32), jnp.full((batch,), length, jnp.int32), ids)
-    request = Request(
-        BatchSampling.from_params([SamplingParams()] * batch), jnp.ones(batch, jnp.int32), jnp.full((batch, 8), -1)
-    )
+    image_ids = jnp.full((batch, length), -1).at[:, 1 : 1 + 2 * images].set(jnp.repeat(jnp.arange(images), 2))
+    chunk = Chunk(jnp.zeros((batch, length), jnp.int32), jnp.full((batch,), length, jnp.int32), image_ids)
+    ids = [np.zeros(length, np.int32)] * batch
+    request = Request.of([SamplingParams()] * batch, ids, [1] * batch, (), target.model.vocab_size)
 
     def run(models):
         read = prefill.read_chunk(*models, None, chunk, prefill.no_images(*models, batch, length))

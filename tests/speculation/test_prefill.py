@@ -11,7 +11,6 @@ from jaxspec import Generator, SamplingParams, TreeConfig
 from jaxspec.programs import Programs
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation import prefill
-from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.state import Request
 from tests.drafting import DRAFTERS, random_head
 from tests.families import FAMILIES
@@ -72,11 +71,7 @@ def test_a_prompt_goes_on_from_one_that_begins_alike(target, generators, picture
     read = programs.read(params, [first], 192)
     read = prefill.rewind(read, jnp.array([alike], jnp.int32))
     read = programs.read(params, [second], 192, past=read, starts=[alike])
-    request = Request(
-        BatchSampling.from_params([sampling]),
-        np.array([24], np.int32),
-        np.array([[*target.stop_token_ids, -1]], np.int32),
-    )
+    request = Request.of([sampling], [second.input_ids], [24], target.stop_token_ids, target.model.vocab_size)
     state = programs.decode(params, programs.begin(params, read, request, [second], 192), jnp.int32(100))
     result = generator.generate_encoded([second], sampling, 24)[0]
     count = int(state.counts[0])
@@ -132,10 +127,6 @@ def test_prompts_that_cannot_be_read(target, generators):
     read = programs.read(params, [prompt], 128)
     with pytest.raises(ValueError, match=f"cannot be read on from token {length}"):
         programs.read(params, [prompt], 128, past=read, starts=[length])
-    request = Request(
-        BatchSampling.from_params([SamplingParams()]),
-        np.array([129 - length], np.int32),
-        np.array([[*target.stop_token_ids, -1]], np.int32),
-    )
+    request = Request.of([SamplingParams()], [prompt.input_ids], [129 - length], (), target.model.vocab_size)
     with pytest.raises(ValueError, match=f"may have {129 - length} new ones, the caches have 128 positions"):
         programs.begin(params, read, request, [prompt], 128)
