@@ -19,7 +19,7 @@ from jaxspec.drafters.contract import DraftModel
 from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.prefill import ImageFeatures, Read
 from jaxspec.speculation.state import STOP_TOKENS, DecodeState, Request, insert
-from jaxspec.speculation.tree import TreeConfig
+from jaxspec.speculation.tree import Tree, TreeConfig
 from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.chunks import Step, images_of, position_offset, steps_of
 from jaxspec.targets.contract import VisionLanguageModel
@@ -38,7 +38,7 @@ class Programs:
       model: the target's.
       adapter: of its family.
       draft_model: what drafts for it, or None for autoregressive decoding.
-      tree: what it drafts.
+      tree: what it drafts where no other tree is asked for.
       chunk: tokens of a prompt that are read at a time, a multiple of 4 and at least 16.
 
     Raises ValueError for another chunk.
@@ -52,17 +52,23 @@ class Programs:
         tree: TreeConfig,
         chunk: int = CHUNK,
     ) -> None:
-        self.adapter, self.chunk = adapter, whole_number("prefill_chunk", chunk, 16)
+        self.adapter, self.tree, self.chunk = adapter, tree, whole_number("prefill_chunk", chunk, 16)
         if self.chunk % 4:
             raise ValueError(f"prefill_chunk must be a multiple of 4, got {self.chunk}")
         self.graph, _ = nnx.split((model, draft_model))
         self.traced: list[str] = []
 
-        def compiled(function: Callable, with_tree: bool = False, **options: Any) -> Callable:
+        def draft(model, draft_model, state, tree):
+            return loop.drafted(model, draft_model, tree, state)
+
+        def confirm(model, draft_model, state, drafted, tree, allowed):
+            state, taken = loop.confirm(model, draft_model, tree, state, drafted, allowed)
+            return loop.taught(model, draft_model, state, taken)
+
+        def compiled(function: Callable, **options: Any) -> Callable:
             def run(params, *args, **kwargs):
                 self.traced.append(function.__name__)  # runs when jit traces, that is once per compiled program
-                models = nnx.merge(self.graph, params)
-                return function(*models, *([tree] if with_tree else []), *args, **kwargs)
+                return function(*nnx.merge(self.graph, params), *args, **kwargs)
 
             return jax.jit(run, **options)
 
@@ -73,7 +79,10 @@ class Programs:
         self._read = compiled(prefill.read_chunk, donate_argnums=1)
         self._begin = compiled(loop.begin, static_argnames=("capacity", "max_images"))
         self._idle = compiled(loop.idle, static_argnums=(1, 2, 3, 4))
-        self.decode = compiled(loop.decode, with_tree=True, donate_argnums=1)
+        self._decode = compiled(loop.decode, donate_argnums=1, static_argnums=3)
+        self._decode_undrafted = compiled(loop.decode_undrafted, donate_argnums=1, static_argnums=3)
+        self._draft = compiled(draft, static_argnums=2)
+        self._confirm = compiled(confirm, donate_argnums=1, static_argnums=3)
         self.insert = jax.jit(self._counted(insert), donate_argnums=0)
 
     def _counted(self, function: Callable) -> Callable:
@@ -83,6 +92,25 @@ class Programs:
             return function(*args)
 
         return run
+
+    def decode(self, params: Any, state: DecodeState, rounds: Any, tree: TreeConfig | None = None) -> DecodeState:
+        """As `loop.decode`, with another tree if one is given; `state` is consumed."""
+        return self._decode(params, state, rounds, tree or self.tree)
+
+    def decode_undrafted(self, params: Any, state: DecodeState, rounds: Any, window: int) -> DecodeState:
+        """As `loop.decode_undrafted`; `state` is consumed."""
+        return self._decode_undrafted(params, state, rounds, window)
+
+    def draft(self, params: Any, state: DecodeState, tree: TreeConfig | None = None) -> Tree:
+        """The tree that the next round would verify: the first half of a round, for a host that looks at it."""
+        return self._draft(params, state, tree or self.tree)
+
+    def confirm(
+        self, params: Any, state: DecodeState, drafted: Tree, allowed: Any, tree: TreeConfig | None = None
+    ) -> DecodeState:
+        """The second half: the state after the round in which the target verified `drafted`, with what `allowed` u32
+        `[B, N, W]` lets follow each node; `state` is consumed."""
+        return self._confirm(params, state, drafted, tree or self.tree, allowed)
 
     def idle(
         self, params: Any, batch: int, capacity: int, stop_tokens: int = STOP_TOKENS, extras: bool = False
@@ -158,9 +186,10 @@ class Programs:
         request: Request[np.ndarray],
         prompts: Sequence[EncodedPrompt],
         capacity: int,
+        allowed: np.ndarray | None = None,
     ) -> DecodeState:
-        """The state after the first token of each row. Raises ValueError for a row whose prompt and new tokens need
-        more than `capacity` positions."""
+        """The state after the first token of each row, among what is `allowed` u32 `[B, 1, W]`. Raises ValueError for a
+        row whose prompt and new tokens need more than `capacity` positions."""
         for row, (prompt, limit) in enumerate(zip(prompts, np.asarray(request.max_new_tokens), strict=True)):
             if len(prompt.input_ids) + limit > capacity:
                 raise ValueError(
@@ -169,4 +198,4 @@ class Programs:
                 )
         offsets = np.array([position_offset(prompt) for prompt in prompts], np.int32)
         bound = images_bucket(max(len(prompt.images) for prompt in prompts)) if self.adapter.image_token_ids else 0
-        return self._begin(params, read, request, offsets, capacity=capacity, max_images=bound)
+        return self._begin(params, read, request, offsets, capacity=capacity, max_images=bound, allowed=allowed)

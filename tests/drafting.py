@@ -9,7 +9,6 @@ heads have learnt a few answers by heart.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ from jaxspec.layers import Uncommitted
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.sampling import Noise, choose
-from jaxspec.speculation.tree import grow_tree
+from jaxspec.speculation.tree import Tree, grow_tree
 from jaxspec.targets.llava import Llava, LlavaConfig
 from jaxspec.targets.registry import save_model
 from tests.helpers import config_for, randomized
@@ -184,7 +183,7 @@ class SelfDrafter(nnx.Module):
         _, kv = model.prefill(context.embeds, context.lengths)
         return SelfState(Cache.of_prompt(kv, context.lengths, capacity), context.root)
 
-    def propose(self, model, config: TreeConfig, state: SelfState, root, noise, sampling) -> tuple[Any, SelfState]:
+    def propose(self, model, config: TreeConfig, state: SelfState, root, noise, sampling) -> Tree:
         lengths, language = state.cache.lengths, model.language_model
 
         def run(tokens, positions, drafted):
@@ -197,7 +196,7 @@ class SelfDrafter(nnx.Module):
             return run(tokens, positions, drafted.children(parent))
 
         drafted, first = run(root[:, None], lengths[:, None], None)
-        return grow_tree(config, root, first[:, 0], noise, sampling, expand, drafted), state
+        return grow_tree(config, root, first[:, 0], noise, sampling, expand, drafted)
 
     def disturb(self, logits, positions):
         draw = lambda position: jax.random.normal(jax.random.fold_in(jax.random.key(0), position), logits.shape[-1:])  # noqa: E731

@@ -87,7 +87,7 @@ class ScriptedHead(nnx.Module):
         shape = tokens.shape
         parents = jnp.broadcast_to(jnp.array([0, 0, 0, 1, 3]), shape)
         depths = jnp.broadcast_to(jnp.array([0, 1, 1, 2, 3]), shape)
-        return build_tree(tokens, parents, depths, config.max_depth), state
+        return build_tree(tokens, parents, depths, config.max_depth)
 
     def advance(self, model, state, tokens, features, count):
         return state

@@ -166,7 +166,7 @@ class DraftModel(Protocol):
         root: jax.Array,
         noise: Noise,
         sampling: BatchSampling,
-    ) -> tuple[Tree, Any]:
+    ) -> Tree:
         """A tree whose root is `root` i32 `[B]`; `noise` is that of the tokens below it."""
 
     def advance(

@@ -162,7 +162,7 @@ class EagleHead(nnx.Module, Generic[Config]):
         root: jax.Array,
         noise: Noise,
         sampling: BatchSampling,
-    ) -> tuple[Tree, EagleState]:
+    ) -> Tree:
         own = Mask(ancestors=jnp.eye(config.top_k, dtype=bool))
 
         def expand(carry, tokens, parent, level):
@@ -175,7 +175,7 @@ class EagleHead(nnx.Module, Generic[Config]):
             return (outputs, Uncommitted.level([kv], positions, drafted)), self.logits(model, outputs)
 
         first, carry = self.logits(model, state.output), (state.output[:, None], None)
-        return grow_tree(config, root, first, noise, sampling, expand, carry, self.draft_ids), state
+        return grow_tree(config, root, first, noise, sampling, expand, carry, self.draft_ids)
 
     def advance(
         self,

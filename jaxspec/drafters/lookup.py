@@ -71,11 +71,11 @@ class PromptLookup(nnx.Module):
         root: jax.Array,
         noise: Noise,
         sampling: BatchSampling,
-    ) -> tuple[Tree, LookupState]:
+    ) -> Tree:
         draft = look_up(state.history, state.lengths, self.config, config.max_depth)
         tokens = jnp.concatenate([root[:, None], draft], axis=1)
         depths = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        return build_tree(tokens, jnp.maximum(depths - 1, 0), depths, config.max_depth), state
+        return build_tree(tokens, jnp.maximum(depths - 1, 0), depths, config.max_depth)
 
     def advance(
         self,

@@ -126,7 +126,7 @@ class MassvDrafter(nnx.Module):
         root: jax.Array,
         noise: Noise,
         sampling: BatchSampling,
-    ) -> tuple[Tree, MassvState]:
+    ) -> Tree:
         vocab_size = model.vocab_size
         own = Mask(ancestors=jnp.eye(config.top_k, dtype=bool))
 
@@ -137,7 +137,7 @@ class MassvDrafter(nnx.Module):
             return Uncommitted.level(kv, positions, drafted), self.unembed(features, vocab_size)
 
         first = self.unembed(state.output, vocab_size)
-        return grow_tree(config, root, first, noise, sampling, expand, None), state
+        return grow_tree(config, root, first, noise, sampling, expand, None)
 
     def advance(
         self,

@@ -90,12 +90,12 @@ class MedusaHeads(nnx.Module):
         root: jax.Array,
         noise: Noise,
         sampling: BatchSampling,
-    ) -> tuple[Tree, jax.Array]:
+    ) -> Tree:
         def expand(carry, tokens, parent, level):
             return carry, self.logits(model, state, level + 2)[:, None]  # whatever the parent is
 
         first = self.logits(model, state, 1)
-        return grow_tree(config, root, first, noise, sampling, expand, None), state
+        return grow_tree(config, root, first, noise, sampling, expand, None)
 
     def advance(
         self, model: VisionLanguageModel, state: jax.Array, tokens: jax.Array, features: jax.Array, count: jax.Array

@@ -96,6 +96,15 @@ def choose(logits: jax.Array, noise: Callable[[], jax.Array], sampling: BatchSam
     return jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, first_argmax, logits)
 
 
+@jax.named_scope("grammar")
+def allow(logits: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Logits f32 `[B, N, V]` with -inf at tokens that are not `allowed` u32 `[B, N, W]`: bit t % 32 of word t // 32
+    says whether token t is. Of each of the B x N one at least must be."""
+    tokens = jnp.arange(logits.shape[-1])
+    bits = (jnp.take(allowed, tokens // 32, axis=-1) >> (tokens % 32).astype(jnp.uint32)) & 1
+    return jnp.where(bits == 1, logits.astype(jnp.float32), -jnp.inf)
+
+
 def first_argmax(x: jax.Array) -> jax.Array:
     """i32 `[..]`: the lowest index of the largest value of `x` f32 `[.., V]`; any index where there is a NaN.
 

@@ -99,7 +99,7 @@ def test_rounds_see_the_whole_text():
         for row in range(batch)
     ]
     while max(map(len, texts)) < CAPACITY:
-        tree, state = propose(state, root)
+        tree = propose(state, root)
         steps = np.arange(4)
         for row, text in enumerate(texts):
             assert tree.tokens[row].tolist() == [text[-1], *padded(slow_lookup(text, 3, 3), 3)]

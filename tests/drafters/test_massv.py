@@ -89,7 +89,7 @@ def test_drafts_are_those_of_the_plain_text_model(family, config):
     model = targets(family).model
     draft_model = random_massv(model, family, False)
     prefill = jax.jit(lambda context: draft_model.prefill(model, context, 96))
-    propose = jax.jit(lambda state, root: draft_model.propose(model, config, state, root, noise, GREEDY)[0])
+    propose = jax.jit(lambda state, root: draft_model.propose(model, config, state, root, noise, GREEDY))
     advance = jax.jit(lambda state, tokens, count: draft_model.advance(model, state, tokens, None, count))
     vocab_size, room = model.config.text.vocab_size, config.max_depth + 1
     noise = GivenNoise(jnp.zeros((3, room, vocab_size)))

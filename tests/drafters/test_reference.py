@@ -73,7 +73,7 @@ def test_first_and_second_tree(case):
     @jax.jit
     def first_round(draft_model, model):
         state = draft_model.prefill(model, context, capacity=128)
-        return draft_model.propose(model, config, state, context.root, noise, GREEDY)
+        return draft_model.propose(model, config, state, context.root, noise, GREEDY), state
 
     tree, state = first_round(draft_model, model)
     check_tree(tree, expected, "")
@@ -90,7 +90,7 @@ def test_first_and_second_tree(case):
     def second_round(draft_model, model, state):
         state = draft_model.advance(model, state, jnp.asarray(tokens), jnp.asarray(features), jnp.array([count]))
         root = jnp.asarray(expected["round2_sample"][0])
-        return draft_model.propose(model, config, state, root, noise, GREEDY)[0]
+        return draft_model.propose(model, config, state, root, noise, GREEDY)
 
     check_tree(second_round(draft_model, model, state), expected, "round2")
 
