@@ -1,0 +1,148 @@
+"""What goes into an engine and what comes out: settings, requests, streams of pieces, and what it refuses."""
+
+import asyncio
+import dataclasses
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+from jaxspec.checks import whole_number
+from jaxspec.generator import Piece, Result
+from jaxspec.programs import CHUNK
+from jaxspec.speculation.params import SamplingParams
+from jaxspec.targets.prompts import EncodedPrompt
+
+MIB = 2**20
+
+
+class Refused(RuntimeError):
+    """An engine takes no more requests at the moment."""
+
+
+class QueueFull(Refused):
+    """As many wait as may."""
+
+
+class Stopping(Refused):
+    """It is being stopped, or was."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    """How an engine shares a target among requests.
+
+    Raises ValueError for values out of range.
+    """
+
+    max_length: int | None = None
+    """Most tokens of prompt and answer together; by default all of the target's positions up to 4096."""
+    max_num_seqs: int = 8
+    """Requests that are answered at once."""
+    max_queued_requests: int = 256
+    """Requests that may wait."""
+    adaptive: bool = True
+    """Draft only as much as pays at the moment; otherwise always the whole tree."""
+    prefill_chunk: int = CHUNK
+    """Tokens of a prompt that are read between two rounds of the others."""
+    image_cache_bytes: int = 256 * MIB
+    """What the features of images seen before may take; 0 keeps none."""
+    prefix_cache_bytes: int = 256 * MIB
+    """What prompts read before may take; 0 keeps none."""
+    generation_config: bool = True
+    """Where a request says nothing of its sampling, the target's generation_config.json does."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_num_seqs", 1),
+            ("max_queued_requests", 0),
+            ("image_cache_bytes", 0),
+            ("prefix_cache_bytes", 0),
+        ):
+            whole_number(name, getattr(self, name), least)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt to be answered."""
+
+    prompt: EncodedPrompt
+    sampling: SamplingParams
+    max_new_tokens: int
+    grammar: Any = None  # a `jaxspec.serving.grammar.Grammar` that the answer must follow
+    client: str = ""  # whose it is: clients take turns in the queue
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What serving a request took, beside its `Result.stats`. Seconds."""
+
+    queue_seconds: float  # from submission until its prompt began to be read
+    first_token_seconds: float  # from submission until the first token
+    total_seconds: float  # from submission until the end
+    cached_tokens: int  # of the prompt, taken from one read before
+
+
+class Stream:
+    """The answer to one request while it comes: an iterator of `Piece`s, plain or asynchronous, for one reader.
+
+    The last piece carries the `Result`; one whose finish_reason is "error" (not finite logits, an exception in the
+    engine) says why in `Result.error`, "cancelled" and "timeout" are answers that were ended from outside.
+    """
+
+    def __init__(self, cancel: Callable[[], None]) -> None:
+        self._cancel = cancel
+        self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._over = False
+        self.served: Served | None = None
+        """Set with the last piece."""
+
+    def cancel(self) -> None:
+        """End it at the next round; from any thread, more than once if need be."""
+        self._cancel()
+
+    # -- the engine's side ---------------------------------------------------------------------------------------
+
+    def put(self, piece: Piece) -> None:
+        """Hand over the next piece, from the engine's thread."""
+        self._pieces.put(piece)
+        with self._lock:
+            waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            loop, event = waiting
+            try:
+                loop.call_soon_threadsafe(event.set)
+            except RuntimeError:  # its loop is closed: nobody reads any more
+                self.cancel()
+
+    # -- the reader's side ---------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Piece]:
+        while not self._over:
+            yield self._taken(self._pieces.get())
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        while not self._over:
+            event = asyncio.Event()
+            with self._lock:
+                self._waiting = asyncio.get_running_loop(), event
+            try:
+                piece = self._pieces.get_nowait()
+            except queue.Empty:
+                await event.wait()
+                piece = self._pieces.get_nowait()
+            yield self._taken(piece)
+
+    def result(self) -> Result:
+        """The whole answer; waits for it."""
+        result = None
+        for piece in self:
+            result = piece.result
+        assert result is not None  # the last piece has it
+        return result
+
+    def _taken(self, piece: Piece) -> Piece:
+        self._over = piece.result is not None
+        return piece
