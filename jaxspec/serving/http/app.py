@@ -13,6 +13,8 @@ import jaxspec
 from jaxspec.prompting import encode_prompt
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.http.errors import ApiError, add_error_handlers
+from jaxspec.serving.http.limits import Gate, add_limits
+from jaxspec.serving.http.metrics import Metrics, add_metrics
 from jaxspec.serving.http.settings import HttpSettings
 
 
@@ -29,10 +31,13 @@ class ChatRequest(BaseModel):
 def make_app(engine: Engine, settings: HttpSettings = HttpSettings()) -> FastAPI:
     """The app of a started engine."""
     app = FastAPI(title="jaxspec", version=jaxspec.__version__, docs_url=None, redoc_url=None)
-    app.state.engine, app.state.settings, app.state.draining = engine, settings, False
+    app.state.engine, app.state.settings = engine, settings
+    app.state.gate, app.state.metrics = Gate.of(engine.settings), Metrics(engine)
     pool = ThreadPoolExecutor(settings.encode_threads, "encode")
     created = int(time.time())
     add_error_handlers(app)
+    add_limits(app, settings, app.state.gate)
+    add_metrics(app, app.state.metrics)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -40,7 +45,7 @@ def make_app(engine: Engine, settings: HttpSettings = HttpSettings()) -> FastAPI
 
     @app.get("/ready")
     async def ready() -> dict[str, Any]:
-        if app.state.draining or not engine.ready:
+        if app.state.gate.closed or not engine.ready:
             raise ApiError(503, "the server is not ready", code="not_ready")
         return {"status": "ready"}
 
@@ -58,7 +63,7 @@ def make_app(engine: Engine, settings: HttpSettings = HttpSettings()) -> FastAPI
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         result = None
-        async for piece in stream:
+        async for piece in app.state.metrics.watched(stream):
             result = piece.result
         assert result is not None
         message = {"role": "assistant", "content": result.text}
