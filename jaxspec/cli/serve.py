@@ -69,8 +69,8 @@ class Serve:
     limit_mm_per_prompt: Annotated[str, tyro.conf.arg(metavar="JSON")] = '{"image": 16, "video": 1}'
     """Most images and videos of one prompt."""
     allowed_media_domains: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="HOST")] = ()
-    """A host, with its subdomains, that images may be fetched from; to be given again for further ones. By default there
-    is none, and images come as data: URLs only."""
+    """A host, with its subdomains, that images may be fetched from; to be given again for further ones. By default
+    there is none, and images come as data: URLs only."""
     max_body_mib: int = 64
     """MiB of a request; larger ones are answered with 413."""
     request_timeout: float = 600.0

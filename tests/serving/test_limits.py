@@ -2,21 +2,19 @@
 
 import asyncio
 import base64
-import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 
 from jaxspec.serving.http.errors import add_error_handlers
 from jaxspec.serving.http.limits import SPARE, Gate, add_limits, limited_protocol
 from jaxspec.serving.http.settings import HttpSettings
 from jaxspec.serving.requests import EngineSettings
+from tests.serving.listening import Listening, error_in, eventually, talk
 
 KEY = "sk-of-the-tests"
 PATHS = (
@@ -168,67 +166,20 @@ def test_the_gate_is_as_wide_as_slots_and_queue():
     assert Gate.of(EngineSettings(max_num_seqs=3, max_queued_requests=5)).limit == 8 + SPARE
 
 
-class Serving(threading.Thread):
-    """uvicorn in a thread."""
-
-    def __init__(self, app: FastAPI, **config) -> None:
-        super().__init__(daemon=True)
-        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", ws="none", **config))
-
-    def run(self) -> None:
-        self.server.run()
-
-    def __enter__(self) -> int:
-        self.start()
-        until = time.monotonic() + 20
-        while not self.server.started and time.monotonic() < until:
-            time.sleep(0.01)
-        return self.server.servers[0].sockets[0].getsockname()[1]
-
-    def __exit__(self, *exc: object) -> None:
-        self.server.should_exit = self.server.force_exit = True
-        self.join(20)
-
-
 GATE = Gate(50)
 
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     app = make(GATE, max_body_bytes=100_000, body_timeout=0.6)
-    with Serving(app, http=limited_protocol(0.5, 0.8), timeout_keep_alive=2) as port:
+    with Listening(app, http=limited_protocol(0.5, 0.8), timeout_keep_alive=2) as port:
         yield port
-
-
-def talk(port: int, sends: list[bytes], seconds: float) -> tuple[bytes, float]:
-    """What comes back on one connection until it is closed, and when that is; a part is sent every `seconds`."""
-    started, received = time.monotonic(), b""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-        connection.settimeout(seconds)
-        for part in [*sends, *(200 * [b""])]:
-            try:
-                connection.sendall(part)
-                data = connection.recv(65536)
-            except TimeoutError:
-                if time.monotonic() - started > 8:
-                    break
-                continue
-            except OSError:
-                break
-            received += data
-            if not data:
-                break
-    return received, time.monotonic() - started
-
-
-def json_of(received: bytes) -> dict:
-    return json.loads(received.partition(b"\r\n\r\n")[2])["error"]
 
 
 def test_headers_that_dribble_in_are_408(port):
     headers = b"POST /echo HTTP/1.1\r\nHost: a\r\nX-Slow: " + 100 * b"y"
     received, seconds = talk(port, [bytes([each]) for each in headers], 0.05)
-    assert received.startswith(b"HTTP/1.1 408 ") and json_of(received)["code"] == "header_timeout"
+    assert received.startswith(b"HTTP/1.1 408 ") and error_in(received)["code"] == "header_timeout"
     assert 0.4 < seconds < 1.5
 
 
@@ -256,7 +207,7 @@ def test_an_idle_connection_is_kept_for_the_next_request_and_not_for_ever(port):
 def test_a_body_that_dribbles_in_is_408(port):
     head = b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"
     received, seconds = talk(port, [head, *(1000 * [b"x"])], 0.05)
-    assert received.startswith(b"HTTP/1.1 408 ") and json_of(received)["code"] == "body_timeout"
+    assert received.startswith(b"HTTP/1.1 408 ") and error_in(received)["code"] == "body_timeout"
     assert 0.5 < seconds < 1.6 and GATE.inside == 0
 
 
@@ -285,13 +236,8 @@ def test_a_client_that_goes_while_it_sends_leaves_nothing_behind(port):
     ):
         with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
             connection.sendall(head)
-            until = time.monotonic() + 5
-            while GATE.inside == 0 and time.monotonic() < until:
-                time.sleep(0.01)
-            assert GATE.inside == 1
-        while GATE.inside and time.monotonic() < until:
-            time.sleep(0.01)
-        assert GATE.inside == 0
+            assert eventually(lambda: GATE.inside == 1, 5)
+        assert eventually(lambda: GATE.inside == 0, 5)
 
 
 @pytest.mark.parametrize(
@@ -299,4 +245,4 @@ def test_a_client_that_goes_while_it_sends_leaves_nothing_behind(port):
 )
 def test_what_is_no_http_is_400(port, head):
     received, _ = talk(port, [head], 0.05)
-    assert received.startswith(b"HTTP/1.1 400 ") and json_of(received)["code"] == "invalid_http"
+    assert received.startswith(b"HTTP/1.1 400 ") and error_in(received)["code"] == "invalid_http"

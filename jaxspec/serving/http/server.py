@@ -1,7 +1,7 @@
 """uvicorn with an end that loses nothing: a signal closes the gate, whoever is inside is answered, then it ends.
 
-After the first SIGTERM or SIGINT /ready says 503 and so do new requests; accepted ones have `shutdown_timeout` seconds, those that
-are left then are cancelled and told so. A second signal ends the process at once.
+After the first SIGTERM or SIGINT /ready says 503 and so do new requests; accepted ones have `shutdown_timeout` seconds,
+those that are left then are cancelled and told so. A second signal ends the process at once.
 """
 
 import ipaddress
@@ -15,6 +15,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from jaxspec.checks import whole_number
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.http.limits import Gate, limited_protocol
 from jaxspec.serving.http.settings import HttpSettings
@@ -25,7 +26,8 @@ LAST_WORDS_SECONDS = 5.0
 
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket, so that a port that is taken is known before a model is loaded; it does not listen yet. Port 0 is
-    any free one. Raises OSError, with the address in its sentence."""
+    any free one. Raises ValueError for what is no port, OSError for an address that cannot be had."""
+    whole_number("port", port, 0, 65535)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -37,7 +39,7 @@ def bind(host: str, port: int) -> socket.socket:
         except BaseException:
             bound.close()
             raise
-    except (OSError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         raise OSError(f"cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}") from None
     return bound
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from jaxspec.checks import real_number, whole_number
+from jaxspec.serving.http.media import domain_name
 
 MIB = 2**20
 
@@ -41,6 +42,7 @@ class HttpSettings:
             raise ValueError("served_model_name must not be empty")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
             raise ValueError("the API key must be one or more printable ASCII characters")
+        object.__setattr__(self, "allowed_media_domains", tuple(map(domain_name, self.allowed_media_domains)))
         for name, least in (
             ("max_body_bytes", 1),
             ("max_images", 0),
