@@ -13,6 +13,8 @@ from jaxspec.serving.engine import Engine
 from jaxspec.serving.http.body import JsonRoute
 from jaxspec.serving.http.chat import Chat, no_such_model
 from jaxspec.serving.http.errors import ApiError, ErrorAnswer, add_error_handlers
+from jaxspec.serving.http.limits import Gate, add_limits
+from jaxspec.serving.http.metrics import Metrics, add_metrics
 from jaxspec.serving.http.schema import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -23,7 +25,6 @@ from jaxspec.serving.http.schema import (
     Ready,
 )
 from jaxspec.serving.http.settings import HttpSettings
-from jaxspec.serving.requests import Stream
 
 REASONS = {
     400: "The request cannot be answered as it is; `param` names what is wrong.",
@@ -47,8 +48,9 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def make_app(engine: Engine, settings: HttpSettings = HttpSettings()) -> FastAPI:
-    """The app of an engine that has been started. `app.state.draining` may be set: then it is not ready any more."""
-    chat = Chat(engine, settings, fingerprint(engine), Stream.__aiter__)
+    """The app of an engine that has been started. `app.state.gate` says who is inside and whether more are let in."""
+    gate, metrics = Gate.of(engine.settings), Metrics(engine)
+    chat = Chat(engine, settings, fingerprint(engine), metrics.watched)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -63,10 +65,12 @@ def make_app(engine: Engine, settings: HttpSettings = HttpSettings()) -> FastAPI
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    app.state.draining = False
+    app.state.engine, app.state.settings, app.state.gate, app.state.metrics = engine, settings, gate, metrics
     add_error_handlers(app)
+    add_limits(app, settings, gate)
+    add_metrics(app, metrics)
     app.include_router(chat_router(chat))
-    app.include_router(about_router(app, engine, settings))
+    app.include_router(about_router(gate, engine, settings))
     app.openapi = lambda: openapi(app, settings)
     return app
 
@@ -91,7 +95,7 @@ def chat_router(chat: Chat) -> APIRouter:
     return router
 
 
-def about_router(app: FastAPI, engine: Engine, settings: HttpSettings) -> APIRouter:
+def about_router(gate: Gate, engine: Engine, settings: HttpSettings) -> APIRouter:
     """What the server is and how it does."""
     router = APIRouter()
     tree, created = engine.tree, int(time.time())
@@ -129,7 +133,7 @@ def about_router(app: FastAPI, engine: Engine, settings: HttpSettings) -> APIRou
 
     @router.get("/ready", summary="Whether it takes requests", responses=refusals(401, 500, 503))
     async def ready() -> Ready:
-        if app.state.draining:
+        if gate.closed:
             raise ApiError(503, "the server is stopping", code="stopping")
         if not engine.ready:
             raise ApiError(503, "the server is still getting ready", code="not_ready")

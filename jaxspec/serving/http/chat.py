@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from jaxspec.arguments import check_sampling
+from jaxspec.detokenizer import TokenReader
 from jaxspec.generator import Piece
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.http.answers import DONE, Answers, event
@@ -37,7 +38,7 @@ class Chat:
     def __init__(self, engine: Engine, settings: HttpSettings, fingerprint: str, watch: Watch) -> None:
         self.engine, self.settings, self.fingerprint, self.watch = engine, settings, fingerprint, watch
         self.encoder = Encoder(engine.target, engine.max_length, settings)
-        self.reader = engine.generator.token_reader
+        self.reader = TokenReader(engine.target.tokenizer)
         self._grammars: Any = None
 
     def close(self) -> None:
