@@ -3,7 +3,8 @@
 This is the one place that knows which exception is which status. Nobody is told of files or stack traces.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,6 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from jaxspec.checks import shown
 from jaxspec.serving.requests import QueueFull, Stopping
 
 
@@ -65,14 +67,79 @@ def as_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case RequestValidationError():
-            return ApiError(400, str(error.errors()[0]["msg"]))
+            return of_validation(error.errors()[0], error.body)
         case QueueFull():
             return ApiError(429, f"{error}; try again later", code="queue_full", headers={"Retry-After": "1"})
         case Stopping():
             return ApiError(503, "the server is stopping and takes no more requests", code="stopping")
+        case TimeoutError():
+            return timed_out()
         case StarletteHTTPException():
-            return ApiError(error.status_code, str(error.detail), headers=error.headers)
-    return ApiError(500, "the server failed to answer; its log says why")
+            return of_routing(error)
+    return ApiError(500, "the server failed to answer; its log says why", code="internal_error")
+
+
+def timed_out() -> ApiError:
+    """An answer that took too long. Clients that try again by themselves are asked not to: it would take as long."""
+    return ApiError(
+        408, "the answer took longer than this server allows", code="timeout", headers={"x-should-retry": "false"}
+    )
+
+
+def of_routing(error: StarletteHTTPException) -> ApiError:
+    """A path or a method that there is not."""
+    message = {404: "there is no such path", 405: "this path does not take this method"}.get(error.status_code)
+    return ApiError(error.status_code, message or error.detail, headers=error.headers)
+
+
+def of_validation(error: Mapping[str, Any], body: Any) -> ApiError:
+    """One of pydantic's errors about a body, as a sentence that names the parameter."""
+    kind, context = error["type"], error.get("ctx", {})
+    param = path_of(error["loc"][1:], body, missing=kind == "missing")
+    got = f", got {shown_scalar(error.get('input'))}" if is_scalar(error.get("input")) else ""
+    match kind:
+        case "missing":
+            return ApiError(400, f"{param} is missing", param, "missing_required_parameter")
+        case "extra_forbidden":
+            return ApiError(400, f"{param} is no parameter that this server knows", param, "unknown_parameter")
+        case "unsupported":
+            values = " or ".join(json.dumps(each) for each in (*context["neutral"], None))
+            return ApiError(
+                400, f"{param} is not supported; it may only be {values}{got}", param, "unsupported_parameter"
+            )
+        case "union_tag_invalid" | "union_tag_not_found":
+            param = ".".join(filter(None, (param, context["discriminator"].strip("'"))))
+            if kind == "union_tag_not_found":
+                return ApiError(400, f"{param} is missing", param, "missing_required_parameter")
+            found = f"{param} must be one of {context['expected_tags']}, got {shown_scalar(context['tag'])}"
+            return ApiError(400, found, param, "unsupported_value")
+    first, _, rest = error["msg"].partition(" ")
+    sentence = f"{param} {rest}" if first in SUBJECTS else f"{param}: {error['msg']}"
+    return ApiError(400, sentence + got, param, "invalid_type" if kind.endswith("_type") else "invalid_value")
+
+
+SUBJECTS = ("Input", "String", "List", "Dictionary")
+"""How pydantic's sentences begin, in place of which the parameter is named."""
+
+
+def path_of(location: Sequence[str | int], body: Any, missing: bool) -> str:
+    """Where in a body an error is, such as messages.0.content: pydantic's location without the names of its models."""
+    steps, here = [], body
+    for number, step in enumerate(location, 1):
+        if isinstance(here, dict) and (step in here or (missing and number == len(location))):
+            steps, here = [*steps, str(step)], here.get(step)
+        elif isinstance(here, list) and isinstance(step, int) and step < len(here):
+            steps, here = [*steps, str(step)], here[step]
+    return ".".join(steps) or "the body"
+
+
+def is_scalar(value: Any) -> bool:
+    return isinstance(value, str | int | float)
+
+
+def shown_scalar(value: Any) -> str:
+    """A value as a sentence shows it."""
+    return shown(value[:60] if isinstance(value, str) else value)
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -22,6 +22,8 @@ class HttpSettings:
     """Images of one prompt (`--limit-mm-per-prompt`)."""
     max_videos: int = 1
     """Videos of one prompt."""
+    max_pixels: int = 256_000_000
+    """Pixels of all images of one prompt together; a single image may have 64 million."""
     max_n: int = 16
     """Choices of one request."""
     allowed_media_domains: tuple[str, ...] = ()
@@ -47,6 +49,7 @@ class HttpSettings:
             ("max_body_bytes", 1),
             ("max_images", 0),
             ("max_videos", 0),
+            ("max_pixels", 1),
             ("max_n", 1),
             ("encode_threads", 1),
         ):
