@@ -95,7 +95,9 @@ def of_routing(error: StarletteHTTPException) -> ApiError:
 def of_validation(error: Mapping[str, Any], body: Any) -> ApiError:
     """One of pydantic's errors about a body, as a sentence that names the parameter."""
     kind, context = error["type"], error.get("ctx", {})
-    param = path_of(error["loc"][1:], body, missing=kind == "missing")
+    param = path_of(error["loc"][1:], body, missing=kind == "missing")[:MAX_PARAM]
+    if not param:
+        return ApiError(400, "the body is missing; it must be a JSON object")
     got = f", got {shown_scalar(error.get('input'))}" if is_scalar(error.get("input")) else ""
     match kind:
         case "missing":
@@ -118,6 +120,8 @@ def of_validation(error: Mapping[str, Any], body: Any) -> ApiError:
     return ApiError(400, sentence + got, param, "invalid_type" if kind.endswith("_type") else "invalid_value")
 
 
+MAX_PARAM = 200
+"""Characters of a parameter's name that are repeated."""
 SUBJECTS = ("Input", "String", "List", "Dictionary")
 """How pydantic's sentences begin, in place of which the parameter is named."""
 
@@ -130,7 +134,7 @@ def path_of(location: Sequence[str | int], body: Any, missing: bool) -> str:
             steps, here = [*steps, str(step)], here.get(step)
         elif isinstance(here, list) and isinstance(step, int) and step < len(here):
             steps, here = [*steps, str(step)], here[step]
-    return ".".join(steps) or "the body"
+    return ".".join(steps)
 
 
 def is_scalar(value: Any) -> bool:
