@@ -115,7 +115,9 @@ class Engine:
         cancelled = threading.Event()
         stream = Stream(cancelled.set)
         self._waiting += 1
-        self._queue.put((Request(prompt, sampling, max_new_tokens, grammar, client), stream, cancelled, time.perf_counter()))
+        self._queue.put(
+            (Request(prompt, sampling, max_new_tokens, grammar, client), stream, cancelled, time.perf_counter())
+        )
         return stream
 
     def stats(self) -> EngineStats:
