@@ -156,7 +156,10 @@ def attend_filled(query: jax.Array, numbers: jax.Array, segments: Sequence[Keys]
     so_far = (jnp.full_like(zeros, MASKED), zeros, jnp.zeros(queries.shape))
     for each in rest:
         so_far = joined(so_far, scores(each.kv.keys, each.visible(numbers)), each.kv.values)
-    first = 0 if mask.window is None else jnp.maximum(jnp.min(mask.query_places) - mask.window + 1, 0) // PART
+    first = 0
+    if mask.window is not None and mask.query_places is not None:
+        first = jnp.maximum(jnp.min(mask.query_places) - mask.window + 1, 0) // PART
+    assert mask.lengths is not None  # it is a cache
     last = (jnp.max(mask.lengths) + PART - 1) // PART
     _, total, out = jax.lax.fori_loop(first, last, part, so_far)
     return (out / total).reshape(query.shape).astype(query.dtype)
