@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 from fastapi import FastAPI, Request
 
 from jaxspec.serving.http.errors import add_error_handlers
-from jaxspec.serving.http.limits import SPARE, Gate, add_limits, limited_protocol
+from jaxspec.serving.http.limits import SPARE, Admit, Gate, add_limits, limited_protocol
 from jaxspec.serving.http.settings import HttpSettings
 from jaxspec.serving.requests import EngineSettings
 from tests.serving.listening import Listening, error_in, eventually, talk
@@ -160,6 +161,34 @@ def test_an_exception_leaves_the_gate_as_well():
     gate = Gate(1)
     response = asked(make(gate), "POST", "/deaf")
     assert response.status_code == 500 and error_of(response)["type"] == "server_error" and gate.inside == 0
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_answer_that_is_cut_off_at_the_very_end_is_told_so_where_it_has_not_begun(begun):
+    """uvicorn cancels what is left when it ends; an engine that hangs must not keep that from happening."""
+    gate, sent = Gate(1), []
+
+    async def hanging(scope, receive, send):
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(100)
+
+    async def send(message):
+        sent.append(message)
+
+    async def ended() -> None:
+        scope = {"type": "http", "path": "/v1/chat/completions", "headers": []}
+        task = asyncio.create_task(Admit(hanging, gate)(scope, None, send))
+        await asyncio.sleep(0.01)
+        assert gate.inside == 1
+        gate.closed = True
+        task.cancel()
+        await asyncio.wait_for(task, 5)
+
+    asyncio.run(ended())
+    assert gate.inside == 0 and sent[0]["status"] == (200 if begun else 503)
+    if not begun:
+        assert json.loads(sent[1]["body"])["error"]["code"] == "stopping"
 
 
 def test_the_gate_is_as_wide_as_slots_and_queue():

@@ -26,7 +26,7 @@ WITHOUT_KEY = ("/health",)
 """Paths that anybody may ask: whether the process lives, and nothing else."""
 ALWAYS_ANSWERED = ("/health", "/ready", "/metrics")
 """Paths that cost next to nothing: they are answered while the server stops, and not counted."""
-RETRY_SECONDS = 2
+RETRY = {"retry-after": "2"}
 SPARE = 64
 
 
@@ -101,20 +101,35 @@ class Admit:
         if scope["type"] != "http" or scope["path"] in ALWAYS_ANSWERED:
             await self.app(scope, receive, send)
             return
-        wait = {"retry-after": str(RETRY_SECONDS)}
         if self.gate.closed:
-            refusal = ApiError(503, "the server is stopping and takes no more requests", code="stopping", headers=wait)
-            await refusal.response()(scope, receive, send)
+            await stopping().response()(scope, receive, send)
             return
         if self.gate.inside >= self.gate.limit:
-            refusal = ApiError(429, f"{self.gate.inside} requests are here already", code="queue_full", headers=wait)
-            await refusal.response()(scope, receive, send)
+            message = f"{self.gate.inside} requests are here already; try again later"
+            await ApiError(429, message, code="queue_full", headers=RETRY).response()(scope, receive, send)
             return
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         self.gate.inside += 1
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, sending)
+        except asyncio.CancelledError:  # the server ends without waiting for the engine any longer
+            if not self.gate.closed:
+                raise
+            if not begun:
+                await stopping("the server is stopping and has ended this answer").response()(scope, receive, send)
         finally:
             self.gate.inside -= 1
+
+
+def stopping(message: str = "the server is stopping and takes no more requests") -> ApiError:
+    """The refusal of a server that has been told to end."""
+    return ApiError(503, message, code="stopping", headers=RETRY)
 
 
 class LimitBody:

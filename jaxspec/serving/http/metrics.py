@@ -12,10 +12,11 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
 from jaxspec.generator import Piece
 from jaxspec.serving.engine import Engine, EngineStats
+from jaxspec.serving.http.errors import ErrorAnswer
 from jaxspec.serving.requests import Stream
 
 SECONDS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
@@ -141,6 +142,15 @@ class Metrics:
 def add_metrics(app: FastAPI, metrics: Metrics) -> None:
     """GET /metrics, in Prometheus' text format."""
 
-    @app.get("/metrics", response_class=PlainTextResponse, summary="Prometheus metrics")
+    refusals = {401: "The key is wrong or missing.", 500: "The engine could not be asked."}
+    text = {"description": "All metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        summary="Prometheus metrics",
+        responses={status: {"model": ErrorAnswer, "description": said} for status, said in refusals.items()}
+        | {200: text},
+    )
     def scrape() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
