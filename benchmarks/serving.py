@@ -1,7 +1,7 @@
 """A server under load: so many streams at once, for so long; throughput, waiting times, and whether every answer is the
 one that its request gets alone.
 
-    python benchmarks/serving.py                        # the embedded model: 1, 4, 16, 64 streams, three modes, 60 s each
+    python benchmarks/serving.py                        # 1, 4, 16, 64 streams, three modes, 60 s each
     python benchmarks/serving.py --peer                 # `transformers serve` with the same folder beside them
     python benchmarks/serving.py --requests 2000        # memory of the server over so many requests
 
