@@ -144,10 +144,8 @@ SCHEMA = {
     "required": ["shape", "count"],
     "additionalProperties": False,
 }
-GRAMMARS = pytest.mark.xfail(strict=False, reason="the engine does not follow grammars yet")
 
 
-@GRAMMARS
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_json_schema_is_followed(client, stream):
     asked = {"type": "json_schema", "json_schema": {"name": "shapes", "schema": SCHEMA, "strict": True}}
@@ -158,7 +156,6 @@ def test_json_schema_is_followed(client, stream):
     assert value["shape"] in ("circle", "square") and value["count"] in range(10)
 
 
-@GRAMMARS
 @pytest.mark.parametrize(
     "options", [{"regex": "(red|blue) [0-9]{2}"}, {"structured_outputs": {"regex": "(red|blue) [0-9]{2}"}}]
 )

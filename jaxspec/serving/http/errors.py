@@ -143,8 +143,7 @@ def readings(location: Sequence[str | int], here: Any, missing: bool) -> Iterato
         yield from ((step, *way) for way in readings(rest, here.get(step), missing))
     if isinstance(here, list) and isinstance(step, int) and step < len(here):
         yield from ((step, *way) for way in readings(rest, here[step], missing))
-    if isinstance(step, str):
-        yield from ((None, *way) for way in readings(rest, here, missing))
+    yield from ((None, *way) for way in readings(rest, here, missing))
 
 
 def is_scalar(value: Any) -> bool:
