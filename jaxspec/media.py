@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 ImageLike = Any  # PIL.Image.Image, path, bytes, uint8 array [H, W, 3], data: URL
 MAX_PIXELS = 64_000_000
@@ -119,6 +119,8 @@ def readable(name: str) -> Generator[None]:
         yield
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has too many pixels; the limit is {MAX_PIXELS}") from error
+    except UnidentifiedImageError as error:  # whose text names a Python object, not the file
+        raise ValueError(f"{name} cannot be read: it is in no format of pictures that is known") from error
     except Exception as error:  # its parsers raise OSError, SyntaxError, ValueError, struct.error, IndexError, ..
         raise ValueError(f"{name} cannot be read: {error}") from error
 
