@@ -209,6 +209,20 @@ def test_a_narrow_window_shows_everything(browser, address):
     page.close()
 
 
+def test_the_page_stands_beside_the_routes_of_its_app(browser, engine):
+    app = FastAPI()
+    app.get("/v1/models")(lambda: {"object": "list"})
+    with served(mount_page(app, engine, path="/page")) as address:
+        assert httpx.get(f"{address}/v1/models").json() == {"object": "list"}
+        assert httpx.get(f"{address}/gradio_api/info").status_code == 404
+        assert httpx.get(f"{address}/page/gradio_api/info").status_code == 404
+        page = opened(browser, f"{address}/page")
+        upload(page, demo.picture_path())
+        page.click("#ask")
+        answered(page)
+        page.close()
+
+
 def test_with_a_key_nobody_comes_in_without_it(browser, engine):
     with served(mount_page(FastAPI(), engine, api_key=KEY)) as address:
         upload = httpx.post(f"{address}/gradio_api/upload", files={"files": b"x"})
