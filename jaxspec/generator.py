@@ -129,10 +129,11 @@ class Generator:
         self.target, self.drafter, self.tree = target, drafter, tree
         self.generation_defaults = target.generation_defaults if generation_config else GenerationDefaults()
         self._usual_penalties = SamplingParams().resolved(self.generation_defaults).penalties
-        self._watch = None
+        self.acceptance_watch = None
+        """Judges the drafter, where there is one that is to earn something."""
         if drafter is not None and jax.tree.leaves(nnx.state(drafter.model)):  # prompt lookup may find nothing
             own = tree == drafter.tree
-            self._watch = AcceptanceWatch(drafter.about.get("mean_acceptance_length") if own else None)
+            self.acceptance_watch = AcceptanceWatch(drafter.about.get("mean_acceptance_length") if own else None)
         self.allow_local_files = allow_local_files
         draft_model = drafter.model if drafter else None
         self.programs = Programs(target.model, target.adapter, draft_model, tree, prefill_chunk)
@@ -146,12 +147,12 @@ class Generator:
     @property
     def acceptance_warning(self) -> str | None:
         """The sentence that was warned with, if the drafter has been found to be of no use."""
-        return None if self._watch is None else self._watch.warning
+        return None if self.acceptance_watch is None else self.acceptance_watch.warning
 
     @property
     def judges_drafter(self) -> bool:
         """Whether there is a drafter that is to earn something, in training or without parameters it is not."""
-        return self._watch is not None
+        return self.acceptance_watch is not None
 
     @functools.cached_property
     def token_reader(self) -> TokenReader:
@@ -171,7 +172,7 @@ class Generator:
             problem = f"with_drafter needs a drafter of the same method and config, got a {drafter.method} one"
             raise ValueError(problem) from None
         other = copy.copy(self)
-        other.drafter, other._params, other._watch = drafter, params, None
+        other.drafter, other._params, other.acceptance_watch = drafter, params, None
         return other
 
     def generate(
@@ -373,7 +374,8 @@ class Batch:
             if text.stopped or (len(ids) and int(ids[-1]) in stop_ids):
                 reason = "stop"
             elif failed[row]:
-                reason, error = "error", self.failure(row, len(ids))
+                reason = "error"
+                error = f"prompt {row}: {not_finite(len(self.prompts[row].input_ids), len(ids))}"
             stats = GenerationStats.of(
                 emitted_per_round(accepted[1:], width),
                 prompt_tokens=len(self.prompts[row].input_ids),
@@ -383,15 +385,16 @@ class Batch:
             )
             logprobs, ends = self.logprobs(state, row, slice(text.count)), np.array(text.ends, np.int32)
             results.append(Result(ids, accepted, text.text, reason, stats, ends, error, logprobs))
-        if self.generator._watch:
+        if self.generator.acceptance_watch:
             usual = self.generator._usual_penalties
             judged = [params.temperature == 0 and params.penalties == usual for params in self.sampling]
-            self.generator._watch.add([each.stats for each, use in zip(results, judged, strict=True) if use])
+            self.generator.acceptance_watch.add([each.stats for each, use in zip(results, judged, strict=True) if use])
         return results
 
-    def failure(self, row: int, generated: int) -> str:
-        position = len(self.prompts[row].input_ids) + generated
-        return (
-            f"prompt {row}: the logits of the token at position {position} are not finite (NaN or infinity), after "
-            f"{generated} generated tokens; weights or activations of the target leave the range of its dtype"
-        )
+
+def not_finite(prompt_tokens: int, generated: int) -> str:
+    """Why an answer ends after so many tokens, where the target's numbers leave its dtype."""
+    return (
+        f"the logits of the token at position {prompt_tokens + generated} are not finite (NaN or infinity), after "
+        f"{generated} generated tokens; weights or activations of the target leave the range of its dtype"
+    )

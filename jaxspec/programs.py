@@ -18,7 +18,7 @@ from jaxspec.checks import whole_number
 from jaxspec.drafters.contract import DraftModel
 from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.prefill import ImageFeatures, Read
-from jaxspec.speculation.state import STOP_TOKENS, DecodeState, Request, insert
+from jaxspec.speculation.state import STOP_TOKENS, DecodeState, Report, Request, insert, moved, report
 from jaxspec.speculation.tree import Tree, TreeConfig
 from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.chunks import Step, images_of, position_offset, steps_of
@@ -56,6 +56,7 @@ class Programs:
         if self.chunk % 4:
             raise ValueError(f"prefill_chunk must be a multiple of 4, got {self.chunk}")
         self.graph, _ = nnx.split((model, draft_model))
+        self.vocab_size = model.vocab_size
         self.traced: list[str] = []
 
         def draft(model, draft_model, state, tree):
@@ -84,6 +85,8 @@ class Programs:
         self._draft = compiled(draft, static_argnums=2)
         self._confirm = compiled(confirm, donate_argnums=1, static_argnums=3)
         self.insert = jax.jit(self._counted(insert), donate_argnums=0)
+        self.moved = jax.jit(self._counted(moved))
+        self._report = jax.jit(self._counted(report), static_argnums=(2, 3))
 
     def _counted(self, function: Callable) -> Callable:
         @functools.wraps(function)
@@ -117,6 +120,10 @@ class Programs:
     ) -> DecodeState:
         """As `loop.idle`."""
         return self._idle(params, batch, capacity, stop_tokens, extras)
+
+    def report(self, state: DecodeState, seen: np.ndarray, width: int, logprobs: bool = False) -> Report[jax.Array]:
+        """As `state.report`."""
+        return self._report(state, seen, width, logprobs)
 
     @property
     def compilations(self) -> int:
@@ -163,10 +170,14 @@ class Programs:
         read = past
         for step in steps:
             if read is not None and read.cache.capacity < capacity:
-                read = self._with_room(read, capacity)
+                read = self.with_room(read, capacity)
             read = self.read_step(params, read, step, tables)
         assert read is not None  # there is at least one step
         return read
+
+    def with_room(self, read: Read, capacity: int) -> Read:
+        """As `prefill.with_room`; the same where it has that room."""
+        return read if read.cache.capacity == capacity else self._with_room(read, capacity)
 
     def read_step(self, params: Any, read: Read | None, step: Step, tables: Mapping[Hashable, ImageFeatures]) -> Read:
         """One chunk of it; `read` is consumed."""
@@ -187,9 +198,11 @@ class Programs:
         prompts: Sequence[EncodedPrompt],
         capacity: int,
         allowed: np.ndarray | None = None,
+        room: int | None = None,
     ) -> DecodeState:
-        """The state after the first token of each row, among what is `allowed` u32 `[B, 1, W]`. Raises ValueError for a
-        row whose prompt and new tokens need more than `capacity` positions."""
+        """The state after the first token of each row, among what is `allowed` u32 `[B, 1, W]`. With `room` it has so
+        many positions only, at least one more than its prompts have tokens, and is to be inserted into one of
+        `capacity`. Raises ValueError for a row whose prompt and new tokens need more than `capacity` positions."""
         for row, (prompt, limit) in enumerate(zip(prompts, np.asarray(request.max_new_tokens), strict=True)):
             if len(prompt.input_ids) + limit > capacity:
                 raise ValueError(
@@ -198,4 +211,4 @@ class Programs:
                 )
         offsets = np.array([position_offset(prompt) for prompt in prompts], np.int32)
         bound = images_bucket(max(len(prompt.images) for prompt in prompts)) if self.adapter.image_token_ids else 0
-        return self._begin(params, read, request, offsets, capacity=capacity, max_images=bound, allowed=allowed)
+        return self._begin(params, read, request, offsets, capacity=room or capacity, max_images=bound, allowed=allowed)

@@ -188,5 +188,5 @@ def test_a_useless_drafter_is_warned_of_once(target, generators, requests):
 
 def test_a_record_counts_for_its_own_tree(target):
     drafter = dataclasses.replace(DRAFTERS["eagle2"](target), about={"mean_acceptance_length": 50.0})
-    assert Generator(target, drafter)._watch.recorded == 50.0
-    assert Generator(target, drafter, TreeConfig(1, 2, 4))._watch.recorded is None
+    assert Generator(target, drafter).acceptance_watch.recorded == 50.0
+    assert Generator(target, drafter, TreeConfig(1, 2, 4)).acceptance_watch.recorded is None

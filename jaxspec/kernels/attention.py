@@ -18,6 +18,8 @@ from jaxspec.kernels.masks import Mask
 MASKED = -1e30
 LONG, BLOCK = 512, 256
 """Queries from `LONG` on are taken `BLOCK` at a time (docs/LOG.md), the last block padded."""
+ROOMY, PART = 512, 128
+"""Caches with `ROOMY` positions or more are read `PART` positions at a time, as far as they are filled."""
 
 
 class Segment(NamedTuple):
@@ -38,7 +40,16 @@ def attend(query: jax.Array, segments: Sequence[Segment], scale: float | None = 
     batch, heads, length, head_dim = query.shape
     keys = merged(segments)
     if length < LONG:
-        return attend_block(query, jnp.arange(length), keys, scale)
+        numbers = jnp.arange(length)
+        if len(keys) == 1 or not keys[0].is_roomy_cache:
+            return attend_block(query, numbers, keys, scale)
+        # Other backends start a kernel for every step of a loop, which takes longer than reading what is not filled.
+        return jax.lax.platform_dependent(
+            query,
+            keys,
+            cpu=lambda query, keys: attend_filled(query, numbers, keys, scale),
+            default=lambda query, keys: attend_block(query, numbers, keys, scale),
+        )
     blocks = -(-length // BLOCK)
     # Padded, so that no length switches blocks off.
     padded = jnp.pad(query, ((0, 0), (0, 0), (0, blocks * BLOCK - length), (0, 0)))
@@ -54,6 +65,13 @@ class Keys(NamedTuple):
 
     kv: LayerKV
     parts: Sequence[Segment]
+
+    @property
+    def is_roomy_cache(self) -> bool:
+        """Whether it is one segment with much room of which only some is filled."""
+        mask = self.parts[0].mask
+        filled = mask.lengths is not None and not mask.causal and mask.ancestors is None and mask.dense is None
+        return len(self.parts) == 1 and filled and self.kv.keys.shape[2] >= ROOMY
 
     def visible(self, queries: jax.Array) -> jax.Array:
         """As of `Mask`."""
@@ -98,3 +116,50 @@ def attend_block(query: jax.Array, numbers: jax.Array, segments: Sequence[Keys],
     # Divided last: by Dh numbers a query instead of S.
     out = out.reshape(batch, heads, length, head_dim) / total.reshape(batch, heads, length, 1)
     return out.astype(query.dtype)
+
+
+def attend_filled(query: jax.Array, numbers: jax.Array, segments: Sequence[Keys], scale: float | None) -> jax.Array:
+    """The same where the first segment is a roomy cache: time follows what is filled of it and within some query's
+    window. What a row gets does not depend on how much the others have filled: parts that it does not see add zeros.
+    """
+    cache, rest = segments[0], segments[1:]
+    (keys, values), mask = cache.kv, cache.parts[0].mask
+    batch, heads, length, head_dim = query.shape
+    kv_heads, capacity = keys.shape[1:3]
+    queries = query.reshape(batch, kv_heads, -1, head_dim)
+    scale = head_dim**-0.5 if scale is None else scale
+
+    def scores(keys: jax.Array, visible: jax.Array) -> jax.Array:  # [B, Hkv, G * n, S]
+        logits = jnp.einsum("bhnd,bhsd->bhns", queries, keys, preferred_element_type=jnp.float32) * scale
+        grouped = logits.reshape(batch, kv_heads, heads // kv_heads, length, -1)
+        return jnp.where(visible[:, None, None], grouped, MASKED).reshape(logits.shape)
+
+    def mixed(weights: jax.Array, values: jax.Array) -> jax.Array:  # [B, Hkv, G * n, Dh]
+        weights = weights.astype(values.dtype)
+        return jnp.einsum("bhns,bhsd->bhnd", weights, values, preferred_element_type=jnp.float32)
+
+    def joined(so_far: tuple, logits: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        peak, total, out = so_far
+        higher = jnp.maximum(peak, logits.max(-1, keepdims=True))
+        shrink, weights = jnp.exp(peak - higher), jnp.exp(logits - higher)
+        return higher, total * shrink + weights.sum(-1, keepdims=True), out * shrink + mixed(weights, values)
+
+    def part(number: jax.Array, so_far: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+        start = jnp.minimum(number * PART, capacity - PART)  # the last part may lie over the one before
+        places = start + jnp.arange(PART)
+        seen = mask.of_keys(numbers, places) & (places >= number * PART)
+        block, its_values = (jax.lax.dynamic_slice_in_dim(x, start, PART, axis=2) for x in (keys, values))
+        return joined(so_far, scores(block, seen), its_values)
+
+    # What follows the cache comes first: every query sees something there, so that no peak is a masked one.
+    zeros = jnp.zeros((*queries.shape[:3], 1))
+    so_far = (jnp.full_like(zeros, MASKED), zeros, jnp.zeros(queries.shape))
+    for each in rest:
+        so_far = joined(so_far, scores(each.kv.keys, each.visible(numbers)), each.kv.values)
+    first = 0
+    if mask.window is not None and mask.query_places is not None:
+        first = jnp.maximum(jnp.min(mask.query_places) - mask.window + 1, 0) // PART
+    assert mask.lengths is not None  # it is a cache
+    last = (jnp.max(mask.lengths) + PART - 1) // PART
+    _, total, out = jax.lax.fori_loop(first, last, part, so_far)
+    return (out / total).reshape(query.shape).astype(query.dtype)

@@ -43,22 +43,31 @@ class Mask:
         def of_queries(x: jax.Array) -> jax.Array:
             return jnp.take(x, queries, axis=1, mode="clip")
 
-        seen = jnp.ones((1, 1, keys), bool)
+        seen = self.of_keys(queries, jnp.arange(keys))
+        if self.ancestors is not None:
+            seen = seen & of_queries(self.ancestors if self.ancestors.ndim == 3 else self.ancestors[None])
+        if self.dense is not None:
+            seen = seen & (self.dense if self.dense.shape[1] == 1 else of_queries(self.dense))
+        return seen
+
+    def of_keys(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """The same of the keys with these numbers i32 `[K]` alone, by everything but `ancestors` and `dense`."""
+
+        def of_queries(x: jax.Array) -> jax.Array:
+            return jnp.take(x, queries, axis=1, mode="clip")
+
+        seen = jnp.ones((1, 1, len(keys)), bool)
         if self.causal or self.window is not None:
             places = queries[None] if self.query_places is None else of_queries(self.query_places)
-            others = jnp.arange(keys)[None] if self.key_places is None else self.key_places
+            others = keys[None] if self.key_places is None else jnp.take(self.key_places, keys, axis=1)
             back = places[:, :, None] - others[:, None, :]  # [B or 1, n, S]
             if self.causal:
                 seen = back >= 0
                 if self.groups is not None:
                     own = of_queries(self.groups)[:, :, None]
-                    seen = seen | ((own == self.groups[:, None, :]) & (own >= 0))
+                    seen = seen | ((own == jnp.take(self.groups, keys, axis=1)[:, None, :]) & (own >= 0))
             if self.window is not None:
                 seen = seen & (back < self.window)
         if self.lengths is not None:
-            seen = seen & (jnp.arange(keys) < self.lengths[:, None])[:, None, :]
-        if self.ancestors is not None:
-            seen = seen & of_queries(self.ancestors if self.ancestors.ndim == 3 else self.ancestors[None])
-        if self.dense is not None:
-            seen = seen & (self.dense if self.dense.shape[1] == 1 else of_queries(self.dense))
+            seen = seen & (keys < self.lengths[:, None])[:, None, :]
         return seen

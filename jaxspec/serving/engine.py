@@ -1,42 +1,54 @@
-"""TEMPORARY: the engine's interface, answering one request after the other. To be replaced by the real one."""
+"""The engine: one target, one drafter, many requests at once.
+
+    with Engine(target, drafter) as engine:
+        stream = engine.submit(prompt, SamplingParams(temperature=1.0, seed=7), max_new_tokens=200)
+        for piece in stream: ...           # or: async for; or stream.result()
+
+Two threads share the device: one reads prompts (reading.py), the engine's own runs rounds for all rows that have begun
+(slots.py), with as much drafting as pays (adaptive.py). Between two rounds rows come and go. An answer is the same as
+alone, at every temperature.
+"""
 
 import dataclasses
-import queue
 import threading
 import time
+from collections import Counter, deque
 
 import numpy as np
 
+from jaxspec.arguments import check_encoded, check_sampling
+from jaxspec.checks import whole_number
 from jaxspec.drafters.drafter import Drafter
-from jaxspec.generator import Generator, Piece, Result
-from jaxspec.metrics import GenerationStats
-from jaxspec.serving.requests import EngineSettings, QueueFull, Request, Served, Stopping, Stream
+from jaxspec.generator import Generator, not_finite
+from jaxspec.metrics import Acceptance
+from jaxspec.serving.adaptive import Controller, named, smaller_trees
+from jaxspec.serving.caches import CacheUse
+from jaxspec.serving.reading import Begun, Cancelled, FairQueue, PromptReader, ReadingThread
+from jaxspec.serving.requests import EngineSettings, Grammar, QueueFull, Request, Stopping, Stream
+from jaxspec.serving.row import Row
+from jaxspec.serving.slots import STOP_WIDTH, WINDOW, Ran, Slots
+from jaxspec.serving.warming import WarmUp
 from jaxspec.speculation.params import SamplingParams
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.target import Target
 
-
-@dataclasses.dataclass(frozen=True)
-class CacheUse:
-    hits: int = 0
-    misses: int = 0
-    bytes: int = 0
-    limit: int = 0
+SLICE_SECONDS = 0.03
+"""About how long rows run between two looks of the host."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
     """What an engine did so far, and does now; totals count from its start."""
 
-    running: int  # requests in a slot
+    running: int  # requests that are being answered
     waiting: int  # in the queue
     slots: int
-    drafts: int = 0  # rounds with a draft, over rows
-    draft_tokens: int = 0  # drafted depth: most draft tokens that could have been accepted
-    accepted_tokens: int = 0
+    drafts: int = 0  # rounds of a row with a draft
+    draft_tokens: int = 0  # most draft tokens that these could have accepted
+    accepted_tokens: int = 0  # draft tokens that they accepted
     accepted_at_position: tuple[int, ...] = ()  # entry i: rounds in which at least i + 1 draft tokens were accepted
-    rounds: int = 0  # verification steps over rows, with drafts or without
+    rounds: int = 0  # of a row, with drafts or without
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -44,7 +56,8 @@ class EngineStats:
     images: CacheUse = CacheUse()
     prefixes: CacheUse = CacheUse()
     compilations: int = 0
-    tree: str = ""  # what the latest round drafted, such as "3/8/30" or "none"
+    tree: str = ""  # what the latest rounds drafted: depth/top_k/total_tokens, or none
+    costs: tuple[tuple[int, str, float, float], ...] = ()  # slots, tree, seconds a round, tokens a round
 
 
 class Engine:
@@ -54,6 +67,9 @@ class Engine:
       target: from `load_target`.
       drafter: from `load_drafter` for this target, or None.
       tree: the drafter's own by default.
+      settings: how requests share them.
+
+    Raises ValueError as `Generator`.
     """
 
     def __init__(
@@ -63,30 +79,59 @@ class Engine:
         tree: TreeConfig | None = None,
         settings: EngineSettings = EngineSettings(),
     ) -> None:
-        self.settings = settings
-        self.generator = Generator(target, drafter, tree, settings.max_length)
-        self.target, self.drafter, self.tree = target, drafter, self.generator.tree
-        self.max_length = self.generator.max_length
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        self._waiting = 0
-        self._stopping = False
-        self._counts = {"rounds": 0, "drafts": 0, "accepted_tokens": 0, "prompt_tokens": 0, "generated_tokens": 0}
-        self._finished: dict[str, int] = {}
-        self._running = 0
-        self.ready = False
+        generator = Generator(
+            target, drafter, tree, settings.max_length, False, settings.generation_config, settings.prefill_chunk
+        )
+        self.target, self.drafter, self.tree, self.settings = target, drafter, generator.tree, settings
+        self.max_length = generator.max_length
+        self.generation_defaults = generator.generation_defaults
+        self.programs, params = generator.programs, generator._params
+        self._reader_of_tokens = generator.token_reader
+        width = self.tree.max_depth + 1
+        self._trees = smaller_trees(self.tree) if settings.adaptive else [self.tree]
+        self._controller = Controller(self._trees)
+        self._slots = Slots(self.programs, params, self.max_length, settings.max_num_seqs, width)
+        self._prompts = PromptReader(
+            self.programs,
+            params,
+            self.max_length,
+            target.stop_token_ids,
+            settings.image_cache_bytes,
+            settings.prefix_cache_bytes,
+        )
+        self._watch = generator.acceptance_watch
+        self._usual_penalties = SamplingParams().resolved(self.generation_defaults).penalties
+        self._queue, self._begun, self._reading = FairQueue(), deque[Begun](), 0
+        self._changed = threading.Condition()
+        self._news, self._stopping, self._deadline = False, False, float("inf")
+        self._counts: Counter[str] = Counter()
+        self._positions = np.zeros(width - 1, np.int64)
+        self._tree_name = ""
+        self._warm = threading.Event()
+        self._threads: list[threading.Thread | ReadingThread] = []
+
+    # -- life ----------------------------------------------------------------------------------------------------
 
     def start(self) -> "Engine":
-        """Begin to answer, in a thread of its own. `ready` says when everything is compiled."""
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        self.ready = True
+        """Begin to answer. `ready` says when everything is compiled; requests are answered before that, too."""
+        if self._threads:
+            raise RuntimeError("an engine starts once")
+        reading = ReadingThread(self._prompts, self._next_row, self._has_begun, self._reading_failed)
+        rounds = threading.Thread(target=self._run, name="jaxspec-rounds", daemon=True)
+        self._threads = [reading, rounds]
+        for thread in self._threads:
+            thread.start()
         return self
 
     def stop(self, drain_seconds: float = 0.0) -> None:
-        """Take no more requests, answer those that were taken for so long, cancel the others, end the thread."""
-        self._stopping = True
-        self._queue.put(None)
-        self._thread.join()
+        """Take no more requests, go on answering those that were taken for so long, cancel the others, end the
+        threads."""
+        with self._changed:
+            self._news = self._stopping = True
+            self._deadline = time.perf_counter() + drain_seconds
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def __enter__(self) -> "Engine":
         return self.start()
@@ -94,60 +139,275 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.stop()
 
+    @property
+    def ready(self) -> bool:
+        """Whether everything that usual requests need is compiled."""
+        return self._warm.is_set()
+
+    @property
+    def acceptance_warning(self) -> str | None:
+        """The sentence that was warned with, if the drafter has been found to be of no use."""
+        return None if self._watch is None else self._watch.warning
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
     def check(self, prompt: EncodedPrompt, sampling: SamplingParams, max_new_tokens: int) -> None:
         """Raises ValueError for what cannot be answered."""
-        self.generator.check_length(prompt)
+        self._resolved(prompt, sampling, max_new_tokens, None)
 
     def submit(
         self,
         prompt: EncodedPrompt,
         sampling: SamplingParams = SamplingParams(),
         max_new_tokens: int = 256,
-        grammar=None,
+        grammar: Grammar | None = None,
         client: str = "",
     ) -> Stream:
-        """Queue a request. Raises ValueError for what cannot be answered, `QueueFull`, `Stopping`."""
-        if self._stopping:
-            raise Stopping("the engine is stopping")
-        self.check(prompt, sampling, max_new_tokens)
-        if self._waiting >= self.settings.max_queued_requests:
-            raise QueueFull(f"{self._waiting} requests wait already")
-        cancelled = threading.Event()
-        stream = Stream(cancelled.set)
-        self._waiting += 1
-        self._queue.put((Request(prompt, sampling, max_new_tokens, grammar, client), stream, cancelled, time.perf_counter()))
-        return stream
+        """Queue a request, from any thread.
+
+        Args:
+          prompt: from `encode_prompt`.
+          sampling: how tokens are chosen, and where the answer stops.
+          max_new_tokens: at least 1; cut to what there is room for.
+          grammar: that the answer must follow.
+          client: whose it is; clients take turns.
+
+        Raises ValueError for what cannot be answered, QueueFull and Stopping where it is not taken.
+        """
+        request = self._resolved(prompt, sampling, max_new_tokens, grammar, client)
+        ends = frozenset((*self.target.stop_token_ids, *request.sampling.stop_token_ids))
+        with self._changed:
+            if self._stopping:
+                raise Stopping("the engine is being stopped and takes no more requests")
+            waiting, limit = len(self._queue), self.settings.max_queued_requests
+            # Who can have a slot at once does not wait.
+            if waiting >= limit + max(0, self._slots.free - self._reading - len(self._begun)):
+                raise QueueFull(f"{waiting} requests wait already, as many as may")
+            row = Row(request, self._reader_of_tokens, ends, self._slots.width, self._wake)
+            self._queue.put(row)
+            self._changed.notify_all()
+        return row.stream
 
     def stats(self) -> EngineStats:
+        """A snapshot, from any thread."""
+        with self._changed:
+            running = len(self._slots.running) + len(self._begun) + self._reading
+            counts, waiting = Counter(self._counts), len(self._queue)
+            positions = tuple(self._positions.tolist())
+        finished = {name.removeprefix("finished "): n for name, n in counts.items() if name.startswith("finished ")}
         return EngineStats(
-            self._running, self._waiting, self.settings.max_num_seqs, finished=dict(self._finished), **self._counts
+            running=running,
+            waiting=waiting,
+            slots=self.settings.max_num_seqs,
+            accepted_at_position=positions,
+            finished=finished,
+            images=self._prompts.images.use(),
+            prefixes=self._prompts.prefixes.use(),
+            compilations=self.programs.compilations,
+            tree=self._tree_name,
+            costs=tuple(self._controller.table()),
+            **{name: n for name, n in counts.items() if not name.startswith("finished ")},
         )
 
+    def _resolved(
+        self,
+        prompt: EncodedPrompt,
+        sampling: SamplingParams,
+        max_new_tokens: int,
+        grammar: Grammar | None,
+        client: str = "",
+    ) -> Request:
+        check_encoded(prompt, "the prompt", self.target.adapter)
+        length, limit = len(prompt.input_ids), whole_number("max_new_tokens", max_new_tokens, 1)
+        if length >= self.max_length:
+            raise ValueError(
+                f"the prompt has {length} tokens; with max_length {self.max_length} it may have at most "
+                f"{self.max_length - 1}"
+            )
+        check_sampling(sampling, limit, self.target.model.vocab_size)
+        most = STOP_WIDTH - len(self.target.stop_token_ids)
+        if len(sampling.stop_token_ids) > most:
+            raise ValueError(f"stop_token_ids may have {most} entries, got {len(sampling.stop_token_ids)}")
+        sampling = sampling.resolved(self.generation_defaults)
+        if grammar is not None and sampling.min_tokens:
+            raise ValueError(
+                f"min_tokens cannot be kept where a grammar says when an answer ends, got {sampling.min_tokens}"
+            )
+        return Request(prompt, sampling, min(limit, self.max_length - length), grammar, client)
+
+    # -- between the threads -------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._news = True
+            self._changed.notify_all()
+
+    def _next_row(self) -> Row | None:
+        """For the reading thread: the next prompt, once there will be a slot for it."""
+        with self._changed:
+            while True:
+                if self._stopping and (self._overdue or not len(self._queue)):
+                    return None
+                if len(self._queue) and len(self._begun) < max(1, self._slots.free):
+                    row = self._queue.get()
+                    row.began = time.perf_counter()
+                    self._reading += 1
+                    return row
+                self._changed.wait()
+
+    def _has_begun(self, begun: Begun) -> None:
+        with self._changed:
+            self._begun.append(begun)
+            self._reading -= 1
+            self._counts["prompt_tokens"] += len(begun.row.request.prompt.input_ids)
+            self._counts["cached_prompt_tokens"] += begun.row.cached_tokens
+            self._changed.notify_all()
+        begun.row.tell()
+
+    def _reading_failed(self, row: Row, error: Exception) -> None:
+        with self._changed:
+            self._reading -= 1
+            self._changed.notify_all()
+        if isinstance(error, Cancelled):
+            self._finish(row, "cancelled")
+        else:
+            self._finish(row, "error", f"reading the prompt failed: {sentence(error)}")
+
+    @property
+    def _overdue(self) -> bool:
+        return time.perf_counter() >= self._deadline
+
+    # -- the engine's thread -------------------------------------------------------------------------------------
+
     def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
-            request, stream, cancelled, submitted = job
-            self._waiting -= 1
-            self._running = 1
-            started = first = time.perf_counter()
-            batch = self.generator._batch([request.prompt], request.sampling, request.max_new_tokens)
-            last = None
-            for number, piece in enumerate(batch.pieces(1)):
-                first = time.perf_counter() if number == 0 else first
-                last = piece
-                if piece.result is not None or cancelled.is_set():
-                    break
-                stream.put(piece)
-            result = last.result
-            if result is None:
-                stats = GenerationStats.of([0], prompt_tokens=len(request.prompt.input_ids))
-                none = np.zeros(0, np.int32)
-                result = Result(none, none.astype(bool), "", "cancelled", stats, none)
-                last = dataclasses.replace(last, result=result)
-            now = time.perf_counter()
-            stream.served = Served(started - submitted, first - submitted, now - submitted, 0)
-            self._counts["rounds"] += result.stats.rounds
-            self._counts["generated_tokens"] += len(result.tokens)
-            self._counts["prompt_tokens"] += len(request.prompt.input_ids)
-            self._finished[result.finish_reason] = self._finished.get(result.finish_reason, 0) + 1
-            self._running = 0
-            stream.put(last)
+        if self.settings.warm_up:
+            warm_up = WarmUp(self.target, self._slots, self._prompts, self._trees)
+            warm_up.first()
+            threading.Thread(target=self._warm_up_rest, args=(warm_up,), name="jaxspec-warm-up", daemon=True).start()
+        else:
+            self._warm.set()
+        while self._wait():
+            self._leave()
+            self._join()
+            if self._slots.running:
+                self._decode()
+
+    def _warm_up_rest(self, warm_up: WarmUp) -> None:
+        warm_up.rest()
+        self._warm.set()
+        self._wake()
+
+    def _wait(self) -> bool:
+        """Until there is something to do. False when all is done and nothing more will come."""
+        with self._changed:
+            while True:
+                if self._stopping and self._overdue:
+                    for row in [*self._queue.rows(), *(each.row for each in self._begun), *self._slots.running]:
+                        row.cancel()
+                busy = bool(self._begun or self._slots.running)
+                if busy or self._news:
+                    self._news = False
+                    return True
+                if self._stopping and not len(self._queue) and not self._reading:
+                    return False
+                left = self._deadline - time.perf_counter() if self._stopping else None
+                self._changed.wait(left if left is None or left > 0 else 0.1)
+
+    def _leave(self) -> None:
+        """Rows that nobody waits for any more."""
+        with self._changed:
+            gone = self._queue.remove(lambda row: row.cancelled)
+            gone += [each.row for each in self._begun if each.row.cancelled]
+            self._begun = deque(each for each in self._begun if not each.row.cancelled)
+            running = [row for row in self._slots.running if row.cancelled]
+            self._slots.remove(running)
+        for row in [*gone, *running]:
+            self._finish(row, "cancelled")
+
+    def _join(self) -> None:
+        """Rows that have begun take free slots; what needs none any more has ended with its first token."""
+        while self._begun and self._slots.free:
+            with self._changed:
+                begun = self._begun.popleft()
+                more = len(self._begun) + self._reading + len(self._queue)
+                if not self._over(begun.row):
+                    self._slots.insert(begun.row, begun.state, more)
+                self._changed.notify_all()
+            if self._over(begun.row):
+                self._end(begun.row)
+        with self._changed:
+            if not self._begun and not self._reading and not len(self._queue):
+                self._slots.shrink()
+
+    def _decode(self) -> None:
+        """Some rounds for all rows."""
+        slots = len(self._slots.rows)
+        tree, trying = self._controller.choose(slots)
+        seconds = self._controller.seconds(slots, tree)
+        rounds = 1 if seconds is None else int(np.clip(SLICE_SECONDS / seconds, 1, WINDOW))
+        try:
+            ran = self._slots.run(tree, min(rounds, 2) if trying else rounds)
+        except Exception as error:  # noqa: BLE001 (the rows are lost, the engine is not)
+            for row in self._slots.clear():
+                self._finish(row, "error", f"decoding failed: {sentence(error)}")
+            return
+        self._count(ran)
+        over = [row for row in self._slots.running if self._over(row)]
+        with self._changed:
+            self._slots.remove(over)
+            if over:
+                self._changed.notify_all()  # somebody may take the slots
+        for row in self._slots.running:
+            row.tell()
+        for row in over:
+            self._end(row)
+
+    def _count(self, ran: Ran) -> None:
+        """What the rounds say of costs, drafts and drafter."""
+        self._controller.measured(ran.slots, ran.tree, ran.rounds, ran.seconds, ran.emitted)
+        total: np.ndarray = sum(ran.emitted, np.zeros(len(self._positions) + 1, np.int64))
+        rounds, depth = int(total.sum()), ran.tree.max_depth
+        with self._changed:
+            self._tree_name = named(ran.tree)
+            self._counts["rounds"] += rounds
+            if depth:
+                reached = total[::-1].cumsum()[::-1][1:]  # rounds that emitted at least i + 2 tokens
+                self._positions += reached
+                self._counts["drafts"] += rounds
+                self._counts["draft_tokens"] += rounds * depth
+                self._counts["accepted_tokens"] += int(reached.sum())
+        if self._watch is not None and ran.tree == self.tree:
+            judged = [
+                Acceptance.from_histogram(emitted)
+                for row, emitted in zip(ran.rows, ran.emitted, strict=True)
+                if row.request.sampling.temperature == 0
+                and row.request.sampling.penalties == self._usual_penalties
+                and row.matcher is None
+            ]
+            self._watch.add(judged)
+
+    @staticmethod
+    def _over(row: Row) -> bool:
+        return row.done or row.stopped or row.failure is not None
+
+    def _end(self, row: Row) -> None:
+        """A row that needs no more rounds."""
+        if row.failed or row.failure is not None:
+            length = len(row.request.prompt.input_ids)
+            self._finish(row, "error", row.failure or not_finite(length, len(row.tokens)))
+        else:
+            self._finish(row, "stop" if row.stopped else "length")
+
+    def _finish(self, row: Row, reason: str, error: str | None = None) -> None:
+        if reason == "cancelled" and self._stopping and self._overdue:
+            error = "the engine was stopped before the answer was complete"
+        with self._changed:
+            self._counts[f"finished {reason}"] += 1
+            self._counts["generated_tokens"] += len(row.tokens)
+        row.finish(reason, error)
+
+
+def sentence(error: Exception) -> str:
+    """What an exception says, in one line of some length."""
+    said = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -5,7 +5,9 @@ import dataclasses
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Protocol
+
+import numpy as np
 
 from jaxspec.checks import whole_number
 from jaxspec.generator import Piece, Result
@@ -51,6 +53,9 @@ class EngineSettings:
     """What prompts read before may take; 0 keeps none."""
     generation_config: bool = True
     """Where a request says nothing of its sampling, the target's generation_config.json does."""
+    warm_up: bool = True
+    """Compile beforehand what usual requests need; otherwise everything is compiled when it is first needed, and a
+    request that needs something new may hold up the others."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -62,6 +67,31 @@ class EngineSettings:
             whole_number(name, getattr(self, name), least)
 
 
+class Matcher(Protocol):
+    """What one answer may go on with, while it comes; W words of 32 tokens each say so as bits."""
+
+    def start(self) -> np.ndarray:
+        """What it may begin with, u32 `[W]`."""
+        ...
+
+    def accept(self, tokens: list[int]) -> None:
+        """Go on by these tokens."""
+        ...
+
+    def tree(self, tokens: np.ndarray, parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of a tree of tokens and parents i32 `[N]`, whose root has been accepted: the tokens, other ones in place of
+        those that may not be, and what may follow each, u32 `[N, W]`."""
+        ...
+
+
+class Grammar(Protocol):
+    """What an answer must look like."""
+
+    def matcher(self) -> Matcher:
+        """For one answer."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One prompt to be answered."""
@@ -69,7 +99,7 @@ class Request:
     prompt: EncodedPrompt
     sampling: SamplingParams
     max_new_tokens: int
-    grammar: Any = None  # a `jaxspec.serving.grammar.Grammar` that the answer must follow
+    grammar: Grammar | None = None  # that the answer must follow
     client: str = ""  # whose it is: clients take turns in the queue
 
 

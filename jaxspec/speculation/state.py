@@ -2,6 +2,8 @@
 
     state = insert(state, slots, rows)  # rows of another state take the place of some
     state = finish(state, rows)         # and some are done because the host says so
+    state = moved(state, index)         # more slots, or fewer
+    report(state, seen, width, ..)      # what has been said since the last look
 
 A `DecodeState` has a slot for each of B rows. Its shapes depend on the batch, the capacity and the width of the
 requests alone, so a row that `begin` (loop.py) has made elsewhere fits any slot.
@@ -116,10 +118,45 @@ class DecodeState:
 
 def insert(state: DecodeState, slots: jax.Array, rows: DecodeState) -> DecodeState:
     """`state` with the n rows of another one in its `slots` i32 `[n]`, whatever stood there; a slot that is not there
-    (-1, or B and more) takes none. Both have the same capacity, the same width of stop tokens, and room for the same
-    extras."""
+    (-1, or B and more) takes none. Both have the same width of stop tokens, and room for the same extras; the other one
+    may have less capacity, as much as its rows have used."""
     slots = jnp.where(slots < 0, state.done.shape[0], slots)  # which would count from the end
-    return jax.tree.map(lambda whole, new: whole.at[slots].set(new, mode="drop"), state, rows)
+
+    def written(whole: jax.Array, new: jax.Array) -> jax.Array:
+        return whole.at[(slots, *(slice(0, size) for size in new.shape[1:]))].set(new, mode="drop")
+
+    return jax.tree.map(written, state, rows)
+
+
+def moved(state: DecodeState, index: jax.Array) -> DecodeState:
+    """The rows `index` i32 `[n]` of `state`, in that order; where it is -1, a slot that is free."""
+    rows = jax.tree.map(lambda leaf: leaf[jnp.maximum(index, 0)], state)
+    return dataclasses.replace(rows, done=rows.done | (index < 0))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Report(Generic[Array]):
+    """What a host wants to know of B rows between two rounds."""
+
+    tokens: Array  # i32 [B, W], behind those that the host has seen
+    from_draft: Array  # bool [B, W]
+    counts: Array  # i32 [B], tokens in all
+    done: Array  # bool [B]
+    failed: Array  # bool [B]
+    logprobs: Logprobs[Array] | None  # [B, W, ..]
+
+
+def report(state: DecodeState, seen: jax.Array, width: int, logprobs: bool) -> Report[jax.Array]:
+    """What there is to tell when the host has seen `seen` i32 `[B]` tokens of each row, and `width` more at most have
+    come since."""
+    places = seen[:, None] + jnp.arange(width)
+
+    def new(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1, mode="clip")
+
+    told = jax.tree.map(new, state.logprobs) if logprobs else None
+    return Report(new(state.tokens), new(state.from_draft), state.counts, state.done, state.failed, told)
 
 
 def finish(state: DecodeState, rows: jax.Array | np.ndarray) -> DecodeState:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxspec.cache import LayerKV
-from jaxspec.kernels.attention import LONG, Segment, attend, attend_block, merged
+from jaxspec.kernels.attention import LONG, ROOMY, Segment, attend, attend_block, merged
 from jaxspec.kernels.masks import Mask
 
 
@@ -70,3 +70,32 @@ def test_scores_are_scaled_in_float32():
     default = attend(jnp.asarray(query), [Segment(LayerKV(*map(jnp.asarray, (keys, values))), Mask())])
     expected = jax.nn.softmax(query @ keys.swapaxes(2, 3) / 8**0.5, axis=-1) @ values
     np.testing.assert_allclose(default, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 40, 300])
+@pytest.mark.parametrize(("capacity", "queries"), [(ROOMY, 1), (ROOMY + 88, 8), (2 * ROOMY, LONG - 1)])
+def test_a_roomy_cache_is_read_as_far_as_it_is_filled(capacity, queries, window):
+    """It equals reading all of it; and what a row gets is the same to the last bit whatever others have filled."""
+    rng, normal = draws()
+    query, lengths = normal(3, 4, queries, 8), jnp.array([0, 130, capacity - 3])
+    kv = LayerKV(normal(3, 2, capacity, 8), normal(3, 2, capacity, 8))
+    own = LayerKV(normal(3, 2, queries, 8), normal(3, 2, queries, 8))
+    places = lengths[:, None] + jnp.arange(queries)
+
+    def segments(lengths):
+        cache = Mask(lengths, None if window is None else places, window=window)
+        return [Segment(kv, cache), Segment(own, Mask(jnp.array([queries, 1, 0]), causal=True))]
+
+    one, other = jax.jit(attend)(query, segments(lengths)), at_once(query, segments(lengths))
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(jax.jit(attend)(query, segments(lengths.at[2].set(0)))[:2], one[:2])
+
+
+def test_what_is_not_filled_costs_no_time_on_a_cpu():
+    """The loop over parts of the cache ends where the longest row does."""
+    _, normal = draws()
+    kv, own = LayerKV(*[normal(1, 1, ROOMY, 4)] * 2), LayerKV(*[normal(1, 1, 1, 4)] * 2)
+    poisoned = jax.tree.map(lambda x: x.at[:, :, 128:].set(jnp.nan), kv)
+    for cache in (kv, poisoned):
+        out = attend(normal(1, 1, 1, 4), [Segment(cache, Mask(jnp.array([128]))), Segment(own, Mask())])
+        assert np.isfinite(out).all()
