@@ -13,6 +13,7 @@ from jaxspec.arguments import check_sampling
 from jaxspec.detokenizer import TokenReader
 from jaxspec.generator import Piece
 from jaxspec.serving.engine import Engine
+from jaxspec.serving.grammar import Grammar, Grammars
 from jaxspec.serving.http.answers import DONE, Answers, event
 from jaxspec.serving.http.choices import Choices, Gone, Watch, unless_gone
 from jaxspec.serving.http.errors import ApiError, as_api_error, timed_out
@@ -39,7 +40,7 @@ class Chat:
         self.engine, self.settings, self.fingerprint, self.watch = engine, settings, fingerprint, watch
         self.encoder = Encoder(engine.target, engine.max_length, settings)
         self.reader = TokenReader(engine.target.tokenizer)
-        self._grammars: Any = None
+        self._grammars: Grammars | None = None
 
     def close(self) -> None:
         self.encoder.close()
@@ -104,13 +105,9 @@ class Chat:
         answers = Answers(request.model, self.fingerprint, self.reader, len(prompt.input_ids))
         return Choices(streams, deadline, self.watch), answers
 
-    def compiled(self, source: GrammarSource) -> Any:
+    def compiled(self, source: GrammarSource) -> Grammar:
         """The grammar of a request. Raises ValueError for what is none."""
         if self._grammars is None:
-            try:
-                from jaxspec.serving.grammar import Grammars
-            except ImportError:
-                raise ApiError(400, f"{source.param} is not supported yet", source.param, "unsupported_value") from None
             target = self.engine.target
             self._grammars = Grammars(target.tokenizer, target.model.vocab_size, target.stop_token_ids)
         return source.compiled(self._grammars)
