@@ -3,8 +3,10 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import openai
+import pydantic
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
@@ -162,6 +164,16 @@ def test_json_schema_is_followed(client, stream):
 def test_regular_expressions_are_followed(client, options):
     text = ask(client, ONE, **options).choices[0].message.content
     assert text[:-3] in ("red", "blue") and text[-2:].isdecimal()
+
+
+class Shapes(pydantic.BaseModel):
+    shape: Literal["circle", "square"]
+    count: Annotated[int, pydantic.Field(ge=0, le=9)]
+
+
+def test_the_clients_own_models_are_filled(client):
+    answer = client.chat.completions.parse(model=MODEL, messages=ONE, response_format=Shapes, max_tokens=64)
+    assert isinstance(answer.choices[0].message.parsed, Shapes)
 
 
 def refusal(client: openai.OpenAI, kind: type[openai.APIStatusError], **options) -> openai.APIStatusError:
