@@ -108,6 +108,8 @@ REFUSED = [
     ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
     ({"logit_bias": {"50": 101}}, "logit_bias.50", "invalid_value"),
     ({"logit_bias": {"the": 1}}, "logit_bias", "invalid_value"),
+    ({"logit_bias": {"7": 1, "07": 2}}, "logit_bias", "invalid_value"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias", "invalid_value"),
     ({"logit_bias": {"99999": 1}}, "logit_bias", "invalid_value"),
     ({"stop": ["a", 5]}, "stop.1", "invalid_type"),
     ({"stop": ""}, "stop", "invalid_value"),

@@ -66,7 +66,7 @@ def choices_of(sampling: SamplingParams, n: int) -> list[SamplingParams]:
 def biases(given: dict[str, float]) -> dict[int, float]:
     """OpenAI's `logit_bias`, whose keys are token ids as texts. Raises ApiError."""
     for key in given:
-        if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+        if not (key.isascii() and key.isdecimal() and key == str(int(key[:20]))):  # 07 would be 7 once more
             sentence = f"logit_bias must have token ids as keys, got {key[:20]!r}"
             raise ApiError(400, sentence, "logit_bias", "invalid_value")
     return {int(key): value for key, value in given.items()}
