@@ -17,6 +17,7 @@ from jaxspec.prompting import encode_prompt
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.grammar import Grammars
 from jaxspec.serving.requests import EngineSettings, QueueFull, Stopping
+from jaxspec.serving.warming import WarmUp
 from jaxspec.targets.images import ImageLayout
 
 LIMITS = (24, 3, 40, 1, 20, 30)
@@ -209,6 +210,41 @@ def test_one_bad_request_harms_no_other(served):
     assert misshapen.error.startswith("reading the prompt failed: ")
     for index, stream in zip((1, 4, 0, 1), good, strict=True):
         service.check(index, stream.result())
+
+
+def test_a_long_prompt_does_not_hold_up_others(generators):
+    """While it is read in chunks, rows that run go on; the device does one piece of it at most between two rounds."""
+    generator = generators("autoregressive")
+    target = generator.target
+    long = encode_prompt(target, "What is on the left of the picture? " * 60)
+    short = encode_prompt(target, "What is a chart for?")
+    settings = EngineSettings(max_length=1024, max_num_seqs=2, warm_up=False, prefill_chunk=64, prefix_cache_bytes=0)
+    with Engine(target, settings=settings) as engine:
+        for prompt in (short, long):  # compiles
+            engine.submit(prompt, SamplingParams(), 30).result()
+        running = engine.submit(short, SamplingParams(), 900)
+        pieces = iter(running)
+        next(pieces)
+        stream = engine.submit(long, SamplingParams(), 2)
+        came = 0
+        while stream.served is None:
+            next(pieces)
+            came += 1
+        assert len(long.input_ids) > 8 * 64 and came > 4
+        running.cancel()
+
+
+def test_an_engine_that_breaks_says_so_to_everybody(generators, monkeypatch):
+    generator = generators("autoregressive")
+    prompt = encode_prompt(generator.target, "What is a chart for?")
+    monkeypatch.setattr(WarmUp, "first", lambda warm_up: warm_up.slots.sizes.index("no memory"))
+    engine = Engine(generator.target, settings=dataclasses.replace(LAZY, warm_up=True))
+    stream = engine.submit(prompt)
+    engine.start()
+    assert stream.result().error.startswith("the engine has stopped: ValueError: ")
+    with pytest.raises(Stopping, match="the engine has stopped"):
+        engine.submit(prompt)
+    engine.stop()
 
 
 def test_a_fault_of_the_rounds_ends_its_rows_and_not_the_engine(served, monkeypatch):
