@@ -283,7 +283,9 @@ class Engine:
         if self.settings.warm_up:
             warm_up = WarmUp(self.target, self._slots, self._prompts, self._trees)
             warm_up.first()
-            threading.Thread(target=self._warm_up_rest, args=(warm_up,), name="jaxspec-warm-up", daemon=True).start()
+            rest = threading.Thread(target=self._warm_up_rest, args=(warm_up,), name="jaxspec-warm-up", daemon=True)
+            self._threads.append(rest)  # a process that ended while it compiles would be aborted
+            rest.start()
         else:
             self._warm.set()
         while self._wait():
@@ -293,7 +295,8 @@ class Engine:
                 self._decode()
 
     def _warm_up_rest(self, warm_up: WarmUp) -> None:
-        warm_up.rest()
+        if not warm_up.rest(lambda: self._stopping):
+            return
         self._warm.set()
         self._wake()
 
