@@ -4,7 +4,7 @@ This is the one place that knows which exception is which status. Nobody is told
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -95,7 +95,9 @@ def of_routing(error: StarletteHTTPException) -> ApiError:
 def of_validation(error: Mapping[str, Any], body: Any) -> ApiError:
     """One of pydantic's errors about a body, as a sentence that names the parameter."""
     kind, context = error["type"], error.get("ctx", {})
-    param = path_of(error["loc"][1:], body, missing=kind == "missing")
+    param = path_of(error["loc"][1:], body, missing=kind == "missing")[:MAX_PARAM]
+    if not param:
+        return ApiError(400, "the body is missing; it must be a JSON object")
     got = f", got {shown_scalar(error.get('input'))}" if is_scalar(error.get("input")) else ""
     match kind:
         case "missing":
@@ -118,19 +120,31 @@ def of_validation(error: Mapping[str, Any], body: Any) -> ApiError:
     return ApiError(400, sentence + got, param, "invalid_type" if kind.endswith("_type") else "invalid_value")
 
 
+MAX_PARAM = 200
+"""Characters of a parameter's name that are repeated."""
 SUBJECTS = ("Input", "String", "List", "Dictionary")
 """How pydantic's sentences begin, in place of which the parameter is named."""
 
 
 def path_of(location: Sequence[str | int], body: Any, missing: bool) -> str:
-    """Where in a body an error is, such as messages.0.content: pydantic's location without the names of its models."""
-    steps, here = [], body
-    for number, step in enumerate(location, 1):
-        if isinstance(here, dict) and (step in here or (missing and number == len(location))):
-            steps, here = [*steps, str(step)], here.get(step)
-        elif isinstance(here, list) and isinstance(step, int) and step < len(here):
-            steps, here = [*steps, str(step)], here[step]
-    return ".".join(steps) or "the body"
+    """Where in a body an error is, such as messages.0.content: pydantic's location without the names of its models,
+    which may look like keys. Of all ways to read it, one whose last step leads somewhere."""
+    best = max(readings(location, body, missing), key=lambda way: (way[-1:] != (None,), len(way) - way.count(None)))
+    return ".".join(str(step) for step in best if step is not None)
+
+
+def readings(location: Sequence[str | int], here: Any, missing: bool) -> Iterator[tuple[str | int | None, ...]]:
+    """The ways to follow a location from here; None is a step that is no key. What is missing is no key of its own."""
+    if not location:
+        yield ()
+        return
+    step, *rest = location
+    if isinstance(here, dict) and (step in here or (missing and not rest)):
+        yield from ((step, *way) for way in readings(rest, here.get(step), missing))
+    if isinstance(here, list) and isinstance(step, int) and step < len(here):
+        yield from ((step, *way) for way in readings(rest, here[step], missing))
+    if isinstance(step, str):
+        yield from ((None, *way) for way in readings(rest, here, missing))
 
 
 def is_scalar(value: Any) -> bool:
