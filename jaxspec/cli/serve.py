@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import tyro
 from rich.console import Console
@@ -121,9 +122,15 @@ class Serve:
                 say(console, f"stopping when {inside} accepted requests are answered; a second signal stops at once")
 
             say(console, "compiling ..")
-            with engine:
-                Server(app, engine, settings, self.shutdown_timeout, ready, stopping).serve_on(bound)
+            server = Server(app, engine.start(), settings, self.shutdown_timeout, ready, stopping)
+            try:
+                server.serve_on(bound)
+            finally:
+                if engine.ready:
+                    engine.stop()
             say(console, "stopped")
+            if not engine.ready:
+                leave()
 
     def key(self) -> str | None:
         """The API key, from the command line or the environment. Raises ValueError for an empty one: whoever sets it
@@ -193,6 +200,14 @@ def needing_extra() -> Generator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ValueError(f"serve needs {error.name}: pip install 'jaxspec-vlm[serve]'") from None
+
+
+def leave() -> NoReturn:
+    """Ends the process while something compiles, which nothing can stop: a usual end would wait for it or be aborted by
+    it. Whoever was accepted has been answered."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def say(console: Console, line: str) -> None:

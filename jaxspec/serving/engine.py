@@ -313,7 +313,9 @@ class Engine:
         if self.settings.warm_up:
             warm_up = WarmUp(self.target, self._slots, self._prompts, self._trees)
             warm_up.first()
-            threading.Thread(target=self._warm_up_rest, args=(warm_up,), name="jaxspec-warm-up", daemon=True).start()
+            rest = threading.Thread(target=self._warm_up_rest, args=(warm_up,), name="jaxspec-warm-up", daemon=True)
+            self._threads.append(rest)  # a process that ended while it compiles would be aborted
+            rest.start()
         else:
             self._warm.set()
         while self._wait():
@@ -324,7 +326,8 @@ class Engine:
 
     def _warm_up_rest(self, warm_up: WarmUp) -> None:
         try:
-            warm_up.rest()
+            if not warm_up.rest(lambda: self._stopping):
+                return
         except Exception:
             log.exception("only %s requests can be answered at once", self._slots.sizes[-1])
         self._warm.set()
