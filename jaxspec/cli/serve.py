@@ -76,6 +76,9 @@ class Serve:
     """MiB of a request; larger ones are answered with 413."""
     request_timeout: float = 600.0
     """Seconds that a request may take, waiting included."""
+    web_page: bool = False
+    """Also serve a web page for a browser, under /: a picture, a question, the answer with accepted draft tokens
+    coloured. Where there is a key, the browser asks for it as a password; any user name will do."""
     shutdown_timeout: float = 60.0
     """Seconds that accepted requests have to finish after SIGTERM or Ctrl-C; the others are then cancelled."""
 
@@ -111,11 +114,17 @@ class Serve:
                 drafter, tree = speculative.load(target, self.model.embedded)
                 engine = Engine(target, drafter, tree, engine_settings)
             app = make_app(engine, settings)
-            # The web page is mounted here, behind the same key and limits: mount_page(app, engine, ...).
+            if self.web_page:
+                with needing_extra():
+                    from jaxspec.serving.page import mount_page
+
+                mount_page(app, engine, name=settings.served_model_name)  # the key and the limits are the app's
             host, port = f"[{self.host}]" if ":" in self.host else self.host, bound.getsockname()[1]
 
             def ready() -> None:
                 console.print(self.about(engine, settings))
+                if self.web_page:
+                    say(console, f"page: http://{host}:{port}/")
                 say(console, f"ready: http://{host}:{port}/v1")
 
             def stopping(inside: int) -> None:

@@ -100,8 +100,15 @@ class Admit:
         self.app, self.gate = app, gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in ALWAYS_ANSWERED or HEARTBEAT in scope["path"]:
+        if scope["type"] != "http" or scope["path"] in ALWAYS_ANSWERED:
             await self.app(scope, receive, send)
+            return
+        if HEARTBEAT in scope["path"]:
+            try:
+                await self.app(scope, receive, send)
+            except asyncio.CancelledError:
+                if not self.gate.closed:
+                    raise
             return
         if self.gate.closed:
             await stopping().response()(scope, receive, send)

@@ -115,6 +115,7 @@ class Server(uvicorn.Server):
             self.stopping = True
             self.when_stopping(self.gate.inside)
         if self.gate.inside == 0:
+            self.config.timeout_graceful_shutdown = 1  # what is still open is a tab of the web page
             return True
         over = time.monotonic() - self.signalled - self.shutdown_timeout
         if over >= 0 and not self.cancelling:
