@@ -19,6 +19,7 @@ from jaxspec.cli.output import show_warning, waiting
 from jaxspec.programs import CHUNK
 from jaxspec.serving.requests import MIB, EngineSettings
 from jaxspec.serving.speculative import SpeculativeConfig
+from jaxspec.stopping import Broken
 
 if TYPE_CHECKING:
     from jaxspec.serving.engine import Engine
@@ -137,6 +138,8 @@ class Serve:
             finally:
                 if engine.ready:
                     engine.stop()
+            if engine.failure is not None:
+                raise Broken(engine.failure)
             say(console, "stopped")
             if not engine.ready:
                 leave()

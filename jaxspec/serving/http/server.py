@@ -53,7 +53,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Server(uvicorn.Server):
-    """Serves an app of `make_app` until a signal ends it.
+    """Serves an app of `make_app` until a signal ends it, or what breaks the engine.
 
     Args:
       app, engine: the engine is started already; it may still compile.
@@ -105,6 +105,8 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether it is over."""
         if await super().on_tick(counter):
+            return True
+        if self.engine.failure is not None:
             return True
         if self.engine.ready and not self.announced:
             self.announced = True
