@@ -61,6 +61,11 @@ class EngineStats:
     tree: str = ""  # what the latest rounds drafted: depth/top_k/total_tokens, or none
     costs: tuple[tuple[int, str, float, float], ...] = ()  # slots, tree, seconds a round, tokens a round
 
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens emitted per round, the bonus token included; of rounds with a draft."""
+        return 1 + self.accepted_tokens / self.drafts if self.drafts else float("nan")
+
 
 class Engine:
     """Answers many requests at once.
