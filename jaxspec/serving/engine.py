@@ -88,16 +88,19 @@ class Engine:
         self.programs, params = generator.programs, generator._params
         self._reader_of_tokens = generator.token_reader
         width = self.tree.max_depth + 1
-        self._trees = smaller_trees(self.tree) if settings.adaptive else [self.tree]
+        adaptive = settings.adaptive and not settings.batch_invariant
+        self._trees = smaller_trees(self.tree) if adaptive else [self.tree]
         self._controller = Controller(self._trees)
         self._slots = Slots(self.programs, params, self.max_length, settings.max_num_seqs, width)
+        if settings.batch_invariant:
+            self._slots.sizes = [settings.max_num_seqs]
         self._prompts = PromptReader(
             self.programs,
             params,
             self.max_length,
             target.stop_token_ids,
             settings.image_cache_bytes,
-            settings.prefix_cache_bytes,
+            0 if settings.batch_invariant else settings.prefix_cache_bytes,
         )
         self._watch = generator.acceptance_watch
         self._usual_penalties = SamplingParams().resolved(self.generation_defaults).penalties

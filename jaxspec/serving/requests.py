@@ -45,6 +45,9 @@ class EngineSettings:
     """Requests that may wait."""
     adaptive: bool = True
     """Draft only as much as pays at the moment; otherwise always the whole tree."""
+    batch_invariant: bool = False
+    """Always the whole tree, in all slots, and prompts read from their beginning: then how numbers are rounded does not
+    depend on what else is asked, either, which decides where two tokens are as good as equal."""
     prefill_chunk: int = CHUNK
     """Tokens of a prompt that are read between two rounds of the others."""
     image_cache_bytes: int = 256 * MIB
