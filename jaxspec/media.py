@@ -118,8 +118,8 @@ def readable(name: str) -> Generator[None]:
         yield
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has too many pixels; the limit is {MAX_PIXELS}") from error
-    except UnidentifiedImageError as error:  # whose own sentence shows a file object
-        raise ValueError(f"{name} cannot be read: it is no picture of a known format") from error
+    except UnidentifiedImageError as error:  # whose text names a Python object, not the file
+        raise ValueError(f"{name} cannot be read: it is in no format of pictures that is known") from error
     except Exception as error:  # its parsers raise OSError, SyntaxError, ValueError, struct.error, IndexError, ..
         raise ValueError(f"{name} cannot be read: {error}") from error
 

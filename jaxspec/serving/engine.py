@@ -10,6 +10,7 @@ alone, at every temperature.
 """
 
 import dataclasses
+import logging
 import threading
 import time
 from collections import Counter, deque
@@ -33,6 +34,7 @@ from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.target import Target
 
+log = logging.getLogger(__name__)
 SLICE_SECONDS = 0.03
 """About how long rows run between two looks of the host."""
 
@@ -107,6 +109,7 @@ class Engine:
         self._queue, self._begun, self._reading = FairQueue(), deque[Begun](), 0
         self._changed = threading.Condition()
         self._news, self._stopping, self._deadline = False, False, float("inf")
+        self._broken: str | None = None
         self._counts: Counter[str] = Counter()
         self._positions = np.zeros(width - 1, np.int64)
         self._tree_name = ""
@@ -186,7 +189,7 @@ class Engine:
         ends = frozenset((*self.target.stop_token_ids, *request.sampling.stop_token_ids))
         with self._changed:
             if self._stopping:
-                raise Stopping("the engine is being stopped and takes no more requests")
+                raise Stopping(self._broken or "the engine is being stopped and takes no more requests")
             waiting, limit = len(self._queue), self.settings.max_queued_requests
             # Who can have a slot at once does not wait.
             if waiting >= limit + max(0, self._slots.free - self._reading - len(self._begun)):
@@ -251,7 +254,8 @@ class Engine:
             self._changed.notify_all()
 
     def _next_row(self) -> Row | None:
-        """For the reading thread: the next prompt, once there will be a slot for it."""
+        """For the reading thread: the next prompt, once there will be a slot for it. One more may wait with its first
+        token, so that a slot is taken as soon as it is free."""
         with self._changed:
             while True:
                 if self._stopping and (self._overdue or not len(self._queue)):
@@ -264,13 +268,19 @@ class Engine:
                 self._changed.wait()
 
     def _has_begun(self, begun: Begun) -> None:
+        over = self._over(begun.row)
         with self._changed:
-            self._begun.append(begun)
             self._reading -= 1
             self._counts["prompt_tokens"] += len(begun.row.request.prompt.input_ids)
             self._counts["cached_prompt_tokens"] += begun.row.cached_tokens
+            if not over and self._broken is None:
+                begun.row.tell()  # before the other thread has anything to tell
+                self._begun.append(begun)
             self._changed.notify_all()
-        begun.row.tell()
+        if over:
+            self._end(begun.row)
+        elif self._broken is not None:
+            self._finish(begun.row, "error", self._broken)
 
     def _reading_failed(self, row: Row, error: Exception) -> None:
         with self._changed:
@@ -288,6 +298,23 @@ class Engine:
     # -- the engine's thread -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # e.g. what is compiled beforehand does not fit the device
+            self._break(f"the engine has stopped: {sentence(error)}")
+
+    def _break(self, reason: str) -> None:
+        """Everybody hears that nothing more will be answered."""
+        log.exception(reason)
+        with self._changed:
+            self._stopping, self._deadline, self._broken = True, 0.0, reason
+            left = [*self._queue.remove(lambda row: True), *(each.row for each in self._begun), *self._slots.clear()]
+            self._begun.clear()
+            self._changed.notify_all()
+        for row in left:
+            self._finish(row, "error", reason)
+
+    def _serve(self) -> None:
         if self.settings.warm_up:
             warm_up = WarmUp(self.target, self._slots, self._prompts, self._trees)
             warm_up.first()
@@ -301,7 +328,10 @@ class Engine:
                 self._decode()
 
     def _warm_up_rest(self, warm_up: WarmUp) -> None:
-        warm_up.rest()
+        try:
+            warm_up.rest()
+        except Exception:
+            log.exception("only %s requests can be answered at once", self._slots.sizes[-1])
         self._warm.set()
         self._wake()
 
@@ -333,16 +363,13 @@ class Engine:
             self._finish(row, "cancelled")
 
     def _join(self) -> None:
-        """Rows that have begun take free slots; what needs none any more has ended with its first token."""
+        """Rows that have begun take free slots."""
         while self._begun and self._slots.free:
             with self._changed:
                 begun = self._begun.popleft()
                 more = len(self._begun) + self._reading + len(self._queue)
-                if not self._over(begun.row):
-                    self._slots.insert(begun.row, begun.state, more)
+                self._slots.insert(begun.row, begun.state, more)
                 self._changed.notify_all()
-            if self._over(begun.row):
-                self._end(begun.row)
         with self._changed:
             if not self._begun and not self._reading and not len(self._queue):
                 self._slots.shrink()

@@ -11,8 +11,8 @@ from jaxspec import Generator, Result, SamplingParams, demo
 MODEL = "jaxspec"
 TOKENS = 24
 """Of an answer, where nothing else is said."""
-END, GRAY, THE, BARS = 2, 531, 282, 414
-"""The embedded model's end of sequence; " gray", " The" and " bars", which a description of a chart has early."""
+END, GRAY, BARS = 2, 531, 414
+"""The embedded model's end of sequence; " gray" and " bars", which a description of a chart has early."""
 
 
 @functools.cache
@@ -62,9 +62,9 @@ CASES = {
     "stop strings": Case(ONE, {"stop": ["nowhere", " gray", " chart"]}, {"stop": ("nowhere", " gray", " chart")}),
     "stop token": Case(ONE, {"stop_token_ids": [GRAY]}, {"stop_token_ids": (GRAY,)}),
     "penalties": sampled(TURNS, 5, presence_penalty=1.5, frequency_penalty=1.5, repetition_penalty=1.5),
-    "bias": Case(ONE, {"logit_bias": {str(THE): -100, str(BARS): 3}}, {"logit_bias": {THE: -100, BARS: 3}}),
+    "bias": Case(ONE, {"logit_bias": {str(GRAY): -100, str(BARS): -100}}, {"logit_bias": {GRAY: -100, BARS: -100}}),
     "least length": Case(
-        ONE, {"stop_token_ids": [GRAY], "min_tokens": 9}, {"stop_token_ids": (GRAY,), "min_tokens": 9}
+        ONE, {"stop_token_ids": [GRAY], "min_tokens": 20}, {"stop_token_ids": (GRAY,), "min_tokens": 20}
     ),
 }  # fmt: skip
 SEEDS = {f"seed {seed}": sampled(ONE, seed) for seed in (2**32 - 2, 2**32 - 1, 0, 1)}

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+import re
 import threading
 import time
 
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 from jaxspec import SamplingParams
 from jaxspec.prompting import encode_prompt
 from jaxspec.serving.engine import Engine
+from jaxspec.serving.grammar import Grammars
 from jaxspec.serving.requests import EngineSettings, QueueFull, Stopping
+from jaxspec.serving.warming import WarmUp
 from jaxspec.targets.images import ImageLayout
 
 LIMITS = (24, 3, 40, 1, 20, 30)
@@ -151,6 +154,30 @@ def test_cancelling_frees_a_slot_at_the_next_round(served):
     assert service.engine.stats().finished["cancelled"] >= 3
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_grammar_is_kept_and_changes_no_other_answer(served, temperature):
+    """With drafts and without the same answer; rows beside it answer as alone."""
+    answers = []
+    for name in ("vispec", "autoregressive"):
+        service = served(name)
+        target = service.generator.target
+        grammars = Grammars(target.tokenizer, target.model.vocab_size, target.stop_token_ids)
+        grammar = grammars.regex(r"(left|right)( [a-c]{2,5})? [0-9]{3}\.")
+        others = [service.submit(index) for index in (1, 4)]
+        sampling = SamplingParams(temperature=temperature, seed=3)
+        streams = [service.engine.submit(prompt, sampling, 40, grammar) for prompt in service.prompts[:2]]
+        for index, stream in zip((1, 4), others, strict=True):
+            service.check(index, stream.result())
+        results = [stream.result() for stream in streams]
+        for result in results:
+            assert re.fullmatch(r"(left|right)( [a-c]{2,5})? [0-9]{3}\.", result.text)
+            assert result.finish_reason == "stop"
+        answers.append([result.tokens.tolist() for result in results])
+    assert answers[0] == answers[1]
+    with pytest.raises(ValueError, match="min_tokens cannot be kept where a grammar says"):
+        service.engine.submit(service.prompts[0], SamplingParams(min_tokens=2), 40, grammar)
+
+
 def test_what_cannot_be_answered_is_refused_at_once(served):
     service = served("vispec")
     prompt, long = service.prompts[0], np.full(256, 5, np.int32)
@@ -183,6 +210,41 @@ def test_one_bad_request_harms_no_other(served):
     assert misshapen.error.startswith("reading the prompt failed: ")
     for index, stream in zip((1, 4, 0, 1), good, strict=True):
         service.check(index, stream.result())
+
+
+def test_a_long_prompt_does_not_hold_up_others(generators):
+    """While it is read in chunks, rows that run go on; the device does one piece of it at most between two rounds."""
+    generator = generators("autoregressive")
+    target = generator.target
+    long = encode_prompt(target, "What is on the left of the picture? " * 60)
+    short = encode_prompt(target, "What is a chart for?")
+    settings = EngineSettings(max_length=1024, max_num_seqs=2, warm_up=False, prefill_chunk=64, prefix_cache_bytes=0)
+    with Engine(target, settings=settings) as engine:
+        for prompt in (short, long):  # compiles
+            engine.submit(prompt, SamplingParams(), 30).result()
+        running = engine.submit(short, SamplingParams(), 900)
+        pieces = iter(running)
+        next(pieces)
+        stream = engine.submit(long, SamplingParams(), 2)
+        came = 0
+        while stream.served is None:
+            next(pieces)
+            came += 1
+        assert len(long.input_ids) > 8 * 64 and came > 4
+        running.cancel()
+
+
+def test_an_engine_that_breaks_says_so_to_everybody(generators, monkeypatch):
+    generator = generators("autoregressive")
+    prompt = encode_prompt(generator.target, "What is a chart for?")
+    monkeypatch.setattr(WarmUp, "first", lambda warm_up: warm_up.slots.sizes.index("no memory"))
+    engine = Engine(generator.target, settings=dataclasses.replace(LAZY, warm_up=True))
+    stream = engine.submit(prompt)
+    engine.start()
+    assert stream.result().error.startswith("the engine has stopped: ValueError: ")
+    with pytest.raises(Stopping, match="the engine has stopped"):
+        engine.submit(prompt)
+    engine.stop()
 
 
 def test_a_fault_of_the_rounds_ends_its_rows_and_not_the_engine(served, monkeypatch):

@@ -1,7 +1,7 @@
 """Reading a request's body: JSON, strictly, before any model of it is made.
 
-What Python's parser takes beyond the standard (NaN, lone surrogates, numbers beyond a float, any depth) is refused here,
-and so is a body of so many values that validating it would hold up everybody else.
+What Python's parser takes beyond the standard (NaN, lone surrogates, numbers beyond a float, any depth) is refused
+here, and so is a body of so many values that validating it would hold up everybody else.
 """
 
 import email.message

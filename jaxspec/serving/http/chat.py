@@ -13,16 +13,19 @@ from jaxspec.arguments import check_sampling
 from jaxspec.detokenizer import TokenReader
 from jaxspec.generator import Piece
 from jaxspec.serving.engine import Engine
+from jaxspec.serving.grammar import Grammars
 from jaxspec.serving.http.answers import DONE, Answers, event
 from jaxspec.serving.http.choices import Choices, Gone, Watch, unless_gone
 from jaxspec.serving.http.errors import ApiError, as_api_error, timed_out
 from jaxspec.serving.http.messages import Encoder
-from jaxspec.serving.http.parameters import GrammarSource, choices_of, grammar_of, limit_of, naming, sampling_of
+from jaxspec.serving.http.parameters import choices_of, grammar_of, limit_of, naming, sampling_of
 from jaxspec.serving.http.schema import ChatRequest
 from jaxspec.serving.http.settings import HttpSettings
 from jaxspec.serving.requests import QueueFull
 
 log = logging.getLogger(__name__)
+LAST_WORDS_SECONDS = 5.0
+"""For a client to read the error that says that its time is over."""
 
 
 class Chat:
@@ -39,7 +42,8 @@ class Chat:
         self.engine, self.settings, self.fingerprint, self.watch = engine, settings, fingerprint, watch
         self.encoder = Encoder(engine.target, engine.max_length, settings)
         self.reader = TokenReader(engine.target.tokenizer)
-        self._grammars: Any = None
+        target = engine.target
+        self.grammars = Grammars(target.tokenizer, target.model.vocab_size, target.stop_token_ids)
 
     def close(self) -> None:
         self.encoder.close()
@@ -90,7 +94,7 @@ class Chat:
         if source is not None:
             with naming(source.param):
                 loop = asyncio.get_running_loop()
-                grammar = await loop.run_in_executor(self.encoder.pool, self.compiled, source)
+                grammar = await loop.run_in_executor(self.encoder.pool, source.compiled, self.grammars)
         limit = limit_of(request, self.engine.max_length - len(prompt.input_ids))
         streams = []
         try:
@@ -103,17 +107,6 @@ class Chat:
             raise
         answers = Answers(request.model, self.fingerprint, self.reader, len(prompt.input_ids))
         return Choices(streams, deadline, self.watch), answers
-
-    def compiled(self, source: GrammarSource) -> Any:
-        """The grammar of a request. Raises ValueError for what is none."""
-        if self._grammars is None:
-            try:
-                from jaxspec.serving.grammar import Grammars
-            except ImportError:
-                raise ApiError(400, f"{source.param} is not supported yet", source.param, "unsupported_value") from None
-            target = self.engine.target
-            self._grammars = Grammars(target.tokenizer, target.model.vocab_size, target.stop_token_ids)
-        return source.compiled(self._grammars)
 
     def check_queue(self) -> None:
         """Raises QueueFull before any work is done for a request that would not be taken."""
@@ -128,7 +121,8 @@ def no_such_model(name: str) -> ApiError:
 
 
 class Events(StreamingResponse):
-    """Server-sent events. However they end, with the client's leaving or without, the choices are closed."""
+    """Server-sent events. However they end, with the client's leaving or without, the choices are closed; a client that
+    does not read is left when its time is over."""
 
     media_type = "text/event-stream"
 
@@ -137,8 +131,12 @@ class Events(StreamingResponse):
         self.choices = choices
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        deadline = self.choices.deadline
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout_at(None if deadline is None else deadline + LAST_WORDS_SECONDS):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            log.warning("a client did not read its answer in time")
         finally:
             self.choices.close()
 

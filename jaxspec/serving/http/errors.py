@@ -4,7 +4,7 @@ This is the one place that knows which exception is which status. Nobody is told
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -127,14 +127,23 @@ SUBJECTS = ("Input", "String", "List", "Dictionary")
 
 
 def path_of(location: Sequence[str | int], body: Any, missing: bool) -> str:
-    """Where in a body an error is, such as messages.0.content: pydantic's location without the names of its models."""
-    steps, here = [], body
-    for number, step in enumerate(location, 1):
-        if isinstance(here, dict) and (step in here or (missing and number == len(location))):
-            steps, here = [*steps, str(step)], here.get(step)
-        elif isinstance(here, list) and isinstance(step, int) and step < len(here):
-            steps, here = [*steps, str(step)], here[step]
-    return ".".join(steps)
+    """Where in a body an error is, such as messages.0.content: pydantic's location without the names of its models,
+    which may look like keys. Of all ways to read it, one whose last step leads somewhere."""
+    best = max(readings(location, body, missing), key=lambda way: (way[-1:] != (None,), len(way) - way.count(None)))
+    return ".".join(str(step) for step in best if step is not None)
+
+
+def readings(location: Sequence[str | int], here: Any, missing: bool) -> Iterator[tuple[str | int | None, ...]]:
+    """The ways to follow a location from here; None is a step that is no key. What is missing is no key of its own."""
+    if not location:
+        yield ()
+        return
+    step, *rest = location
+    if isinstance(here, dict) and (step in here or (missing and not rest)):
+        yield from ((step, *way) for way in readings(rest, here.get(step), missing))
+    if isinstance(here, list) and isinstance(step, int) and step < len(here):
+        yield from ((step, *way) for way in readings(rest, here[step], missing))
+    yield from ((None, *way) for way in readings(rest, here, missing))
 
 
 def is_scalar(value: Any) -> bool:

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Generator
 from typing import Any
 
+from jaxspec.serving.grammar import Grammar, Grammars
 from jaxspec.serving.http.errors import ApiError
 from jaxspec.serving.http.schema import ChatRequest, JsonObjectFormat, JsonSchemaFormat
 from jaxspec.speculation.params import SamplingParams
@@ -26,13 +27,17 @@ class GrammarSource:
     """What an answer must follow, and the parameter that says so."""
 
     param: str
-    kind: str  # the method of `jaxspec.serving.grammar.Grammars` that compiles it
+    kind: str  # "json_object", "json_schema" or "regex"
     source: Any = None  # the schema, the expression; None for any JSON object
 
-    def compiled(self, grammars: Any) -> Any:
-        """The grammar, by a `jaxspec.serving.grammar.Grammars`. Raises ValueError for what cannot be compiled."""
-        compile_it = getattr(grammars, self.kind)
-        return compile_it() if self.kind == "json_object" else compile_it(self.source)
+    def compiled(self, grammars: Grammars) -> Grammar:
+        """The grammar. Raises ValueError for what cannot be compiled."""
+        match self.kind:
+            case "regex":
+                return grammars.regex(self.source)
+            case "json_schema":
+                return grammars.json_schema(self.source)
+        return grammars.json_object()
 
 
 def sampling_of(request: ChatRequest) -> SamplingParams:
@@ -61,7 +66,7 @@ def choices_of(sampling: SamplingParams, n: int) -> list[SamplingParams]:
 def biases(given: dict[str, float]) -> dict[int, float]:
     """OpenAI's `logit_bias`, whose keys are token ids as texts. Raises ApiError."""
     for key in given:
-        if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+        if not (key.isascii() and key.isdecimal() and key == str(int(key[:20]))):  # 07 would be 7 once more
             sentence = f"logit_bias must have token ids as keys, got {key[:20]!r}"
             raise ApiError(400, sentence, "logit_bias", "invalid_value")
     return {int(key): value for key, value in given.items()}

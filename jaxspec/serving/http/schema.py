@@ -1,7 +1,7 @@
 """What a chat completion request may say, and what its answer looks like: OpenAI's shapes, as pydantic models.
 
-A request is read strictly: a parameter that is not named here is refused, and one that OpenAI knows but this server does
-not honour is taken only with a value at which it changes nothing. The models of answers describe what
+A request is read strictly: a parameter that is not named here is refused, and one that OpenAI knows but this server
+does not honour is taken only with a value at which it changes nothing. The models of answers describe what
 jaxspec/serving/http/answers.py writes, for the OpenAPI schema.
 """
 
