@@ -20,6 +20,7 @@ import jaxspec
 from jaxspec import demo
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.page import mount_page
+from jaxspec.serving.requests import EngineSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Options:
 def main(options: Options) -> None:
     target = jaxspec.load_target(demo.target_path())
     drafter = jaxspec.load_drafter(demo.drafter_path("vispec"), target)
-    with Engine(target, drafter) as engine, socket.create_server(("127.0.0.1", 0)) as listening:
+    settings = EngineSettings(max_num_seqs=1, adaptive=False)  # to see the whole tree at work, whatever pays
+    with Engine(target, drafter, settings=settings) as engine, socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(mount_page(FastAPI(), engine), log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

@@ -8,6 +8,10 @@ class Stopped(Exception):
     """The work was asked to stop (Ctrl-C, SIGTERM); what it had finished is saved. The message says how to go on."""
 
 
+class Broken(Exception):
+    """The work cannot go on, through no fault of what it was given; the message says why."""
+
+
 class CatchSignals:
     """Remembers SIGINT and SIGTERM; a second one interrupts at once."""
 

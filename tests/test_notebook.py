@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parents[1] / "colab" / "quickstart.ipynb"
 METHODS = "vispec", "eagle2", "specvlm", "massv", "medusa", "lookup"
-SECONDS = 240
+SECONDS = 300
 """For one cell, on a busy machine."""
 
 

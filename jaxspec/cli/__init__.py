@@ -13,12 +13,12 @@ from pathlib import Path
 
 import jaxspec
 from jaxspec.distribution import NAME, installed_version, namesake
-from jaxspec.stopping import Stopped
+from jaxspec.stopping import Broken, Stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 2 for input that cannot be used, 1 for a target or a training whose
-    numbers are not finite, 130 after Ctrl-C or SIGTERM."""
+    numbers are not finite and for a server that broke, 130 after Ctrl-C or SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "load_target" not in getattr(jaxspec, "__all__", ()):  # that package is not ours, this one still is
         print(f"jaxspec: {namesake() or f'its __init__.py is not that of {NAME}: install it again'}", file=sys.stderr)
@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read what we print has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, Broken) as error:
         print(f"jaxspec: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return 1 if isinstance(error, FloatingPointError | Broken) else 2
     except Stopped as stopped:
         print(f"jaxspec: {stopped}", file=sys.stderr)
         return 130

@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import tyro
 from jax.sharding import Mesh
@@ -19,6 +20,7 @@ from jaxspec.cli.output import show_warning, waiting
 from jaxspec.programs import CHUNK
 from jaxspec.serving.requests import MIB, EngineSettings
 from jaxspec.serving.speculative import SpeculativeConfig
+from jaxspec.stopping import Broken
 
 if TYPE_CHECKING:
     from jaxspec.serving.engine import Engine
@@ -76,6 +78,9 @@ class Serve:
     """MiB of a request; larger ones are answered with 413."""
     request_timeout: float = 600.0
     """Seconds that a request may take, waiting included."""
+    web_page: bool = False
+    """Also serve a web page for a browser, under /: a picture, a question, the answer with accepted draft tokens
+    coloured. Where there is a key, the browser asks for it as a password; any user name will do."""
     shutdown_timeout: float = 60.0
     """Seconds that accepted requests have to finish after SIGTERM or Ctrl-C; the others are then cancelled."""
 
@@ -92,20 +97,34 @@ class Serve:
             with waiting(console, "loading ..."):
                 engine = self.load_engine()
             app = make_app(engine, settings)
-            # The web page is mounted here, behind the same key and limits: mount_page(app, engine, ...).
+            if self.web_page:
+                with needing_extra():
+                    from jaxspec.serving.page import mount_page
+
+                mount_page(app, engine, name=settings.served_model_name)  # the key and the limits are the app's
             host, port = f"[{self.host}]" if ":" in self.host else self.host, bound.getsockname()[1]
 
             def ready() -> None:
                 console.print(self.about(engine, settings))
+                if self.web_page:
+                    say(console, f"page: http://{host}:{port}/")
                 say(console, f"ready: http://{host}:{port}/v1")
 
             def stopping(inside: int) -> None:
                 say(console, f"stopping when {inside} accepted requests are answered; a second signal stops at once")
 
             say(console, "compiling ..")
-            with engine:
-                Server(app, engine, settings, self.shutdown_timeout, ready, stopping).serve_on(bound)
+            server = Server(app, engine.start(), settings, self.shutdown_timeout, ready, stopping)
+            try:
+                server.serve_on(bound)
+            finally:
+                if engine.ready:
+                    engine.stop()
+            if engine.failure is not None:
+                raise Broken(engine.failure)
             say(console, "stopped")
+            if not engine.ready:
+                leave()
 
     def check(self) -> None:
         """Raises ValueError for what cannot be, before anything is loaded."""
@@ -218,6 +237,14 @@ def needing_extra() -> Generator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ValueError(f"serve needs {error.name}: pip install 'jaxspec-vlm[serve]'") from None
+
+
+def leave() -> NoReturn:
+    """Ends the process while something compiles, which nothing can stop: a usual end would wait for it or be aborted by
+    it. Whoever was accepted has been answered."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def say(console: Console, line: str) -> None:

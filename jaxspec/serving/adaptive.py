@@ -6,6 +6,7 @@ tokens a round for every tree.
 """
 
 import dataclasses
+from collections import deque
 
 import numpy as np
 
@@ -17,8 +18,9 @@ SHARE = 0.02
 """Of the time that trees which seem worse may take to be tried again."""
 CHAIN = 3
 """Draft tokens of the smallest tree, at most."""
-SMOOTH = 0.25
-"""Weight of the latest measurement of a cost."""
+LATEST = 3
+"""Measurements of a cost of which the least counts: what is slower than that is the machine's fault. The very first one
+is left out."""
 
 
 def smaller_trees(tree: TreeConfig) -> list[TreeConfig]:
@@ -62,7 +64,7 @@ class Controller:
     def __init__(self, trees: list[TreeConfig]) -> None:
         self.trees = trees
         self._gains = {tree: Gain() for tree in trees}
-        self._seconds: dict[tuple[int, TreeConfig], float] = {}  # a round, by slots and tree
+        self._measured: dict[tuple[int, TreeConfig], deque[float]] = {}  # seconds a round, by slots and tree
         self._elapsed = 0.0
         self._tried: dict[tuple[int, TreeConfig], float] = {}  # when it was last in use, on the clock of rounds
 
@@ -71,7 +73,7 @@ class Controller:
         if len(self.trees) == 1:
             return self.trees[0], False
         for tree in self.trees:
-            if (slots, tree) not in self._seconds or not self._gains[tree].rounds:
+            if not self._measured.get((slots, tree)) or not self._gains[tree].rounds:
                 return tree, True
         best = max(self.trees, key=lambda tree: self.rate(slots, tree))
         for tree in self.trees:
@@ -84,11 +86,11 @@ class Controller:
     def pause(self, slots: int, tree: TreeConfig, best: TreeConfig) -> float:
         """Seconds until a tree is tried again: what is lost by it shall be a small share of them."""
         lost = 1 - self.rate(slots, tree) / self.rate(slots, best)
-        return self._seconds[slots, tree] * max(lost, 0.05) / SHARE
+        return self._cost(slots, tree) * max(lost, 0.05) / SHARE
 
     def rate(self, slots: int, tree: TreeConfig) -> float:
         """Tokens a second and row."""
-        return self._gains[tree].mean / self._seconds[slots, tree]
+        return self._gains[tree].mean / self._cost(slots, tree)
 
     def measured(self, slots: int, tree: TreeConfig, rounds: int, seconds: float, emitted: list[np.ndarray]) -> None:
         """What `rounds` rounds took, and how many of the rows' rounds emitted 1, 2, .. tokens (i64 `[P]` per row)."""
@@ -96,19 +98,26 @@ class Controller:
             return
         self._elapsed += seconds
         key = slots, tree
-        each = seconds / rounds
-        old = self._seconds.get(key, each)
-        # A slow measurement is rather the machine's fault than the tree's; a fast one is the truth.
-        self._seconds[key] = each if each < old else old + SMOOTH * (min(each, 2 * old) - old)
+        if key in self._measured:
+            self._measured[key].append(seconds / rounds)
+        else:
+            self._measured[key] = deque(maxlen=LATEST)
         self._tried[key] = self._elapsed
         for counts in emitted:
             self._gains[tree].add(int((counts * np.arange(1, len(counts) + 1)).sum()), int(counts.sum()))
 
     def seconds(self, slots: int, tree: TreeConfig) -> float | None:
         """What a round takes, where that is known."""
-        return self._seconds.get((slots, tree))
+        return self._cost(slots, tree) if self._measured.get((slots, tree)) else None
 
     def table(self) -> list[tuple[int, str, float, float]]:
         """What is known: slots, tree, seconds a round, tokens a round."""
-        known = sorted(self._seconds.items(), key=lambda item: (item[0][0], -item[0][1].total_tokens))
-        return [(slots, named(tree), cost, self._gains[tree].mean) for (slots, tree), cost in known]
+        known = sorted(
+            (key for key, costs in [*self._measured.items()] if costs), key=lambda key: (key[0], -key[1].total_tokens)
+        )
+        return [(slots, named(tree), self._cost(slots, tree), self._gains[tree].mean) for slots, tree in known]
+
+    def _cost(self, slots: int, tree: TreeConfig) -> float:
+        """Seconds a round: no more than what a larger tree takes."""
+        larger = [self._measured.get((slots, each)) for each in self.trees if each.total_tokens >= tree.total_tokens]
+        return min(min(costs) for costs in larger if costs)

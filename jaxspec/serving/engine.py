@@ -109,7 +109,8 @@ class Engine:
         self._queue, self._begun, self._reading = FairQueue(), deque[Begun](), 0
         self._changed = threading.Condition()
         self._news, self._stopping, self._deadline = False, False, float("inf")
-        self._broken: str | None = None
+        self.failure: str | None = None
+        """Why it answers nothing any more, where something broke it."""
         self._counts: Counter[str] = Counter()
         self._positions = np.zeros(width - 1, np.int64)
         self._tree_name = ""
@@ -189,7 +190,7 @@ class Engine:
         ends = frozenset((*self.target.stop_token_ids, *request.sampling.stop_token_ids))
         with self._changed:
             if self._stopping:
-                raise Stopping(self._broken or "the engine is being stopped and takes no more requests")
+                raise Stopping(self.failure or "the engine is being stopped and takes no more requests")
             waiting, limit = len(self._queue), self.settings.max_queued_requests
             # Who can have a slot at once does not wait.
             if waiting >= limit + max(0, self._slots.free - self._reading - len(self._begun)):
@@ -273,14 +274,14 @@ class Engine:
             self._reading -= 1
             self._counts["prompt_tokens"] += len(begun.row.request.prompt.input_ids)
             self._counts["cached_prompt_tokens"] += begun.row.cached_tokens
-            if not over and self._broken is None:
+            if not over and self.failure is None:
                 begun.row.tell()  # before the other thread has anything to tell
                 self._begun.append(begun)
             self._changed.notify_all()
         if over:
             self._end(begun.row)
-        elif self._broken is not None:
-            self._finish(begun.row, "error", self._broken)
+        elif self.failure is not None:
+            self._finish(begun.row, "error", self.failure)
 
     def _reading_failed(self, row: Row, error: Exception) -> None:
         with self._changed:
@@ -307,7 +308,7 @@ class Engine:
         """Everybody hears that nothing more will be answered."""
         log.exception(reason)
         with self._changed:
-            self._stopping, self._deadline, self._broken = True, 0.0, reason
+            self._stopping, self._deadline, self.failure = True, 0.0, reason
             left = [*self._queue.remove(lambda row: True), *(each.row for each in self._begun), *self._slots.clear()]
             self._begun.clear()
             self._changed.notify_all()
@@ -318,7 +319,9 @@ class Engine:
         if self.settings.warm_up:
             warm_up = WarmUp(self.target, self._slots, self._prompts, self._trees)
             warm_up.first()
-            threading.Thread(target=self._warm_up_rest, args=(warm_up,), name="jaxspec-warm-up", daemon=True).start()
+            rest = threading.Thread(target=self._warm_up_rest, args=(warm_up,), name="jaxspec-warm-up", daemon=True)
+            self._threads.append(rest)  # a process that ended while it compiles would be aborted
+            rest.start()
         else:
             self._warm.set()
         while self._wait():
@@ -329,7 +332,8 @@ class Engine:
 
     def _warm_up_rest(self, warm_up: WarmUp) -> None:
         try:
-            warm_up.rest()
+            if not warm_up.rest(lambda: self._stopping):
+                return
         except Exception:
             log.exception("only %s requests can be answered at once", self._slots.sizes[-1])
         self._warm.set()

@@ -30,7 +30,7 @@ from jaxspec.media import open_image
 from jaxspec.prompting import encode_prompt
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.page_gate import Gate, Page
-from jaxspec.serving.panels import CSS, Panel, beside, hint, sentence
+from jaxspec.serving.panels import CSS, WAITING, Panel, beside, hint, sentence
 from jaxspec.serving.requests import Refused, Stopping, Stream
 from jaxspec.speculation.params import SamplingParams
 from jaxspec.targets.prompts import EncodedPrompt
@@ -49,8 +49,7 @@ Frame = tuple[Any, Any, Any, Any]  # of the panels and the three buttons
 
 class Autoregressive:
     """An engine without a drafter on another engine's target, for comparison: made when it is first asked for. They
-    share the parameters; caches and compiled programs are its own, for as many requests at once, so that a round of the
-    one computes as many rows as of the other."""
+    share the parameters; caches and compiled programs are its own, for one request at a time."""
 
     def __init__(self, engine: Engine) -> None:
         self._model, self._lock = engine, threading.Lock()
@@ -58,12 +57,14 @@ class Autoregressive:
         self._closed = False
 
     def engine(self) -> Engine:
-        """Waits until it is ready. Raises `Stopping` after `close`."""
+        """Waits until both are ready: what is being compiled takes time from what is timed. Raises `Stopping` after
+        `close`."""
         with self._lock:
+            if self._made is None and not self._closed:
+                settings = dataclasses.replace(self._model.settings, max_num_seqs=1, adaptive=False)
+                self._made = Engine(self._model.target, settings=settings).start()
             made = self._made
-            if made is None and not self._closed:
-                made = self._made = Engine(self._model.target, settings=self._model.settings).start()
-        while made is not None and not made.ready and not self._closed:
+        while made is not None and not (made.ready and self._model.ready) and not self._closed:
             time.sleep(0.05)
         if made is None or self._closed:
             raise Stopping("the server is stopping")
@@ -148,12 +149,13 @@ class Desk:
             sampling = SamplingParams(temperature=temperature, seed=whole(seed))
             tokens = whole_number("the limit of tokens", whole(limit), 1)
             prompt = await asyncio.to_thread(encoded, self.engine, picture, question)
-            for panel in panels:
-                engine = self.engine
-                if not panel.drafting and self.engine.drafter is not None:
-                    panel.note = "getting ready ..."
-                    yield moved(beside(panels))
-                    engine = await asyncio.to_thread(self.autoregressive.engine)
+            engines = [self.engine]
+            if len(panels) > 1:
+                panels[0].note = "getting ready ..."
+                yield moved(beside(panels))
+                engines.append(await asyncio.to_thread(self.autoregressive.engine))
+            for panel, engine in zip(panels, engines, strict=True):
+                panel.note = WAITING
                 if len(panels) > 1 and not visit.stopped:
                     visit.stream = engine.submit(prompt, sampling, tokens, client=session)
                     await warm_up(visit.stream)
@@ -164,6 +166,7 @@ class Desk:
                 shown = 0.0
                 async for piece in stream:
                     panel.add(piece, stream.served)
+                    panel.tree = engine.stats().tree
                     if time.perf_counter() - shown >= FRAME_SECONDS:
                         yield moved(beside(panels))
                         shown = time.perf_counter()

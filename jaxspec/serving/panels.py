@@ -55,12 +55,14 @@ class Panel:
       drafting: whether a drafter takes part.
       depth: most draft tokens that a round can accept.
       note: what is said in place of an answer that has not begun.
+      tree: what the engine drafted of late, "none" where that pays most.
     """
 
     title: str
     drafting: bool
     depth: int
     note: str = WAITING
+    tree: str = ""
     colours: TokenColours = dataclasses.field(default_factory=TokenColours)
     written: list[str] = dataclasses.field(default_factory=list)  # HTML, piece by piece
     result: Result | None = None
@@ -118,6 +120,7 @@ class Panel:
             numbers += [
                 ("mean acceptance length (with bonus)", number(acceptance.mean_acceptance_length)),
                 ("mean accepted draft tokens (without)", number(acceptance.mean_accepted_draft_tokens)),
+                ("latest draft tree (depth / top k / tokens)", html.escape(self.tree or "–")),
             ]
         cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in numbers)
         error = "" if self.result is None or self.result.error is None else sentence(self.result.error)

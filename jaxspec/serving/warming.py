@@ -2,7 +2,7 @@
 answered already in those that are compiled."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -45,12 +45,15 @@ class WarmUp:
             self.begun += filter(None, [self.reader.begin(row, keep=False)])
         self.compile(self.slots.sizes[0])
 
-    def rest(self) -> None:
-        """What more need."""
+    def rest(self, stopped: Callable[[], bool]) -> bool:
+        """What more need; whether it came to its end."""
         while self.waiting:
+            if stopped():
+                return False
             size = self.waiting.pop(0)
             self.compile(size)
             self.slots.sizes = [*self.slots.sizes, size]
+        return True
 
     def compile(self, size: int) -> None:
         different = {each.state.tokens.shape[1]: each.state for each in self.begun}

@@ -17,7 +17,7 @@ from tests.serving.listening import Listening
 def engine() -> Iterator[Engine]:
     target = jaxspec.load_target("demo")
     drafter = jaxspec.load_drafter("demo:vispec", target)
-    with Engine(target, drafter, settings=EngineSettings(max_length=512, max_num_seqs=2)) as engine:
+    with Engine(target, drafter, settings=EngineSettings(max_length=512, max_num_seqs=2, warm_up=False)) as engine:
         yield engine
 
 

@@ -242,6 +242,7 @@ def test_an_engine_that_breaks_says_so_to_everybody(generators, monkeypatch):
     stream = engine.submit(prompt)
     engine.start()
     assert stream.result().error.startswith("the engine has stopped: ValueError: ")
+    assert engine.failure.startswith("the engine has stopped: ValueError: ")
     with pytest.raises(Stopping, match="the engine has stopped"):
         engine.submit(prompt)
     engine.stop()

@@ -149,6 +149,23 @@ def test_a_closed_gate_lets_nobody_in_and_says_when_to_try_again():
     assert [asked(app, "GET", path).status_code for path in ("/health", "/ready", "/metrics")] == [200, 200, 200]
 
 
+def test_a_heartbeat_of_the_web_page_is_not_waited_for():
+    """It lasts as long as a browser's tab is open."""
+    gate = Gate(9)
+    app = make(gate)
+
+    @app.get("/gradio_api/heartbeat/{session}")
+    async def beat(session: str) -> dict[str, int]:
+        return {"inside": gate.inside}
+
+    @app.get("/other")
+    async def other() -> dict[str, int]:
+        return {"inside": gate.inside}
+
+    assert asked(app, "GET", "/gradio_api/heartbeat/abc").json() == {"inside": 0}
+    assert asked(app, "GET", "/other").json() == {"inside": 1}
+
+
 def test_a_full_gate_refuses_before_the_body_is_read():
     gate = Gate(1)
     gate.inside = 1

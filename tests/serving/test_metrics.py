@@ -10,7 +10,8 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from jaxspec.prompting import encode_prompt
-from jaxspec.serving.engine import CacheUse, EngineStats
+from jaxspec.serving.caches import CacheUse
+from jaxspec.serving.engine import EngineStats
 from jaxspec.serving.http.metrics import Metrics, add_metrics
 from jaxspec.speculation.params import SamplingParams
 
@@ -61,6 +62,7 @@ def test_every_total_of_the_engine_is_there_under_its_conventional_name():
         images=CacheUse(hits=11, misses=4, bytes=1_000, limit=2_000),
         prefixes=CacheUse(hits=6, misses=9, bytes=3_000, limit=4_000),
         compilations=17,
+        costs=((8, "6/2/8", 0.012, 3.5),),
     )
     engine = Told(said, ready=False)
     values = scraped(Metrics(engine))
@@ -86,6 +88,8 @@ def test_every_total_of_the_engine_is_there_under_its_conventional_name():
         ("jaxspec_requests_finished_total", "timeout"): 1,
         ("jaxspec_requests_finished_total", "error"): 0,
         ("jaxspec_requests_finished_total", "cancelled"): 0,
+        ("jaxspec_round_seconds", "8", "6/2/8"): 0.012,
+        ("jaxspec_round_tokens", "8", "6/2/8"): 3.5,
         ("jaxspec_cache_hits_total", "images"): 11,
         ("jaxspec_cache_hits_total", "prefixes"): 6,
         ("jaxspec_cache_misses_total", "images"): 4,

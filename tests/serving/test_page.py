@@ -38,7 +38,9 @@ class Talkative(Engine):
 def engine() -> Iterator[Engine]:
     target = jaxspec.load_target(demo.target_path())
     drafter = jaxspec.load_drafter(demo.drafter_path("vispec"), target)
-    with Talkative(target, drafter, settings=EngineSettings(max_length=1024)) as running:
+    settings = EngineSettings(max_length=1024, max_num_seqs=2, adaptive=False)  # the whole tree, whatever pays
+    with Talkative(target, drafter, settings=settings) as running:
+        until(lambda: running.ready, "the engine is not ready", seconds=300)
         yield running
 
 
@@ -86,8 +88,8 @@ def answered(page: Page, panels: int = 1) -> None:
     expect(page.locator("#ask")).to_be_enabled(timeout=60_000)
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    give_up = time.monotonic() + 60
+def until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    give_up = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < give_up, what
         time.sleep(0.05)

@@ -19,7 +19,7 @@ import pytest
 from tests.serving.listening import eventually
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 180
+START_SECONDS = 300
 SECRET = "sk-only-in-the-environment"
 
 
@@ -151,6 +151,18 @@ def test_a_second_signal_ends_it_at_once():
 
 
 def test_ctrl_c_without_requests_ends_at_once():
-    with serving() as (process, _):
+    with serving("--max-num-seqs", "1") as (process, _):
         process.process.send_signal(signal.SIGINT)
         assert process.ended(20) == 0 and process.lines[-1] == "stopped"
+
+
+def test_sigterm_before_it_is_ready_ends_it_cleanly():
+    process = Process("--compilation-cache", "")
+    try:
+        assert eventually(lambda: "compiling .." in process.lines, START_SECONDS)
+        time.sleep(2)
+        process.process.send_signal(signal.SIGTERM)
+        assert process.ended(20) == 0
+        assert process.lines[-1] == "stopped" and not any(line.startswith("ready") for line in process.lines)
+    finally:
+        process.process.kill()

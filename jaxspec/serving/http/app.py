@@ -121,6 +121,8 @@ def about_router(gate: Gate, engine: Engine, settings: HttpSettings) -> APIRoute
 
     @router.get("/health", summary="Whether the server lives", responses=refusals(500))
     async def health() -> Health:
+        if engine.failure is not None:
+            raise ApiError(500, engine.failure, code="engine_failed")
         stats = engine.stats()
         return Health(
             status="ok",

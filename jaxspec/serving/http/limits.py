@@ -26,6 +26,8 @@ WITHOUT_KEY = ("/health",)
 """Paths that anybody may ask: whether the process lives, and nothing else."""
 ALWAYS_ANSWERED = ("/health", "/ready", "/metrics")
 """Paths that cost next to nothing: they are answered while the server stops, and not counted."""
+HEARTBEAT = "/gradio_api/heartbeat/"
+"""A request that the web page keeps open as long as its tab is: nobody waits for its end."""
 RETRY = {"retry-after": "2"}
 SPARE = 64
 
@@ -100,6 +102,13 @@ class Admit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in ALWAYS_ANSWERED:
             await self.app(scope, receive, send)
+            return
+        if HEARTBEAT in scope["path"]:
+            try:
+                await self.app(scope, receive, send)
+            except asyncio.CancelledError:
+                if not self.gate.closed:
+                    raise
             return
         if self.gate.closed:
             await stopping().response()(scope, receive, send)

@@ -158,8 +158,8 @@ class RemoteMedia:
             raise Unfetchable("has a URL with a user name or password in it; give one without")
         host = url.raw_host.decode().lower().removesuffix(".")
         if not any(host == domain or is_subdomain(host, domain) for domain in self.domains):
-            which = f"of {', '.join(self.domains)}" if self.domains else "of data: URLs: no domain is allowed here"
-            raise Unfetchable(f"is on a host that is not allowed; images may come from a URL {which}")
+            allowed = f"from {', '.join(self.domains)}" if self.domains else "in data: URLs only"
+            raise Unfetchable(f"is on a host that is not allowed; images may come {allowed}")
         if (url.port or (443 if url.scheme == "https" else 80)) not in self.ports:
             raise Unfetchable("has a URL with a port that is not allowed; leave it out")
         return host

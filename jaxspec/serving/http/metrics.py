@@ -53,6 +53,7 @@ class EngineCollector(Collector):
             finished.add_metric([reason], stats.finished.get(reason, 0))
         yield finished
         yield from caches(stats)
+        yield from costs(stats)
 
 
 def speculation(stats: EngineStats) -> Iterator[Metric]:
@@ -97,6 +98,19 @@ def caches(stats: EngineStats) -> Iterator[Metric]:
         for kind, use in kinds:
             gauge.add_metric([kind], getattr(use, field))
         yield gauge
+
+
+def costs(stats: EngineStats) -> Iterator[Metric]:
+    """What the engine has measured, and chooses its tree by."""
+    seconds = GaugeMetricFamily("jaxspec_round_seconds", "Of one round, by slots and tree.", labels=["slots", "tree"])
+    tokens = GaugeMetricFamily(
+        "jaxspec_round_tokens", "That a row gets from one round, by slots and tree.", labels=["slots", "tree"]
+    )
+    for slots, tree, each_seconds, each_tokens in stats.costs:
+        seconds.add_metric([str(slots), tree], each_seconds)
+        tokens.add_metric([str(slots), tree], each_tokens)
+    yield seconds
+    yield tokens
 
 
 class Metrics:

@@ -53,7 +53,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Server(uvicorn.Server):
-    """Serves an app of `make_app` until a signal ends it.
+    """Serves an app of `make_app` until a signal ends it, or what breaks the engine.
 
     Args:
       app, engine: the engine is started already; it may still compile.
@@ -106,6 +106,8 @@ class Server(uvicorn.Server):
         """Ten times a second: whether it is over."""
         if await super().on_tick(counter):
             return True
+        if self.engine.failure is not None:
+            return True
         if self.engine.ready and not self.announced:
             self.announced = True
             self.when_ready()
@@ -115,6 +117,7 @@ class Server(uvicorn.Server):
             self.stopping = True
             self.when_stopping(self.gate.inside)
         if self.gate.inside == 0:
+            self.config.timeout_graceful_shutdown = 1  # what is still open is a tab of the web page
             return True
         over = time.monotonic() - self.signalled - self.shutdown_timeout
         if over >= 0 and not self.cancelling:
