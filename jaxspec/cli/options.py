@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import jax
 import tyro
+from jax.sharding import Mesh
 
 from jaxspec.checkpoints.hub import EMBEDDED
 from jaxspec.demo import EMBEDDED_DRAFTERS
@@ -76,9 +77,9 @@ class ModelOptions:
     compilation_cache: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Where compiled programs are kept for the next run; the user's cache folder by default, "" for nowhere."""
 
-    def load(self) -> Target:
+    def load(self, mesh: Mesh | None = None) -> Target:
         use_compilation_cache(self.compilation_cache)
-        return load_target(self.target, dtype=self.dtype)
+        return load_target(self.target, dtype=self.dtype, mesh=mesh)
 
     @property
     def embedded(self) -> bool:

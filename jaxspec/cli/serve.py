@@ -9,6 +9,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import tyro
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -85,35 +86,16 @@ class Serve:
 
     def run(self, console: Console, arguments: list[str]) -> None:
         del arguments
-        speculative = (
-            SpeculativeConfig.default(self.model.target)
-            if self.speculative_config is None
-            else SpeculativeConfig.parse(self.speculative_config)
-        )
-        if not self.shutdown_timeout >= 0:
-            raise ValueError(f"shutdown_timeout must be at least 0, got {self.shutdown_timeout}")
-        engine_settings, key = self.engine_settings(speculative.adaptive), self.key()
+        self.check()
         with needing_extra():
-            from jaxspec.serving.engine import Engine
             from jaxspec.serving.http.app import make_app
-            from jaxspec.serving.http.server import Server, bind, is_loopback
-            from jaxspec.serving.http.settings import HttpSettings
+            from jaxspec.serving.http.server import Server, bind
 
-        settings = HttpSettings(
-            served_model_name=self.served_model_name or self.model.target,
-            api_key=key,
-            max_body_bytes=self.max_body_mib * MIB,
-            allowed_media_domains=self.allowed_media_domains,
-            request_timeout=self.request_timeout,
-            **self.limits(),
-        )
+        settings = self.http_settings()
         with bind(self.host, self.port) as bound:
-            if key is None and not is_loopback(self.host):
-                show_warning(console, f"without a key ({KEY_VARIABLE}) anybody who reaches {self.host} is answered")
+            self.warn_without_key(console, settings)
             with waiting(console, "loading ..."):
-                target = self.model.load()
-                drafter, tree = speculative.load(target, self.model.embedded)
-                engine = Engine(target, drafter, tree, engine_settings)
+                engine = self.load_engine()
             app = make_app(engine, settings)
             if self.web_page:
                 with needing_extra():
@@ -143,6 +125,49 @@ class Serve:
             say(console, "stopped")
             if not engine.ready:
                 leave()
+
+    def check(self) -> None:
+        """Raises ValueError for what cannot be, before anything is loaded."""
+        self.engine_settings(self.speculative.adaptive)
+        if not self.shutdown_timeout >= 0:
+            raise ValueError(f"shutdown_timeout must be at least 0, got {self.shutdown_timeout}")
+
+    @property
+    def speculative(self) -> SpeculativeConfig:
+        """What --speculative-config means. Raises ValueError."""
+        if self.speculative_config is None:
+            return SpeculativeConfig.default(self.model.target)
+        return SpeculativeConfig.parse(self.speculative_config)
+
+    def load_engine(self, mesh: Mesh | None = None) -> "Engine":
+        """The engine, not started yet; with a mesh its parameters are sharded over that."""
+        from jaxspec.serving.engine import Engine
+
+        speculative = self.speculative
+        target = self.model.load(mesh)
+        drafter, tree = speculative.load(target, self.model.embedded)
+        return Engine(target, drafter, tree, self.engine_settings(speculative.adaptive))
+
+    def http_settings(self) -> "HttpSettings":
+        """How the HTTP server behaves. Raises ValueError."""
+        with needing_extra():
+            from jaxspec.serving.http.settings import HttpSettings
+
+        return HttpSettings(
+            served_model_name=self.served_model_name or self.model.target,
+            api_key=self.key(),
+            max_body_bytes=self.max_body_mib * MIB,
+            allowed_media_domains=self.allowed_media_domains,
+            request_timeout=self.request_timeout,
+            **self.limits(),
+        )
+
+    def warn_without_key(self, console: Console, settings: "HttpSettings") -> None:
+        """Where others than this machine's own users are answered without a key."""
+        from jaxspec.serving.http.server import is_loopback
+
+        if settings.api_key is None and not is_loopback(self.host):
+            show_warning(console, f"without a key ({KEY_VARIABLE}) anybody who reaches {self.host} is answered")
 
     def key(self) -> str | None:
         """The API key, from the command line or the environment. Raises ValueError for an empty one: whoever sets it
