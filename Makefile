@@ -1,7 +1,8 @@
-# make demo | test | test-full | test-core | lint | bench: each makes what it needs, in $(VENV), once.
+# make demo | serve | test | test-full | test-core | lint | bench: each makes what it needs, in $(VENV), once.
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+SERVE_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --editable
@@ -13,10 +14,13 @@ CORE := $(addprefix tests/,speculation/test_families.py speculation/test_tree.py
 	training/test_loop.py training/test_together.py training/test_medusa.py data/test_unusable.py \
 	cli/test_generate.py)
 
-.PHONY: demo test test-full test-core lint bench clean
+.PHONY: demo serve test test-full test-core lint bench clean
 
 demo: $(VENV)/installed  ## answer a question about a picture with the embedded model
 	$(BIN)/python -m jaxspec generate
+
+serve: $(VENV)/installed-serve  ## answer OpenAI's chat completions with the embedded model; SERVE_ARGS are its flags
+	$(BIN)/python serve.py $(SERVE_ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -44,6 +48,10 @@ $(BIN)/python:
 # A stamp is older than pyproject.toml when the dependencies have changed; then pip looks again.
 $(VENV)/installed: pyproject.toml | $(BIN)/python
 	$(INSTALL) .
+	touch $@
+
+$(VENV)/installed-serve: pyproject.toml | $(BIN)/python
+	$(INSTALL) '.[serve]'
 	touch $@
 
 $(VENV)/installed-test: pyproject.toml | $(BIN)/python

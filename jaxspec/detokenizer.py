@@ -74,6 +74,15 @@ class TokenReader:
             return bytes([int(found[1], 16)])
         return None
 
+    def spelling(self, token: int) -> bytes | None:
+        """The bytes that a token adds to a text, spaces at its beginning included; None for a special token."""
+        if token in self.special:
+            return None
+        data = self.byte_string(token)
+        if data is None:
+            data = self.decode([token, token])[len(self.alone(token)) :].encode()
+        return data
+
     def alone(self, token: int) -> str:
         """`decode` of one token."""
         if token not in self._alone:

@@ -1,7 +1,6 @@
 """Images as people hand them over (files, bytes, arrays, data: URLs) -> RGB pictures, or one clear sentence."""
 
 import base64
-import binascii
 import contextlib
 import io
 import os
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 ImageLike = Any  # PIL.Image.Image, path, bytes, uint8 array [H, W, 3], data: URL
 MAX_PIXELS = 64_000_000
@@ -119,6 +118,8 @@ def readable(name: str) -> Generator[None]:
         yield
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has too many pixels; the limit is {MAX_PIXELS}") from error
+    except UnidentifiedImageError as error:  # whose own sentence shows a file object
+        raise ValueError(f"{name} cannot be read: it is no picture of a known format") from error
     except Exception as error:  # its parsers raise OSError, SyntaxError, ValueError, struct.error, IndexError, ..
         raise ValueError(f"{name} cannot be read: {error}") from error
 
@@ -129,5 +130,5 @@ def data_url_bytes(url: str, name: str) -> bytes:
         raise ValueError(f"{name} is a data: URL that is not base64")
     try:
         return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii's, or that of a text that is not ASCII
         raise ValueError(f"{name} is not valid base64: {error}") from error

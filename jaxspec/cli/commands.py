@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-COMMANDS = ("generate", "bench", "distill", "train", "export", "prepare")
+COMMANDS = ("generate", "bench", "distill", "train", "export", "prepare", "serve")
 """Each is a module here, and in it a class of that name."""
 DESCRIPTION = (
     "Vision-language models that answer faster without changing a single answer. --version says which jaxspec this is."

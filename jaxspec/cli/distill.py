@@ -10,7 +10,8 @@ from rich.console import Console
 
 import jaxspec
 from jaxspec.cli.options import ModelOptions, TreeOptions, load_named_drafter
-from jaxspec.cli.output import ProgressLines, show_applied, show_warning, visible, waiting
+from jaxspec.cli.output import ProgressLines, show_applied, show_warning, waiting
+from jaxspec.colours import visible
 from jaxspec.data.answers import AnswerParts
 from jaxspec.data.prompts import open_prompts
 from jaxspec.distillation import Distiller, DistillSettings, engine_settings, finish_output, open_output

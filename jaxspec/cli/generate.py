@@ -26,13 +26,13 @@ from jaxspec.benchmark.report import number
 from jaxspec.cli.options import ModelOptions, PenaltyOptions, TreeOptions, load_named_drafter
 from jaxspec.cli.output import (
     ACCEPTED_STYLE,
-    TokenColours,
     coloured,
     show_applied,
     show_warning,
     table,
     waiting,
 )
+from jaxspec.colours import TokenColours
 from jaxspec.generator import Generator, Result
 from jaxspec.media import open_image
 from jaxspec.speculation.params import SAMPLING_ONLY, SamplingParams

@@ -65,11 +65,11 @@ class PenaltyOptions:
 class ModelOptions:
     """Target, precision, compiled programs."""
 
-    target: Annotated[str, tyro.conf.arg(metavar="demo|PATH|REPO")] = EMBEDDED
+    target: Annotated[str, tyro.conf.arg(aliases=("--model",), metavar="demo|PATH|REPO")] = EMBEDDED
     """Hugging Face folder or repo id of the target; demo is the embedded model."""
     dtype: str = "float32"
     """Of parameters and computation: float32, bfloat16 or float16."""
-    max_length: int | None = None
+    max_length: Annotated[int | None, tyro.conf.arg(aliases=("--max-model-len",), metavar="INT")] = None
     """Most tokens of prompt and answer together; by default all of the target's positions up to 4096."""
     generation_config: bool = True
     """Where no option says how to sample, the target's generation_config.json does."""

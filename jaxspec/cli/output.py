@@ -1,9 +1,9 @@
-"""What commands print: a rich console that is plain text when piped, waiting signs, a progress bar, coloured tokens."""
+"""What commands print: a rich console that is plain text when piped, waiting signs, a progress bar, coloured text."""
 
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -12,13 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from jaxspec.colours import visible
 from jaxspec.targets.generation import GenerationDefaults
 
 PIPED_WIDTH = 160
 ACCEPTED_STYLE = "green"
-CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
-    code: 0x2421 for code in range(0x7F, 0xA0)
-}
 
 
 def make_console() -> Console:
@@ -86,35 +84,6 @@ class ProgressLines:
             self.console.print(f"{self.name}: {self.done}/{self.total}, {rate:.3g}/s, {left:.0f} s left")
 
 
-class TokenColours:
-    """Says which characters of a growing text came from accepted draft tokens: a character belongs to the token that
-    completes it. Pieces are cut from the text itself, so they join to it exactly."""
-
-    def __init__(self) -> None:
-        self.ends: list[int] = []  # characters that are complete after each token
-        self.accepted: list[bool] = []
-        self.shown = self.owner = 0  # characters given out, and the token that the latest of them belongs to
-
-    def add(self, text_ends: Iterable[int], accepted: Iterable[bool]) -> None:
-        """The next tokens, as a `Piece` or `Result` tells of them."""
-        self.ends += map(int, text_ends)
-        self.accepted += map(bool, accepted)
-
-    def split(self, text: str) -> list[tuple[str, bool]]:
-        """The next piece of the text as runs of (characters, from the draft)."""
-        runs: list[tuple[str, bool]] = []
-        for position, character in enumerate(text, self.shown):
-            while self.owner < len(self.ends) - 1 and self.ends[self.owner] <= position:
-                self.owner += 1
-            drafted = bool(self.accepted) and self.accepted[self.owner]
-            if runs and runs[-1][1] == drafted:
-                runs[-1] = (runs[-1][0] + character, drafted)
-            else:
-                runs.append((character, drafted))
-        self.shown += len(text)
-        return runs
-
-
 def show_warning(console: Console, sentence: str | None) -> None:
     if sentence is not None:
         console.print(f"warning: {sentence}", style="yellow", markup=False)
@@ -129,8 +98,3 @@ def show_applied(defaults: GenerationDefaults, values: Mapping[str, float]) -> N
 
 def coloured(runs: Sequence[tuple[str, bool]]) -> Text:
     return Text.assemble(*((visible(part), ACCEPTED_STYLE if drafted else "") for part, drafted in runs))
-
-
-def visible(text: str) -> str:
-    """Control characters but newline and tab as pictures of themselves: a model must not steer the terminal."""
-    return text.translate(CONTROL_PICTURES)

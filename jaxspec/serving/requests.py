@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -81,17 +81,17 @@ class Matcher(Protocol):
         """Go on by these tokens."""
         ...
 
-    def tree(self, tokens: np.ndarray, parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of a tree of tokens and parents i32 `[N]`, whose root has been accepted: the tokens, other ones in place of
-        those that may not be, and what may follow each, u32 `[N, W]`."""
+    def tree(self, tokens: np.ndarray, parents: np.ndarray, refill: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Of a tree of tokens and parents i32 `[N]`, whose root has been accepted: the tokens, with `refill` other ones
+        in place of those that may not be, and what may follow each, u32 `[N, W]`."""
         ...
 
 
 class Grammar(Protocol):
     """What an answer must look like."""
 
-    def matcher(self) -> Matcher:
-        """For one answer."""
+    def matcher(self, stop_token_ids: Sequence[int] = ()) -> Matcher:
+        """For one answer, which these may end, too."""
         ...
 
 

@@ -35,7 +35,7 @@ class Row:
         self.request, self.stop_token_ids, self.width, self._wake = request, stop_token_ids, width, wake
         self.stream = Stream(self.cancel)
         self.text = Detokenizer(reader, request.sampling.stop)
-        self.matcher = None if request.grammar is None else request.grammar.matcher()
+        self.matcher = None if request.grammar is None else request.grammar.matcher(request.sampling.stop_token_ids)
         self.tokens: list[int] = []
         self.accepted: list[bool] = []
         self.seen = 0

@@ -176,7 +176,7 @@ class Slots:
             new = found.tokens[slot, : found.counts[slot] - row.seen]
             try:
                 row.matcher.accept(new.tolist())
-                nodes[slot], allowed[slot] = row.matcher.tree(nodes[slot], parents[slot])
+                nodes[slot], allowed[slot] = row.matcher.tree(nodes[slot], parents[slot], not found.alone[slot])
             except Exception as error:  # noqa: BLE001 (one request's grammar must not end the others)
                 row.failure = f"the grammar failed: {error}"
         drafted = drafted._replace(tokens=jnp.asarray(nodes))

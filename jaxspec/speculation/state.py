@@ -144,6 +144,7 @@ class Report(Generic[Array]):
     counts: Array  # i32 [B], tokens in all
     done: Array  # bool [B]
     failed: Array  # bool [B]
+    alone: Array  # bool [B]
     logprobs: Logprobs[Array] | None  # [B, W, ..]
 
 
@@ -156,7 +157,8 @@ def report(state: DecodeState, seen: jax.Array, width: int, logprobs: bool) -> R
         return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1, mode="clip")
 
     told = jax.tree.map(new, state.logprobs) if logprobs else None
-    return Report(new(state.tokens), new(state.from_draft), state.counts, state.done, state.failed, told)
+    tokens, from_draft = new(state.tokens), new(state.from_draft)
+    return Report(tokens, from_draft, state.counts, state.done, state.failed, state.alone, told)
 
 
 def finish(state: DecodeState, rows: jax.Array | np.ndarray) -> DecodeState:

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 import jaxspec
 from jaxspec import demo
 from jaxspec.cli import main
-from jaxspec.cli.output import TokenColours, coloured, visible
+from jaxspec.cli.output import coloured
+from jaxspec.colours import TokenColours, visible
 from jaxspec.detokenizer import Detokenizer, TokenReader
 from jaxspec.metrics import AcceptanceWarning
 

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+import re
 import threading
 import time
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from jaxspec import SamplingParams
 from jaxspec.prompting import encode_prompt
 from jaxspec.serving.engine import Engine
+from jaxspec.serving.grammar import Grammars
 from jaxspec.serving.requests import EngineSettings, QueueFull, Stopping
 from jaxspec.targets.images import ImageLayout
 
@@ -149,6 +151,30 @@ def test_cancelling_frees_a_slot_at_the_next_round(served):
         stream.cancel()
     wait_for(lambda: service.engine.stats().running == 0)
     assert service.engine.stats().finished["cancelled"] >= 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_grammar_is_kept_and_changes_no_other_answer(served, temperature):
+    """With drafts and without the same answer; rows beside it answer as alone."""
+    answers = []
+    for name in ("vispec", "autoregressive"):
+        service = served(name)
+        target = service.generator.target
+        grammars = Grammars(target.tokenizer, target.model.vocab_size, target.stop_token_ids)
+        grammar = grammars.regex(r"(left|right)( [a-c]{2,5})? [0-9]{3}\.")
+        others = [service.submit(index) for index in (1, 4)]
+        sampling = SamplingParams(temperature=temperature, seed=3)
+        streams = [service.engine.submit(prompt, sampling, 40, grammar) for prompt in service.prompts[:2]]
+        for index, stream in zip((1, 4), others, strict=True):
+            service.check(index, stream.result())
+        results = [stream.result() for stream in streams]
+        for result in results:
+            assert re.fullmatch(r"(left|right)( [a-c]{2,5})? [0-9]{3}\.", result.text)
+            assert result.finish_reason == "stop"
+        answers.append([result.tokens.tolist() for result in results])
+    assert answers[0] == answers[1]
+    with pytest.raises(ValueError, match="min_tokens cannot be kept where a grammar says"):
+        service.engine.submit(service.prompts[0], SamplingParams(min_tokens=2), 40, grammar)
 
 
 def test_what_cannot_be_answered_is_refused_at_once(served):
