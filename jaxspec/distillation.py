@@ -1,17 +1,20 @@
 """Self-distillation: a target answers prompts itself, part by part, for its drafters to learn from.
 
-A part's answers depend on its prompts and the settings, not on other parts: batches never reach across parts, record i
-samples with seed + i. So a run that was stopped, or that several processes share, ends in the same set, given the same
-kind of device, batch size and drafter. These choose no token, but they change how matrix products are rounded, which
-decides where two tokens are as good as equal: the coarser the type (bfloat16), the more often.
+The answers come from an engine: as soon as one ends, the next begins in its slot, and a conversation goes on with its
+next turn while others are at their first. Record i samples with seed + i, whatever is answered beside it. So a run that
+was stopped, or that several processes share, ends in the same set, given the same kind of device, number of slots and
+drafter. These choose no token, but they change how matrix products are rounded, which decides where two tokens are as
+good as equal: the coarser the type (bfloat16), the more often. What else is being answered changes not even that
+(`EngineSettings.batch_invariant`).
 """
 
+import asyncio
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,11 +23,16 @@ from jaxspec.data.answers import ABOUT, Answer, AnswerParts, Part, Refused, writ
 from jaxspec.data.formats import name_of, printable
 from jaxspec.data.pictures import Pictures
 from jaxspec.data.prompts import Conversation, PromptSource, read_conversation, with_suffix
-from jaxspec.generator import Generator, Result
+from jaxspec.generator import Result, not_finite
 from jaxspec.prompting import encode_prompt
+from jaxspec.serving.engine import Engine
+from jaxspec.serving.requests import EngineSettings
 from jaxspec.speculation.params import SamplingParams
 from jaxspec.stopping import Stopped
 from jaxspec.targets.prompts import EncodedPrompt
+
+READ_AHEAD = 3
+"""Prompts that are ready or being answered, pictures and all, for every slot."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,24 +140,40 @@ class Dialogue:
         return self.asked.id if not self.answered else f"{self.asked.id}#{self.answered + 1}"
 
 
+def engine_settings(settings: DistillSettings, available: int, batch_size: int, **options: Any) -> EngineSettings:
+    """Those of an engine that answers a source of `available` records: no more slots than `batch_size`, and none that a
+    part has no records for. Raises ValueError for a `batch_size` below 1."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    slots = min(batch_size, settings.shard_size, len(settings.records(available)))
+    return EngineSettings(
+        max_num_seqs=slots, max_queued_requests=READ_AHEAD * slots, batch_invariant=True, warm_up=False, **options
+    )
+
+
+class Answered(NamedTuple):
+    """What became of a record."""
+
+    answers: list[Answer]  # one for each turn, up to one that was refused
+    refused: Refused | None = None
+    cut: int = 0  # answers that ended at the limit of tokens
+
+
 class Distiller:
     """Answers the records of a source.
 
     Args:
-      generator: of the target, with or without a drafter: the answers are the same but for ties in rounding.
+      engine: of the target, with or without a drafter: the answers are the same but for ties in rounding. Its settings
+        are those of `engine_settings`, and it runs while parts are made.
       source: from `jaxspec.data.prompts.open_prompts`.
       settings: which records, and how.
-      batch_size: prompts that are answered at once; smaller batches are filled up, so that all are of one size.
     """
 
-    def __init__(self, generator: Generator, source: PromptSource, settings: DistillSettings, batch_size: int) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.generator, self.source, self.settings = generator, source, settings
+    def __init__(self, engine: Engine, source: PromptSource, settings: DistillSettings) -> None:
+        self.engine, self.source, self.settings = engine, source, settings
         self.records = settings.records(len(source))
-        self.batch_size = min(batch_size, settings.shard_size, len(self.records))
         self.pictures = Pictures(source.image_folder)
-        self.from_folder = settings.sampling(0).from_folder(generator.generation_defaults)
+        self.from_folder = settings.sampling(0).from_folder(engine.generation_defaults)
         """What the answers take from the target's folder."""
 
     def part(
@@ -158,48 +182,50 @@ class Distiller:
         advance: Callable[[int], None] = lambda count: None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> Part:
-        """Answer these records. `advance(n)` is told of n more that are done with; where `stopping()` is true between
-        two batches, Stopped is raised."""
-        answers: dict[tuple[int, int], Answer] = {}
-        refused: list[Refused] = []
-        cut = 0
-        waiting = []
-        for record in records:
+        """Answer these records. `advance(n)` is told of n more that are done with; once `stopping()` is true, answers
+        that are on their way are given up and Stopped is raised."""
+
+        async def answered() -> list[Answered]:
+            room = asyncio.Semaphore(self.engine.settings.max_queued_requests)
+
+            async def one(record: int) -> Answered:
+                async with room:
+                    made = await self.record(record, stopping)
+                advance(1)
+                return made
+
+            return await asyncio.gather(*map(one, records))
+
+        made = asyncio.run(answered())
+        return Part(
+            answers=[answer for each in made for answer in each.answers],
+            refused=[each.refused for each in made if each.refused is not None],
+            cut=sum(each.cut for each in made),
+        )
+
+    async def record(self, record: int, stopping: Callable[[], bool]) -> Answered:
+        """Answer the turns of one record, one after the other."""
+        answers, cut = [], 0
+        try:
+            dialogue = self.begin(record)
+        except ValueError as error:
+            return Answered([], Refused(record, self.name(record), str(error)))
+        while True:
+            if stopping():
+                raise Stopped
             try:
-                waiting.append(self.begin(record))
+                dialogue.encoded = self.encode(dialogue)
             except ValueError as error:
-                refused.append(Refused(record, self.name(record), str(error)))
-        advance(len(records) - len(waiting))
-        while waiting:
-            ready = []
-            for dialogue in waiting:
-                try:
-                    dialogue.encoded = self.encode(dialogue)
-                    ready.append(dialogue)
-                except ValueError as error:
-                    refused.append(Refused(dialogue.record, dialogue.id, str(error)))
-            advance(len(waiting) - len(ready))
-            waiting = []
-            for batch in self.batches(ready):
-                if stopping():
-                    raise Stopped
-                results, going_on = self.answer(batch), []
-                for row, (dialogue, result) in enumerate(zip(batch, results, strict=True)):
-                    if result.error is not None:
-                        reason = result.error.removeprefix(f"prompt {row}: ")
-                        refused.append(Refused(dialogue.record, dialogue.id, reason))
-                        continue
-                    key = dialogue.record, dialogue.answered
-                    answers[key] = self.answer_of(dialogue, result.tokens)
-                    cut += result.finish_reason == "length"
-                    if self.settings.turns == "all" and dialogue.answered + 1 < len(dialogue.asked.turns):
-                        dialogue.messages.append({"role": "assistant", "content": result.text})
-                        dialogue.answered += 1
-                        going_on.append(dialogue)
-                advance(len(batch) - len(going_on))
-                waiting += going_on
-        refused.sort(key=lambda each: each.record)
-        return Part([answers[key] for key in sorted(answers)], refused, cut)
+                return Answered(answers, Refused(record, dialogue.id, str(error)), cut)
+            result = await self.answer(dialogue, stopping)
+            if result.error is not None:
+                return Answered(answers, Refused(record, dialogue.id, result.error), cut)
+            answers.append(self.answer_of(dialogue, result.tokens))
+            cut += result.finish_reason == "length"
+            if self.settings.turns == "first" or dialogue.answered + 1 == len(dialogue.asked.turns):
+                return Answered(answers, None, cut)
+            dialogue.messages.append({"role": "assistant", "content": result.text})
+            dialogue.answered += 1
 
     def begin(self, record: int) -> Dialogue:
         asked = read_conversation(self.source[record], record)
@@ -218,22 +244,27 @@ class Distiller:
         turn = with_suffix(dialogue.asked.turns[dialogue.answered], self.settings.suffix)
         dialogue.messages.append({"role": "user", "content": turn})
         images = [self.pictures[reference] for reference in dialogue.images]
-        encoded = encode_prompt(self.generator.target, dialogue.messages, images)
-        self.generator.check_length(encoded)
+        encoded = encode_prompt(self.engine.target, dialogue.messages, images)
+        self.engine.check(encoded, self.settings.sampling(dialogue.record), self.settings.max_new_tokens)
         return encoded
 
-    def batches(self, ready: list[Dialogue]) -> Iterator[list[Dialogue]]:
-        """Prompts of similar length together, text apart from images: few shapes, few compiled programs."""
-        ordered = sorted(ready, key=lambda each: (len(each.images), len(each.prompt.input_ids), each.record))
-        for start in range(0, len(ordered), self.batch_size):
-            yield ordered[start : start + self.batch_size]
-
-    def answer(self, batch: list[Dialogue]) -> list[Result]:
-        """A short batch is filled up with copies of its last prompt."""
-        full = [*batch, *batch[-1:] * (self.batch_size - len(batch))]
-        sampling = [self.settings.sampling(each.record) for each in full]
-        prompts = [each.prompt for each in full]
-        return self.generator.generate_encoded(prompts, sampling, self.settings.max_new_tokens)[: len(batch)]
+    async def answer(self, dialogue: Dialogue, stopping: Callable[[], bool]) -> Result:
+        """The engine's answer, which has an error only where the target's numbers are to blame. Raises RuntimeError
+        where the engine is: then other records might fare no better."""
+        sampling = self.settings.sampling(dialogue.record)
+        stream = self.engine.submit(dialogue.prompt, sampling, self.settings.max_new_tokens)
+        result = None
+        try:
+            async for piece in stream:
+                result = piece.result
+                if result is None and stopping():
+                    raise Stopped
+        finally:
+            stream.cancel()  # which does nothing to a finished one
+        assert result is not None  # the last piece has it
+        if result.error not in (None, not_finite(len(dialogue.prompt.input_ids), len(result.tokens))):
+            raise RuntimeError(f"record {dialogue.record} ({dialogue.id}) could not be answered: {result.error}")
+        return result
 
     def answer_of(self, dialogue: Dialogue, tokens: np.ndarray) -> Answer:
         """What the set says of it; `tokens` i32 `[n]`."""

@@ -1,11 +1,12 @@
 """How arms are timed: warm-up of every compiled shape, interleaved runs, medians, acceptance pooled over prompts."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from jaxspec.prompting import ImageLike, Prompt, encode_prompt
 from jaxspec.speculation.params import SamplingParams
 from jaxspec.targets.target import Target
 from jaxspec.video import Video
+
+Made = TypeVar("Made")
 
 WARM_UPS = 3
 MAX_STOLEN = 0.01
@@ -66,6 +69,10 @@ class Arm:
 
         return cls(name, answer, warm_up, generator)
 
+    def asked(self, question: Question, sampling: SamplingParams) -> Callable[[], Answer]:
+        """What answers that question, whenever it is called."""
+        return functools.partial(self.answer, question, sampling)
+
     @property
     def compilations(self) -> int:
         return self.generator.compilations if self.generator else 0
@@ -87,10 +94,10 @@ def warm_up(arms: Sequence[Arm], questions: Sequence[Question], sampling: Sampli
         arm.warm_up(question, sampling)
 
 
-class Runs(NamedTuple):
-    """What every arm did with one question, `runs` times."""
+class Runs(NamedTuple, Generic[Made]):
+    """What every arm made, `runs` times."""
 
-    answers: dict[str, list[Answer]]
+    answers: dict[str, list[Made]]
     stolen: list[float]
     """Share of the machine that its host took away, run by run (`jaxspec.benchmark.host`)."""
     repeated: int
@@ -98,28 +105,26 @@ class Runs(NamedTuple):
 
 
 def interleaved(
-    arms: Sequence[Arm],
-    question: Question,
-    sampling: SamplingParams,
+    arms: Mapping[str, Callable[[], Made]],
     runs: int,
     patience: int = 1,
     after_each: Callable[[], None] = lambda: None,
-) -> Runs:
-    """`runs` answers of every arm in the order A B C A B C ..: a machine that slows down slows all arms alike.
+) -> Runs[Made]:
+    """What every arm makes `runs` times, in the order A B C A B C ..: a machine that slows down slows all arms alike.
 
     A run of all arms in which the host took more than `MAX_STOLEN` of the machine is repeated, until `runs * patience`
     have been made; the least disturbed ones count.
     """
-    made: list[tuple[float, dict[str, Answer]]] = []
+    made: list[tuple[float, dict[str, Made]]] = []
     while len(made) < runs * patience and sum(stolen <= MAX_STOLEN for stolen, _ in made) < runs:
         share = StolenShare()
-        answers = {arm.name: arm.answer(question, sampling) for arm in arms}
+        answers = {name: answer() for name, answer in arms.items()}
         made.append((share(), answers))
         if len(made) <= runs:
             after_each()
     kept = sorted(made, key=lambda run: run[0])[:runs]
     return Runs(
-        answers={arm.name: [answers[arm.name] for _, answers in kept] for arm in arms},
+        answers={name: [answers[name] for _, answers in kept] for name in arms},
         stolen=[stolen for stolen, _ in kept],
         repeated=len(made) - runs,
     )

@@ -206,6 +206,44 @@ def quality_rows(results: dict) -> list[list[str]]:
     return rows
 
 
+THROUGHPUT_COLUMNS = (
+    "arm",
+    "temperature",
+    "tokens/s",
+    "speed-up",
+    "over runs",
+    "mean_acceptance_length (with bonus)",
+    "identical",
+    "compilations",
+)
+
+
+def throughput_rows(results: dict) -> list[list[str]]:
+    return [
+        [
+            entry["arm"],
+            f"{entry['temperature']:g}",
+            number(entry["tokens_per_second"], 1),
+            number(entry["speedup"]),
+            f"{number(min(entry['speedup_runs']))}..{number(max(entry['speedup_runs']))}",
+            number(entry["mean_acceptance_length"]),
+            f"{entry['identical']}/{entry['answers']}",
+            f"{entry['compilations']}+{entry['compilations_while_measuring']}",
+        ]
+        for entry in results["throughput"]
+    ]
+
+
+def throughput_legend(settings: dict) -> str:
+    """What that table says."""
+    return (
+        f"Many at once: an engine of {settings['concurrency']} slots is asked all {settings['num_prompts']} questions; "
+        "a slot whose answer has ended is filled again. Tokens/s are those of all answers over the time from the first "
+        "submission to the last token, with every prompt read whole. Speed-up compares with autoregressive decoding in "
+        "as many slots. Arms draft as much as pays at the moment, those called whole tree draft it at all times."
+    )
+
+
 def markdown(results: dict) -> str:
     facts, settings = results["environment"], results["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
@@ -250,6 +288,15 @@ def markdown(results: dict) -> str:
     warnings = [f"**{each['arm']}**: {each['warning']}" for each in results["speed"] if each["warning"]]
     lines += [line for warning in warnings for line in (warning, "")]
     lines += [*position_tables(results), *difference_lines(results)]
+    if results["throughput"]:
+        lines += [
+            f"## Throughput, {settings['concurrency']} at once",
+            "",
+            *markdown_table(THROUGHPUT_COLUMNS, throughput_rows(results)),
+            "",
+            throughput_legend(settings),
+            "",
+        ]  # fmt: skip
     if results["quality"]:
         lines += [
             "## Quality",

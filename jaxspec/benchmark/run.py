@@ -130,7 +130,12 @@ class SpeedBenchmark:
     ) -> list[dict]:
         """One entry per arm of the group, whose arms answer every question in turns."""
         made = [
-            interleaved(group, question, self.sampling(temperature, index), self.runs, self.patience, after_each)
+            interleaved(
+                {arm.name: arm.asked(question, self.sampling(temperature, index)) for arm in group},
+                self.runs,
+                self.patience,
+                after_each,
+            )
             for index, question in enumerate(questions)
         ]
         answers = [each.answers for each in made]  # per question: arm -> runs

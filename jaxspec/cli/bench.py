@@ -3,7 +3,7 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -14,15 +14,18 @@ from jaxspec.benchmark.report import (
     QUALITY_COLUMNS,
     SPEED_COLUMNS,
     TEMPLATED,
+    THROUGHPUT_COLUMNS,
     environment,
     quality_rows,
     speed_rows,
+    throughput_legend,
+    throughput_rows,
     write_report,
 )
-from jaxspec.benchmark.run import BASELINE, SpeedBenchmark, example_prompts, settings_of
+from jaxspec.benchmark.run import SpeedBenchmark, example_prompts, settings_of
+from jaxspec.benchmark.throughput import ThroughputBenchmark
 from jaxspec.cli.options import ModelOptions, PenaltyOptions, TreeOptions, load_named_drafter
 from jaxspec.cli.output import ProgressLines, show_applied, show_warning, table, waiting
-from jaxspec.generator import Generator
 from jaxspec.speculation.params import SamplingParams
 from jaxspec.targets.generation import GenerationDefaults
 
@@ -74,13 +77,15 @@ class Bench:
     """At temperatures above 0, also draft without the target's noise."""
     transformers: bool = False
     """Also compare autoregressive decoding with transformers' greedy generate (needs torch)."""
+    concurrency: int = 0
+    """Also answer all questions at once, in so many slots; 0 is off."""
     score_prompts: int = 100
     """Scenes whose greedy descriptions are scored object by object; 0 is off."""
     output: Path = Path("runs/bench")
     """Folder for the results."""
 
     def run(self, console: Console, arguments: list[str]) -> None:
-        for field, least in (("num_prompts", 1), ("score_prompts", 0)):
+        for field, least in (("num_prompts", 1), ("score_prompts", 0), ("concurrency", 0)):
             if getattr(self, field) < least:
                 raise ValueError(f"{field} must be at least {least}, got {getattr(self, field)}")
         with waiting(console, "loading ..."):
@@ -115,25 +120,28 @@ class Bench:
                 penalties=self.penalties.given,
                 generation_config=self.model.generation_config,
             )
+            throughput = ThroughputBenchmark(benchmark, self.concurrency) if self.concurrency else None
         show_applied(target.generation_defaults, benchmark.from_folder)
         progress = partial(ProgressLines, console)
         results = {
             "environment": environment(target, self.model.dtype, self.model.target, arguments),
-            "settings": settings_of(benchmark),
+            "settings": settings_of(benchmark) | {"concurrency": self.concurrency},
             "transformers": about_transformers,
             "speed": benchmark.run(progress),
+            "throughput": throughput.run(progress) if throughput else [],
             "quality": [],
         }
         if self.score_prompts:
-            options: dict[str, Any] = {
-                "max_length": self.model.max_length,
-                "generation_config": self.model.generation_config,
-            }
-            generators = {BASELINE: Generator(target, **options)}
-            for name, (drafter, tree) in drafters.items():
-                generators[name] = Generator(target, drafter, tree, **options)
             results["quality"] = score_answers(
-                generators, self.score_prompts, self.seed, self.max_new_tokens, progress, greedy
+                target,
+                drafters,
+                self.score_prompts,
+                self.seed,
+                self.max_new_tokens,
+                progress,
+                greedy,
+                max_length=self.model.max_length,
+                generation_config=self.model.generation_config,
             )
         write_report(results, self.output)
         self.show(console, results)
@@ -142,6 +150,9 @@ class Bench:
         chosen = [SPEED_COLUMNS.index(column) for column in SHOWN]
         rows = [[row[index] for index in chosen] for row in speed_rows(results)]
         console.print(table(console, list(SHOWN.values()), rows))
+        if results["throughput"]:
+            console.print(table(console, THROUGHPUT_COLUMNS, throughput_rows(results)))
+            console.print(throughput_legend(results["settings"]))
         if results["quality"]:
             console.print(table(console, QUALITY_COLUMNS, quality_rows(results)))
         for entry in results["speed"]:

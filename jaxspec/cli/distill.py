@@ -14,8 +14,8 @@ from jaxspec.cli.output import ProgressLines, show_applied, show_warning, waitin
 from jaxspec.colours import visible
 from jaxspec.data.answers import AnswerParts
 from jaxspec.data.prompts import open_prompts
-from jaxspec.distillation import Distiller, DistillSettings, finish_output, open_output
-from jaxspec.generator import Generator
+from jaxspec.distillation import Distiller, DistillSettings, engine_settings, finish_output, open_output
+from jaxspec.serving.engine import Engine
 from jaxspec.stopping import CatchSignals, Stopped
 
 SHOWN = 20
@@ -48,7 +48,8 @@ class Distill:
     tree: Annotated[TreeOptions, tyro.conf.arg(name="")] = TreeOptions()
     settings: Annotated[DistillSettings, tyro.conf.arg(name="")] = DistillSettings()
     batch_size: int = 32
-    """Prompts that are answered at once."""
+    """Prompts that are answered at once, at most: where one ends, the next begins. Each takes the memory of max-length
+    tokens."""
     process_index: int = 0
     """This process answers every process-count'th part; all write to the same folder, the last one makes the set."""
     process_count: int = 1
@@ -63,10 +64,10 @@ class Distill:
             target = self.model.load()
             drafter = None if self.drafter is None else load_named_drafter(self.drafter, target)
             tree = None if drafter is None else self.tree.applied(drafter.tree)
-            generator = Generator(
-                target, drafter, tree, self.model.max_length, generation_config=self.model.generation_config
-            )
-            distiller = Distiller(generator, source, self.settings, self.batch_size)
+            model = {"max_length": self.model.max_length, "generation_config": self.model.generation_config}
+            options = engine_settings(self.settings, len(source), self.batch_size, **model)
+            engine = Engine(target, drafter, tree, options)
+            distiller = Distiller(engine, source, self.settings)
             image_folder = None if source.image_folder is None else str(source.image_folder)
             about = {
                 "command": shlex.join(["python", "-m", "jaxspec", *arguments]),
@@ -82,14 +83,15 @@ class Distill:
                 "count": len(distiller.records),
                 "target_fingerprint": about["target_fingerprint"],
                 "dtype": self.model.dtype,
-                "max_length": generator.max_length,
+                "max_length": engine.max_length,
                 "generation_config": distiller.from_folder or None,
             }
             open_output(self.output, settings, about)
-        show_applied(generator.generation_defaults, distiller.from_folder)
+        show_applied(engine.generation_defaults, distiller.from_folder)
         parts = AnswerParts(self.output, distiller.records, self.settings.shard_size)
-        self.answer(console, distiller, parts)
-        show_warning(console, generator.acceptance_warning)
+        with engine:
+            self.answer(console, distiller, parts)
+        show_warning(console, engine.acceptance_warning)
         missing = [part for part in range(len(parts)) if not parts.finished(part)]
         if missing:
             console.print(

@@ -126,7 +126,8 @@ class Generate:
             console.print(logprobs_table(console, target.tokenizer, result))
             sampling = dataclasses.replace(sampling, logprobs=None)
         with waiting(console, "measuring ..."):
-            answers, stolen, _ = interleaved(arms, question, sampling, RUNS, PATIENCE)
+            asked = {arm.name: arm.asked(question, sampling) for arm in arms}
+            answers, stolen, _ = interleaved(asked, RUNS, PATIENCE)
         console.print(
             table(console, COLUMNS, [self.row(arm.name, answers, target, question, sampling) for arm in arms])
         )

@@ -10,7 +10,7 @@ import pytest
 import jaxspec
 from jaxspec.benchmark import host, measure
 from jaxspec.benchmark.identity import first_difference
-from jaxspec.benchmark.measure import Arm, Question, Timing, interleaved, speedup, speedup_of_run
+from jaxspec.benchmark.measure import Timing, interleaved, speedup, speedup_of_run
 from jaxspec.benchmark.run import example_prompts
 from jaxspec.cli import main
 from jaxspec.metrics import Acceptance, pooled
@@ -75,6 +75,29 @@ def test_prompt_lookup_needs_no_folder(models, tmp_path):
     assert [(entry["arm"], entry["identical"]) for entry in results["speed"]] == [("autoregressive", 1), ("lookup", 1)]
 
 
+def test_many_at_once(models, tmp_path, capsys):
+    """Two slots for three questions: one is filled again."""
+    few = ["--num-prompts", "3", "--score-prompts", "0", "--runs", "2", "--max-new-tokens", "12", "--temperatures", "1"]
+    where = ["--target", str(models[0]), "--output", str(tmp_path), "--compilation-cache", ""]
+    assert main(["bench", *where, *few, "--drafters", str(models[1]), "--concurrency", "2", "--no-noise-off"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    entries = results["throughput"]
+    assert [entry["arm"] for entry in entries] == ["autoregressive", "vispec", "vispec (whole tree)"]
+    alone = sum(prompt["tokens"] for prompt in results["speed"][0]["prompts"])
+    for entry in entries:
+        assert entry["temperature"] == 1 and entry["identical"] == entry["answers"] == 3
+        assert entry["tokens"] == alone and entry["compilations_while_measuring"] == 0 < entry["compilations"]
+        rates = [alone / seconds for seconds in entry["seconds"]]
+        np.testing.assert_allclose(entry["tokens_per_second_runs"], rates)
+        assert entry["tokens_per_second"] == pytest.approx(np.median(rates)) and len(entry["speedup_runs"]) == 2
+        assert math.isclose(entry["speedup"], entry["tokens_per_second"] / entries[0]["tokens_per_second"])
+    assert entries[0]["mean_acceptance_length"] == 1 <= entries[2]["mean_acceptance_length"] <= 3
+    assert results["settings"]["concurrency"] == 2
+    text = (tmp_path / "results.md").read_text()
+    assert "## Throughput, 2 at once" in text and "| vispec (whole tree) | 1 |" in text
+    assert "draft as much as pays" in " ".join(capsys.readouterr().out.split())
+
+
 def test_what_the_folder_asks_for_applies_in_every_arm(asking, tmp_path, capsys):
     """But for its temperature: the benchmark has its own."""
     few = ["--num-prompts", "1", "--score-prompts", "0", "--runs", "1", "--max-new-tokens", "12", "--temperatures", "0"]
@@ -102,6 +125,8 @@ def test_what_the_folder_asks_for_applies_in_every_arm(asking, tmp_path, capsys)
         (["--temperatures", "1", "--drafters", "DRAFTER", "DRAFTER"], "two drafters are called vispec"),
         (["--drafters", "DRAFTER", "--runs", "0"], "runs must be at least 1"),
         (["--drafters", "DRAFTER", "--num-prompts", "0"], "num_prompts must be at least 1"),
+        (["--drafters", "DRAFTER", "--concurrency", "-1"], "concurrency must be at least 0, got -1"),
+        (["--drafters", "DRAFTER", "--concurrency", "21"], "concurrency must lie in 1..20, the number of prompts"),
         (["--drafters", "DRAFTER", "--temperatures", "-1"], "temperature must be finite"),
     ],
 )
@@ -146,11 +171,8 @@ def test_speedup_sums_before_it_divides():
 def test_runs_that_the_host_disturbed_are_repeated(monkeypatch, stolen, patience, kept, repeated):
     shares, calls = iter(stolen), {"a": [], "b": []}
     monkeypatch.setattr(measure, "StolenShare", lambda: lambda: next(shares))
-    arms = [
-        Arm(name, lambda question, sampling, calls=calls[name]: calls.append(None) or len(calls) - 1, None)
-        for name in calls
-    ]
-    made = interleaved(arms, Question(""), None, 3, patience)
+    arms = {name: lambda made=made: made.append(None) or len(made) - 1 for name, made in calls.items()}
+    made = interleaved(arms, 3, patience)
     assert made.answers == {"a": kept, "b": kept} and made.repeated == repeated
     assert made.stolen == [stolen[index] for index in kept]
 

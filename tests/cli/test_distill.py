@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from jaxspec.data.prompts import SUFFIXES, open_prompts
 from jaxspec.data.scenes import load_scenes
 from jaxspec.demo.generation import numbered_scene
 from jaxspec.demo.scenes import render
-from jaxspec.distillation import Distiller, DistillSettings
+from jaxspec.distillation import Distiller, DistillSettings, engine_settings
 from jaxspec.prompting import encode_prompt
+from jaxspec.serving.engine import Engine
+from jaxspec.stopping import Stopped
 
 LIMIT = 6
 SAMPLED = ("--temperature", "1", "--sampled-share", "0.5", "--seed", "5")
@@ -44,15 +47,13 @@ def question(index: int) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def generator(models):
-    """The autoregressive one, which all runs share: what is compiled for one serves the next."""
+    """The autoregressive one, whose programs all engines share: what is compiled for one serves the next."""
     shared = jaxspec.Generator(jaxspec.load_target(models[0]), max_length=256)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            jaxspec.cli.distill,
+            jaxspec.serving.engine,
             "Generator",
-            lambda target, drafter=None, *rest, **options: (
-                jaxspec.Generator(target, drafter, *rest, **options) if drafter else shared
-            ),
+            lambda target, drafter=None, *rest: jaxspec.Generator(target, drafter, *rest) if drafter else shared,
         )
         yield shared
 
@@ -86,7 +87,7 @@ def check(source: AnswerSource, generator, asked: list[tuple[str, list]], sampli
     """The set holds the target's answers to these questions about these pictures."""
     assert len(source) == len(asked)
     for record, (words, images), params in zip(source, asked, sampling, strict=True):
-        expected = generator.generate_batch([words] * 2, [images] * 2, params, LIMIT)[0]
+        expected = generator.generate(words, images, params, LIMIT)
         prompt = encode_prompt(generator.target, words, record["images"])
         np.testing.assert_array_equal(record["prompt_ids"], prompt.input_ids)
         np.testing.assert_array_equal(record["answer_ids"], expected.tokens)
@@ -140,19 +141,18 @@ def test_scenes_and_a_prepared_data_set(models, generator, tmp_path):
     check(AnswerSource(tmp_path / "tfds"), generator, asked, seeds(2))
 
 
-@pytest.mark.parametrize(("stop", "kept"), [("killed", 2), ("SIGTERM", 4)])
-def test_a_stopped_run_goes_on_without_loss_or_repetition(
-    models, jsonl, whole, tmp_path, monkeypatch, capsys, stop, kept
-):
-    answer, asked = Distiller.answer, []
+@pytest.mark.parametrize("stop", ["killed", "SIGTERM"])
+def test_a_stopped_run_goes_on_without_loss_or_repetition(models, jsonl, whole, tmp_path, monkeypatch, capsys, stop):
+    answer, asked, engines = Distiller.answer, [], set()
 
-    def stopping(self, batch):
-        asked.append([each.record for each in batch])
-        if len(asked) == 2 and stop == "killed":
+    def stopping(self, dialogue, *rest):
+        asked.append(dialogue.record)
+        engines.add(self.engine)
+        if dialogue.record == 3 and stop == "killed":
             raise RuntimeError("killed")
-        if len(asked) == 2 and stop == "SIGTERM":
+        if dialogue.record == 3 and stop == "SIGTERM":
             os.kill(os.getpid(), signal.SIGTERM)
-        return answer(self, batch)
+        return answer(self, dialogue, *rest)
 
     monkeypatch.setattr(Distiller, "answer", stopping)
     if stop == "killed":
@@ -160,17 +160,36 @@ def test_a_stopped_run_goes_on_without_loss_or_repetition(
             distill(models, jsonl, tmp_path, *SAMPLED)
     else:
         assert distill(models, jsonl, tmp_path, *SAMPLED) == 130
-        expected = f"jaxspec: stopped with 4 of 5 records in {tmp_path}; run the same command to go on\n"
+        expected = f"jaxspec: stopped with 2 of 5 records in {tmp_path}; run the same command to go on\n"
         assert capsys.readouterr().err == expected
+    assert asked == [0, 1, 2, 3]
+    (engine,) = engines
+    assert not any(thread.is_alive() for thread in threading.enumerate() if thread.name.startswith("jaxspec-"))
+    assert sum(engine.stats().finished.values()) == (3 if stop == "killed" else 4)
     with pytest.raises(ValueError, match="are not finished"):
         AnswerSource(tmp_path)
     asked.clear()
     stop = None
     (tmp_path / ".self_distilled-train.array_record-00001-of-00003.1.tmp").write_bytes(b"half a file")
     assert distill(models, jsonl, tmp_path, *SAMPLED) == 0
-    assert sorted(sum(asked, [])) == list(range(kept, 5))
-    assert f"going on after {kept} of 5 records" in capsys.readouterr().out
+    assert asked == [2, 3, 4]
+    assert "going on after 2 of 5 records" in capsys.readouterr().out
     assert contents(tmp_path) == contents(whole)
+
+
+def test_a_stop_gives_up_what_is_being_answered(generator, jsonl):
+    """Slots are free again at once, and the part can be made anew."""
+    source, settings = open_prompts(str(jsonl)), DistillSettings(max_new_tokens=100)
+    with Engine(generator.target, settings=engine_settings(settings, len(source), 2, max_length=256)) as engine:
+        distiller, looks = Distiller(engine, source, settings), iter([False] * 6)
+        with pytest.raises(Stopped):
+            distiller.part(range(5), stopping=lambda: next(looks, True))
+        done = []
+        part = distiller.part(range(4, 5), done.append)
+        finished = engine.stats().finished
+        assert sum(finished.values()) == 6 and finished["cancelled"] >= 3 and done == [1]
+    expected = generator.generate(question(4), [jsonl.with_name("1.png")], settings.sampling(4), 100)
+    assert part.answers[0].answer_ids.tolist() == expected.tokens.tolist()
 
 
 def test_two_processes_make_the_set_of_one(models, jsonl, whole, tmp_path, capsys):
@@ -259,7 +278,7 @@ def test_what_a_console_cannot_print_is_escaped(encoding, expected):
 
 def test_penalties_are_the_folders_and_filters_are_not(models, asking, jsonl, pictures, tmp_path, monkeypatch, capsys):
     """A set says what applied, and is not gone on with where something else would."""
-    monkeypatch.setattr(jaxspec.cli.distill, "Generator", jaxspec.Generator)
+    monkeypatch.setattr(jaxspec.serving.engine, "Generator", jaxspec.Generator)
     ask = (asking, models[1]), jsonl, tmp_path / "set", "--count", "2"
     assert distill(*ask) == 0
     assert f"from {asking / 'generation_config.json'}: repetition_penalty 1.5 (" in capsys.readouterr().err
@@ -325,7 +344,7 @@ def test_a_short_batch_needs_no_program_of_its_own(models, jsonl, whole, generat
         np.testing.assert_array_equal(ours["answer_ids"], theirs["answer_ids"])
 
 
-def test_an_answer_that_is_not_finite_is_refused_by_its_record(models, tmp_path):
+def test_an_answer_that_is_not_finite_is_refused_by_its_record(models, tmp_path, monkeypatch):
     """A token of one question breaks the target: that record is named with the reason, the others are answered."""
     target = jaxspec.load_target(models[0])
     prompts = [{"id": f"q{i}", "prompt": f"What is {mark}?"} for i, mark in enumerate("a§b")]
@@ -334,10 +353,25 @@ def test_an_answer_that_is_not_finite_is_refused_by_its_record(models, tmp_path)
     embedding[...] = embedding[...].at[bad].set(np.nan)
     path = tmp_path / "questions.jsonl"
     path.write_text("\n".join(map(json.dumps, prompts)))
-    generator = jaxspec.Generator(target, max_length=256)
-    distiller = Distiller(generator, open_prompts(str(path), "train", None), DistillSettings(max_new_tokens=LIMIT), 3)
-    part = distiller.part(range(3))
+    source, settings = open_prompts(str(path), "train", None), DistillSettings(max_new_tokens=LIMIT)
+    monkeypatch.setattr(jaxspec.serving.engine, "Generator", jaxspec.Generator)
+    with Engine(target, settings=engine_settings(settings, len(source), 2, max_length=256)) as engine:
+        part = Distiller(engine, source, settings).part(range(3))
     assert [answer.id for answer in part.answers] == ["q0", "q2"]
     assert [each.id for each in part.refused] == ["q1"]
     assert part.refused[0].reason.startswith("the logits of the token at position ")
     assert "after 0 generated tokens" in part.refused[0].reason
+
+
+def test_a_failure_of_the_machine_is_no_records_fault(generator, jsonl, monkeypatch):
+    """Were it refused, a set would lack what the next run could answer."""
+
+    def failing(*arguments):
+        raise RuntimeError("out of memory")
+
+    source, settings = open_prompts(str(jsonl)), DistillSettings(max_new_tokens=LIMIT)
+    monkeypatch.setattr(generator.programs, "begin", failing)
+    with Engine(generator.target, settings=engine_settings(settings, len(source), 2, max_length=256)) as engine:
+        sentence = r"record 0 \(q0\) could not be answered: reading the prompt failed: RuntimeError: out of memory"
+        with pytest.raises(RuntimeError, match=sentence):
+            Distiller(engine, source, settings).part(range(1))
