@@ -65,6 +65,9 @@ class Serve:
     """Requests that may wait for a slot; further ones are answered with 429."""
     prefill_chunk: int = CHUNK
     """Tokens of a prompt that are read between two rounds of the others: less lets the others wait less."""
+    batch_invariant: bool = False
+    """Round numbers alike whatever else is asked: all slots and the whole tree always, prompts read from their
+    beginning. Matters in bfloat16, and costs speed."""
     image_cache_mib: int = 256
     """MiB for features of images seen before; 0 keeps none."""
     prefix_cache_mib: int = 256
@@ -201,6 +204,7 @@ class Serve:
             max_queued_requests=self.max_queued_requests,
             adaptive=adaptive,
             prefill_chunk=self.prefill_chunk,
+            batch_invariant=self.batch_invariant,
             image_cache_bytes=self.image_cache_mib * MIB,
             prefix_cache_bytes=self.prefix_cache_mib * MIB,
             generation_config=self.model.generation_config,
