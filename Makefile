@@ -20,7 +20,7 @@ demo: $(VENV)/installed  ## answer a question about a picture with the embedded 
 	$(BIN)/python -m jaxspec generate
 
 serve: $(VENV)/installed-serve  ## answer OpenAI's chat completions with the embedded model; SERVE_ARGS are its flags
-	$(BIN)/python serve.py $(SERVE_ARGS)
+	$(BIN)/python serve.py --web-page $(SERVE_ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
