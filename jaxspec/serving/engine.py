@@ -35,7 +35,7 @@ from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.target import Target
 
 log = logging.getLogger(__name__)
-SLICE_SECONDS = 0.03
+SLICE_SECONDS = 0.05
 """About how long rows run between two looks of the host."""
 
 
