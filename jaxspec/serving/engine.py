@@ -157,11 +157,6 @@ class Engine:
         return self._warm.is_set()
 
     @property
-    def alive(self) -> bool:
-        """Whether it has been started and its threads run."""
-        return bool(self._threads) and all(thread.is_alive() for thread in self._threads)
-
-    @property
     def acceptance_warning(self) -> str | None:
         """The sentence that was warned with, if the drafter has been found to be of no use."""
         return None if self._watch is None else self._watch.warning

@@ -170,9 +170,6 @@ class ReadingThread:
     def join(self) -> None:
         self._thread.join()
 
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
-
     def _run(self) -> None:
         while (row := self._next_row()) is not None:
             try:

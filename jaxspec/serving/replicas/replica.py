@@ -65,8 +65,8 @@ class Replica:
 
     def check_health(self) -> None:
         """Ray asks now and then, and replaces a replica that raises."""
-        if not (self.engine.alive or self.stopping):
-            raise RuntimeError("a thread of the engine has ended")
+        if self.engine.failure is not None:
+            raise RuntimeError(self.engine.failure)
 
     def report(self) -> None:
         """Tells the fronts how it does, and hears whether it shall end all answers.
