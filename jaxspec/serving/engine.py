@@ -361,8 +361,8 @@ class Engine:
             gone = self._queue.remove(lambda row: row.cancelled)
             gone += [each.row for each in self._begun if each.row.cancelled]
             self._begun = deque(each for each in self._begun if not each.row.cancelled)
-            running = [row for row in self._slots.running if row.cancelled]
-            self._slots.remove(running)
+        running = [row for row in self._slots.running if row.cancelled]
+        self._slots.remove(running)
         for row in [*gone, *running]:
             self._finish(row, "cancelled")
 
@@ -372,11 +372,10 @@ class Engine:
             with self._changed:
                 begun = self._begun.popleft()
                 more = len(self._begun) + self._reading + len(self._queue)
-                self._slots.insert(begun.row, begun.state, more)
                 self._changed.notify_all()
-        with self._changed:
-            if not self._begun and not self._reading and not len(self._queue):
-                self._slots.shrink()
+            self._slots.insert(begun.row, begun.state, more)
+        if not self._begun and not self._reading and not len(self._queue):
+            self._slots.shrink()
 
     def _decode(self) -> None:
         """Some rounds for all rows."""
@@ -392,10 +391,9 @@ class Engine:
             return
         self._count(ran)
         over = [row for row in self._slots.running if self._over(row)]
-        with self._changed:
-            self._slots.remove(over)
-            if over:
-                self._changed.notify_all()  # somebody may take the slots
+        self._slots.remove(over)
+        if over:
+            self._wake()  # somebody may take the slots
         for row in self._slots.running:
             row.tell()
         for row in over:

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxspec.buckets import power_of_two
 from jaxspec.programs import Programs
 from jaxspec.serving.caches import ByteCache, Prefixes, nbytes
 from jaxspec.serving.row import Row
-from jaxspec.serving.slots import STOP_WIDTH
+from jaxspec.serving.slots import STOP_WIDTH, rooms
 from jaxspec.speculation import state as rows
 from jaxspec.speculation.logprobs import Logprobs
 from jaxspec.speculation.prefill import ImageFeatures
@@ -99,7 +98,7 @@ class PromptReader:
         """The row after its first token, which it has taken. None where it is not `wanted` any more, which is asked
         between two pieces. With `keep`, later prompts may go on from what was read."""
         programs, params, prompt = self.programs, self.params, row.request.prompt
-        room = min(self.capacity, max(64, power_of_two(len(prompt.input_ids) + 1)))
+        room = next(room for room in rooms(self.capacity) if room > len(prompt.input_ids))
         read, row.cached_tokens = self.prefixes.find(prompt)
         images, tables = images_of([prompt]), {}
         for step in steps_of(programs.adapter, [prompt], programs.chunk, room, [row.cached_tokens]):

@@ -42,6 +42,11 @@ def sizes(most: int) -> list[int]:
     return [*(1 << power for power in range(0, most.bit_length(), step) if 1 << power < most), most]
 
 
+def rooms(capacity: int) -> list[int]:
+    """How many positions a row may have before it takes a slot."""
+    return [*(1 << power for power in range(6, capacity.bit_length()) if 1 << power < capacity), capacity]
+
+
 class Slots:
     """Those of an engine.
 
@@ -132,11 +137,11 @@ class Slots:
         emitted, most = self._taken(found)
         return Ran(tree, len(self.rows), most, time.perf_counter() - started, self.running, emitted)
 
-    def compile(self, size: int, trees: Sequence[TreeConfig], begun: DecodeState | None = None) -> None:
+    def compile(self, size: int, trees: Sequence[TreeConfig]) -> None:
         """Everything that rows in so many slots need, by running it without any."""
-        state = self.idle(size)
-        if begun is not None:
-            nowhere = np.array([-1], np.int32)
+        state, nowhere = self.idle(size), np.array([-1], np.int32)
+        for room in rooms(self.capacity):
+            begun = self.programs.idle(self.params, 1, room, STOP_WIDTH, extras=True)
             state = self.programs.insert(state, nowhere, begun)
         none = np.zeros(size, np.int32)
         for tree in trees:

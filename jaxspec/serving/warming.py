@@ -9,7 +9,7 @@ from PIL import Image
 
 from jaxspec.detokenizer import TokenReader
 from jaxspec.prompting import encode_prompt
-from jaxspec.serving.reading import Begun, PromptReader
+from jaxspec.serving.reading import PromptReader
 from jaxspec.serving.requests import Request
 from jaxspec.serving.row import Row
 from jaxspec.serving.slots import Slots
@@ -34,16 +34,17 @@ class WarmUp:
     def __init__(self, target: Target, slots: Slots, reader: PromptReader, trees: Sequence[TreeConfig]) -> None:
         self.target, self.slots, self.reader, self.trees = target, slots, reader, trees
         self.waiting = slots.sizes[1:]
-        self.begun: list[Begun] = []
 
     def first(self) -> None:
         """What one request at a time needs."""
         self.slots.sizes = self.slots.sizes[:1]
         for prompt in usual_prompts(self.target):
+            if len(prompt.input_ids) >= self.slots.capacity:
+                continue
             params = SamplingParams().resolved(self.target.generation_defaults)
             row = Row(Request(prompt, params, 1), TokenReader(self.target.tokenizer), frozenset(), 1, lambda: None)
-            self.begun += filter(None, [self.reader.begin(row, keep=False)])
-        self.compile(self.slots.sizes[0])
+            self.reader.begin(row, keep=False)
+        self.slots.compile(self.slots.sizes[0], self.trees)
 
     def rest(self, stopped: Callable[[], bool]) -> bool:
         """What more need; whether it came to its end."""
@@ -51,14 +52,9 @@ class WarmUp:
             if stopped():
                 return False
             size = self.waiting.pop(0)
-            self.compile(size)
+            self.slots.compile(size, self.trees)
             self.slots.sizes = [*self.slots.sizes, size]
         return True
-
-    def compile(self, size: int) -> None:
-        different = {each.state.tokens.shape[1]: each.state for each in self.begun}
-        for begun in [*different.values()] or [None]:
-            self.slots.compile(size, self.trees, begun)
 
 
 def usual_prompts(target: Target) -> list[EncodedPrompt]:
