@@ -4,6 +4,7 @@ one that its request gets alone.
     python benchmarks/serving.py                        # 1, 4, 16, 64 streams, three modes, 60 s each
     python benchmarks/serving.py --peer                 # `transformers serve` with the same folder beside them
     python benchmarks/serving.py --requests 2000        # memory of the server over so many requests
+    python benchmarks/serving.py --start                # from nothing to the first token, and again with the cache on disk
 
 Server and load are two processes. Questions are the embedded model's own, every second one sampled at temperature 1. A
 stream asks its next question when the last answer is complete.
@@ -20,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +56,8 @@ class Load:
     """Also ask `transformers serve`, greedily."""
     requests: int = 0
     """Instead: so many requests over 16 streams to the adaptive server, and its memory meanwhile."""
+    start: bool = False
+    """Instead: how long the adaptive server takes from its start to a first token and until everything is compiled."""
     questions: int = 48
     """Different ones."""
     max_tokens: int = 200
@@ -234,9 +238,32 @@ def memory_of(load: Load) -> dict[str, Any]:
     return {"memory": taken}
 
 
+def starts_of(load: Load) -> dict[str, Any]:
+    """The adaptive server, started twice with one folder for compiled programs; a client asks as soon as it listens."""
+    asked, taken = questions(1, load.max_tokens, "demo"), []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("nothing compiled", "compiled programs on disk"):
+            port, started = free_port(), time.perf_counter()
+            command = [*ours("adaptive", load, port), "--compilation-cache", folder]
+            with serving(command, "/health", port) as (url, _):
+                listening = time.perf_counter() - started
+                first = listening + asyncio.run(run_load(url, asked, 1, 600.0, 1))["first_token"]["p50"]
+                while httpx.get(url + "/ready").status_code != 200:
+                    time.sleep(0.2)
+                ready = time.perf_counter() - started
+                metrics = httpx.get(url + "/metrics").text
+            programs = next(line for line in metrics.splitlines() if line.startswith("jaxspec_compilations_total "))
+            entry = {"start": name, "listening": listening, "first_token": first, "ready": ready}
+            taken.append(entry | {"programs": float(programs.split()[1])})
+            print(taken[-1], flush=True)
+    return {"starts": taken}
+
+
 def main(load: Load) -> None:
     if load.requests:
         results = memory_of(load)
+    elif load.start:
+        results = starts_of(load)
     else:
         results = {"load": []}
         print(HEADER)
