@@ -4,10 +4,10 @@ one that its request gets alone.
     python benchmarks/serving.py                        # 1, 4, 16, 64 streams, three modes, 60 s each
     python benchmarks/serving.py --peer                 # `transformers serve` with the same folder beside them
     python benchmarks/serving.py --requests 2000        # memory of the server over so many requests
-    python benchmarks/serving.py --start                # from nothing to the first token, and again with the cache on disk
+    python benchmarks/serving.py --start                # from nothing to the first token; again with the cache on disk
 
-Server and load are two processes. Questions are the embedded model's own, every second one sampled at temperature 1. A
-stream asks its next question when the last answer is complete.
+Server and load are two processes. Questions are the embedded model's own, every second one sampled at temperature 1,
+for `transformers serve` all greedy. A stream asks its next question when the last answer is complete.
 """
 
 import asyncio
