@@ -93,7 +93,7 @@ def programs(target: Target, drafter: Drafter | None, images: list):
     second = trace(read, first, chunk, features)
     begin = lambda models, read, request, offset: loop.begin(*models, read, request, offset, CAPACITY, 2)  # noqa: E731
     state = trace(begin, second, request, np.zeros(BATCH, np.int32))
-    trace(lambda models, state: loop.decode(*models, tree, state, jnp.int32(4)), state)
+    trace(lambda models, state: loop.decode(*models, state, jnp.int32(4), tree), state)
     return state, traced
 
 

@@ -27,6 +27,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 NOT_RUN = {
     "make demo": "makes an environment, which takes a package index; test_make_demo looks at what it runs in there",
     "make test": "is what runs this",
+    "make serve": "makes an environment, too, and goes on until it is told to stop; tests/serving has what it runs",
 }
 IN_PLACE_OF = {
     '"llava-hf/llava-1.5-7b-hf"': ('"demo"', "13 GB of download"),

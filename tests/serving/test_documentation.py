@@ -39,11 +39,17 @@ def test_the_curl_command_is_answered(url):
 
 
 def test_the_program_runs(url, capsys):
-    (program,) = [block for kind, block in BLOCKS if kind == "python"]
-    assert WRITTEN in program
+    (program,) = [block for kind, block in BLOCKS if kind == "python" and WRITTEN in block]
     exec(compile(program.replace(WRITTEN, url), "SERVING.md", "exec"), {})
     *answer, metrics = capsys.readouterr().out.splitlines()
     assert len(" ".join(answer)) > 20 and "mean_acceptance_length" in metrics
+
+
+def test_the_engine_is_used_as_it_is_written(capsys):
+    (program,) = [block for kind, block in BLOCKS if kind == "python" and WRITTEN not in block]
+    exec(compile(program, "SERVING.md", "exec"), {})
+    *answers, length = capsys.readouterr().out.splitlines()
+    assert len(answers) == 3 and all(len(answer) > 40 for answer in answers) and float(length) >= 1
 
 
 def test_every_command_has_flags_that_exist():

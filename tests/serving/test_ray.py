@@ -37,11 +37,11 @@ from jaxspec.serving.replicas.front import Merged
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 170
-LENGTH = 512
+LENGTH = 1024
 SLOTS = 2
 ONGOING = 3
 WAITING = 12
-LONG = 200
+LONG = 400
 """Tokens of an answer that is still on its way when something happens."""
 NAME, SESSION = "x-jaxspec-replica", "x-session-id"
 
@@ -338,7 +338,7 @@ def test_refusals_are_those_of_the_app(client):
 def test_more_than_may_wait_are_refused(client):
     asked = 2 * ONGOING + WAITING + 8
     with concurrent.futures.ThreadPoolExecutor(asked) as pool:
-        answers = [pool.submit(client.ask, TEXT, 60, session=f"{number}", min_tokens=60) for number in range(asked)]
+        answers = [pool.submit(client.ask, TEXT, 150, session=f"{number}", min_tokens=150) for number in range(asked)]
         ended = [answer.result() for answer in answers]
     assert {answer.status for answer in ended} == {200, 429}
     assert all(answer.error["code"] == "queue_full" for answer in ended if answer.status == 429)
