@@ -89,8 +89,7 @@ class Prefixes:
 
     def __init__(self, adapter: PromptAdapter, limit: int) -> None:
         self.adapter = adapter
-        self._reads: ByteCache[bytes, tuple[np.ndarray, Read]] = ByteCache(limit)
-        self._contents: dict[bytes, np.ndarray] = {}
+        self._reads: ByteCache[bytes, Read] = ByteCache(limit)  # by the bytes of `content_of`
 
     def find(self, prompt: EncodedPrompt) -> tuple[Read | None, int]:
         """What was read of the longest beginning that is known, to be gone on from (it may be consumed), and how many
@@ -100,7 +99,7 @@ class Prefixes:
         content = content_of(self.adapter, prompt)
         best, length = b"", 0
         for key in self._reads.keys():  # noqa: SIM118
-            common = common_length(self._contents[key], content)
+            common = common_length(np.frombuffer(key, np.int64), content)
             if common > length:
                 best, length = key, common
         length = self._usable(prompt, min(length, len(content) - 1))
@@ -108,21 +107,17 @@ class Prefixes:
         if found is None:
             return None, 0
         lengths = jnp.full((1,), length, jnp.int32)
-        return rewind(jax.tree.map(jnp.copy, found[1]), lengths), length
+        return rewind(jax.tree.map(jnp.copy, found), lengths), length
 
     def keep(self, prompt: EncodedPrompt, read: Read) -> None:
         """Keep a prompt that has been read whole; `read` is not to be consumed any more. Another that it goes on from
         is dropped."""
         content = content_of(self.adapter, prompt)
         for key in self._reads.keys():  # noqa: SIM118
-            known = self._contents[key]
+            known = np.frombuffer(key, np.int64)
             if common_length(known, content) == len(known):
                 self._reads.drop(key)
-        key = content.tobytes()
-        self._contents[key] = content
-        self._reads.put(key, (content, read), nbytes(read))
-        kept = set(self._reads.keys())
-        self._contents = {key: value for key, value in self._contents.items() if key in kept}
+        self._reads.put(content.tobytes(), read, nbytes(read))
 
     def use(self) -> CacheUse:
         return self._reads.use()

@@ -91,7 +91,7 @@ def test_a_roomy_cache_is_read_as_far_as_it_is_filled(capacity, queries, window)
     np.testing.assert_array_equal(jax.jit(attend)(query, segments(lengths.at[2].set(0)))[:2], one[:2])
 
 
-def test_what_is_not_filled_costs_no_time_on_a_cpu():
+def test_what_is_not_filled_is_not_read_on_a_cpu():
     """The loop over parts of the cache ends where the longest row does."""
     _, normal = draws()
     kv, own = LayerKV(*[normal(1, 1, ROOMY, 4)] * 2), LayerKV(*[normal(1, 1, 1, 4)] * 2)

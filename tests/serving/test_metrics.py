@@ -11,8 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jaxspec.prompting import encode_prompt
 from jaxspec.serving.caches import CacheUse
-from jaxspec.serving.engine import EngineStats
 from jaxspec.serving.http.metrics import Metrics, add_metrics
+from jaxspec.serving.stats import EngineStats
 from jaxspec.speculation.params import SamplingParams
 
 PROMPT = "What is a chart for?"

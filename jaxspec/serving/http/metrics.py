@@ -15,9 +15,10 @@ from prometheus_client.registry import Collector
 from starlette.responses import Response
 
 from jaxspec.generator import Piece
-from jaxspec.serving.engine import Engine, EngineStats
+from jaxspec.serving.engine import Engine
 from jaxspec.serving.http.errors import ErrorAnswer
 from jaxspec.serving.requests import Stream
+from jaxspec.serving.stats import EngineStats
 
 SECONDS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
 """Bounds for whatever a whole request waits for."""
@@ -82,22 +83,16 @@ def speculation(stats: EngineStats) -> Iterator[Metric]:
 def caches(stats: EngineStats) -> Iterator[Metric]:
     """What was found again."""
     kinds = (("images", stats.images), ("prefixes", stats.prefixes))
-    for name, field, about in (
-        ("hits", "hits", "Look-ups that found something."),
-        ("misses", "misses", "Look-ups that found nothing."),
+    for family, name, field, about in (
+        (CounterMetricFamily, "hits", "hits", "Look-ups that found something."),
+        (CounterMetricFamily, "misses", "misses", "Look-ups that found nothing."),
+        (GaugeMetricFamily, "bytes", "bytes", "Bytes that are kept."),
+        (GaugeMetricFamily, "limit_bytes", "limit", "Most bytes that may be kept."),
     ):
-        counter = CounterMetricFamily(f"jaxspec_cache_{name}", about, labels=["cache"])
+        metric = family(f"jaxspec_cache_{name}", about, labels=["cache"])
         for kind, use in kinds:
-            counter.add_metric([kind], getattr(use, field))
-        yield counter
-    for name, field, about in (
-        ("bytes", "bytes", "Bytes that are kept."),
-        ("limit_bytes", "limit", "Most bytes that may be kept."),
-    ):
-        gauge = GaugeMetricFamily(f"jaxspec_cache_{name}", about, labels=["cache"])
-        for kind, use in kinds:
-            gauge.add_metric([kind], getattr(use, field))
-        yield gauge
+            metric.add_metric([kind], getattr(use, field))
+        yield metric
 
 
 def costs(stats: EngineStats) -> Iterator[Metric]:
