@@ -2,12 +2,14 @@
 one that its request gets alone.
 
     python benchmarks/serving.py                        # 1, 4, 16, 64 streams, three modes, 60 s each
-    python benchmarks/serving.py --peer                 # `transformers serve` with the same folder beside them
+    python benchmarks/serving.py --peer                 # `transformers serve` with the same folder (needs accelerate)
     python benchmarks/serving.py --requests 2000        # memory of the server over so many requests
     python benchmarks/serving.py --start                # from nothing to the first token; again with the cache on disk
 
-Server and load are two processes. Questions are the embedded model's own, every second one sampled at temperature 1,
-for `transformers serve` all greedy. A stream asks its next question when the last answer is complete.
+Servers and load are processes of their own. All servers stand from the beginning and are asked in turns, so that times
+in which the machine is slow are slow for all. Questions are the embedded model's own, every second one sampled at
+temperature 1, for `transformers serve` all greedy; its answers begin with a blank, which is not compared. A stream asks
+its next question when the last answer is complete. Tokens count that came before a turn was over.
 """
 
 import asyncio
@@ -50,7 +52,8 @@ class Load:
     streams: tuple[int, ...] = (1, 4, 16, 64)
     """How many at once."""
     seconds: float = 60.0
-    """For so long each."""
+    """For so long each, in all turns together."""
+    turns: int = 3
     modes: tuple[str, ...] = tuple(MODES)
     peer: bool = False
     """Also ask `transformers serve`, greedily."""
@@ -79,12 +82,29 @@ class Question:
 class Asked:
     """One answer as it came."""
 
-    first: float  # seconds until the first token
-    between: list[float]  # seconds between two pieces
-    seconds: float
+    started: float
+    times: list[float]  # of its pieces
     tokens: int
     same: bool
     failed: str = ""
+
+    @property
+    def between(self) -> list[float]:
+        """Seconds between two pieces."""
+        return np.diff(self.times).tolist()
+
+    def tokens_until(self, time_: float) -> float:
+        return self.tokens * float(np.mean([each <= time_ for each in self.times or [np.inf]]))
+
+
+@dataclasses.dataclass
+class Turn:
+    """What so many streams were answered for a while."""
+
+    answers: list[Asked]
+    until: float
+    seconds: float
+    stolen: float
 
 
 def questions(count: int, max_tokens: int, model: str, greedy: bool = False) -> list[Question]:
@@ -113,33 +133,31 @@ async def ask(client: httpx.AsyncClient, question: Question) -> Asked:
         async with client.stream("POST", "/v1/chat/completions", json=question.body) as response:
             if response.status_code != 200:
                 said = (await response.aread()).decode()[:200]
-                return Asked(0, [], 0, 0, False, f"{response.status_code} {said}")
+                return Asked(started, [], 0, False, f"{response.status_code} {said}")
             async for line in response.aiter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
                 chunk = json.loads(line[6:])
                 if "error" in chunk:
-                    return Asked(0, [], 0, 0, False, str(chunk["error"]))
+                    return Asked(started, [], 0, False, str(chunk["error"]))
                 usage = chunk.get("usage") or usage
                 for choice in chunk.get("choices", ()):
                     if piece := choice.get("delta", {}).get("content"):
                         times.append(time.perf_counter())
                         text += piece
     except httpx.HTTPError as error:
-        return Asked(0, [], 0, 0, False, repr(error))
-    ended = time.perf_counter()
+        return Asked(started, [], 0, False, repr(error))
     tokens = usage.get("completion_tokens", question.tokens)
-    return Asked(
-        (times or [ended])[0] - started, np.diff(times).tolist(), ended - started, tokens, text == question.text
-    )
+    return Asked(started, times, tokens, text.lstrip() == question.text.lstrip())
 
 
-async def run_load(url: str, asked: list[Question], streams: int, seconds: float, most: int = 10**9) -> dict[str, Any]:
+async def run_load(url: str, asked: list[Question], streams: int, seconds: float, most: int = 10**9) -> Turn:
     """`streams` of requests for `seconds`, or until `most` were begun."""
     begun, answers = 0, []
     limits = httpx.Limits(max_connections=streams, max_keepalive_connections=streams)
     async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=limits) as client:
-        until = time.perf_counter() + seconds
+        stolen, started = StolenShare(), time.perf_counter()
+        until = started + seconds
 
         async def stream() -> None:
             nonlocal begun
@@ -147,22 +165,27 @@ async def run_load(url: str, asked: list[Question], streams: int, seconds: float
                 begun += 1
                 answers.append(await ask(client, asked[(begun * 7) % len(asked)]))
 
-        stolen, started = StolenShare(), time.perf_counter()
         await asyncio.gather(*(stream() for _ in range(streams)))
-        elapsed, share = time.perf_counter() - started, stolen()
-    good = [each for each in answers if not each.failed]
-    firsts, between = [each.first for each in good], [gap for each in good for gap in each.between]
-    per_token = [sum(each.between) / max(each.tokens - 1, 1) for each in good]
+    return Turn(answers, until, seconds, stolen())
+
+
+def summary(streams: int, turns: list[Turn]) -> dict[str, Any]:
+    """Seconds, tokens a second and counts of all turns of a server."""
+    answers = [each for turn in turns for each in turn.answers]
+    good = [each for each in answers if not each.failed and each.times]
+    tokens = [each.tokens_until(turn.until) for turn in turns for each in turn.answers]
+    failed = [each.failed or "no text" for each in answers if each.failed or not each.times]
     return {
         "streams": streams,
         "requests": len(answers),
-        "failed": [each.failed for each in answers if each.failed][:5],
+        "failed": len(failed),
+        "failures": failed[:5],
         "identical": sum(each.same for each in good),
-        "tokens_per_second": sum(each.tokens for each in good) / elapsed,
-        "first_token": quantiles(firsts),
-        "between_pieces": quantiles(between),
-        "per_token": quantiles(per_token),
-        "stolen": share,
+        "tokens_per_second": sum(tokens) / sum(turn.seconds for turn in turns),
+        "first_token": quantiles([each.times[0] - each.started for each in good]),
+        "between_pieces": quantiles([gap for each in good for gap in each.between]),
+        "per_token": quantiles([sum(each.between) / max(each.tokens - 1, 1) for each in good]),
+        "stolen": max(turn.stolen for turn in turns),
     }
 
 
@@ -216,7 +239,7 @@ def shown(name: str, entry: dict[str, Any]) -> str:
     cells = [name, entry["streams"], f"{entry['tokens_per_second']:.0f}"]
     for field in ("first_token", "per_token", "between_pieces"):
         cells += [f"{1e3 * entry[field]['p50']:.0f} / {1e3 * entry[field]['p99']:.0f}"]
-    cells += [f"{entry['requests']}", f"{len(entry['failed'])}", f"{entry['identical']}"]
+    cells += [f"{entry['requests']}", f"{entry['failed']}", f"{entry['identical']}"]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -232,7 +255,7 @@ def memory_of(load: Load) -> dict[str, Any]:
     with serving(ours("adaptive", load, port), "/ready", port) as (url, process):
         taken, tenth = [], max(1, load.requests // 10)
         for _ in range(10):
-            entry = asyncio.run(run_load(url, asked, 16, 3600.0, tenth))
+            entry = summary(16, [asyncio.run(run_load(url, asked, 16, 3600.0, tenth))])
             taken.append({"requests": entry["requests"], "identical": entry["identical"], "mib": resident(process.pid)})
             print(taken[-1], flush=True)
     return {"memory": taken}
@@ -247,7 +270,8 @@ def starts_of(load: Load) -> dict[str, Any]:
             command = [*ours("adaptive", load, port), "--compilation-cache", folder]
             with serving(command, "/health", port) as (url, _):
                 listening = time.perf_counter() - started
-                first = listening + asyncio.run(run_load(url, asked, 1, 600.0, 1))["first_token"]["p50"]
+                (answer,) = asyncio.run(run_load(url, asked, 1, 600.0, 1)).answers
+                first = answer.times[0] - started
                 while httpx.get(url + "/ready").status_code != 200:
                     time.sleep(0.2)
                 ready = time.perf_counter() - started
@@ -259,34 +283,41 @@ def starts_of(load: Load) -> dict[str, Any]:
     return {"starts": taken}
 
 
-def main(load: Load) -> None:
-    if load.requests:
-        results = memory_of(load)
-    elif load.start:
-        results = starts_of(load)
-    else:
-        results = {"load": []}
+def peer(port: int) -> list[str]:
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", "--port", str(port)]
+    return [*command, "--device", "cpu", "--dtype", "float32", "--model-timeout", "100000", "--log-level", "error"]
+
+
+def loads_of(load: Load) -> dict[str, Any]:
+    """All servers, in turns."""
+    asked = {"ours": questions(load.questions, load.max_tokens, "demo")}
+    if load.peer:
+        asked["peer"] = questions(load.questions, load.max_tokens, str(demo.target_path()), greedy=True)
+    servers, taken = {}, []
+    with contextlib.ExitStack() as stack:
+        for name in (*load.modes, *(["transformers serve"] if load.peer else ())):
+            port, theirs = free_port(), name not in MODES
+            command, ready = (peer(port), "/health") if theirs else (ours(name, load, port), "/ready")
+            url, _ = stack.enter_context(serving(command, ready, port))
+            servers[name] = url, asked["peer" if theirs else "ours"]
+            asyncio.run(run_load(*servers[name], 1, 3.0))
         print(HEADER)
-        asked = questions(load.questions, load.max_tokens, "demo")
-        for mode in load.modes:
-            port = free_port()
-            with serving(ours(mode, load, port), "/ready", port) as (url, _):
-                asyncio.run(run_load(url, asked, 1, 3.0))
-                for streams in load.streams:
-                    entry = asyncio.run(run_load(url, asked, streams, load.seconds))
-                    results["load"].append({"server": mode, **entry})
-                    print(shown(mode, entry), flush=True)
-        if load.peer:
-            folder, port = demo.target_path(), free_port()
-            asked = questions(load.questions, load.max_tokens, str(folder), greedy=True)
-            command = [str(Path(sys.executable).parent / "transformers"), "serve", "--port", str(port)]
-            with serving([*command, "--device", "cpu", "--dtype", "float32"], "/health", port) as (url, _):
-                asyncio.run(run_load(url, asked, 1, 3.0))
-                for streams in load.streams:
-                    entry = asyncio.run(run_load(url, asked, streams, load.seconds))
-                    results["load"].append({"server": "transformers serve", **entry})
-                    print(shown("transformers serve", entry), flush=True)
+        for streams in load.streams:
+            turns = {name: [] for name in servers}
+            for turn in range(load.turns):
+                names = list(servers)
+                for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                    turns[name].append(asyncio.run(run_load(*servers[name], streams, load.seconds / load.turns)))
+            for name, each in turns.items():
+                taken.append({"server": name, **summary(streams, each)})
+                print(shown(name, taken[-1]), flush=True)
+    return {"load": taken}
+
+
+def main(load: Load) -> None:
+    results = memory_of(load) if load.requests else starts_of(load) if load.start else loads_of(load)
     if load.output is not None:
+        load.output.parent.mkdir(parents=True, exist_ok=True)
         load.output.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -12,8 +12,19 @@ from flax import nnx
 from jaxspec.cli import main
 from jaxspec.demo.processor import IMAGE_SIZE, PATCH_SIZE
 from jaxspec.layers import TextConfig
+from jaxspec.speculation.params import SamplingParams
 from jaxspec.targets.clip import ClipVisionConfig
 from jaxspec.targets.llava import Llava, LlavaConfig
+
+MIXED_SAMPLING = [
+    SamplingParams(repetition_penalty=1.3, presence_penalty=0.5),
+    SamplingParams(temperature=1.0, seed=4, logprobs=2),
+    SamplingParams(temperature=0.8, top_p=0.9, seed=5, frequency_penalty=0.7, min_tokens=6),
+    SamplingParams(temperature=1.0, seed=6),
+    SamplingParams(logprobs=0),
+    SamplingParams(temperature=1.0, top_k=12, seed=7, logit_bias={9: 4.0}),
+]
+"""Requests of every kind, to be answered beside each other."""
 
 
 @jax.tree_util.register_dataclass

@@ -14,6 +14,30 @@ from jaxspec.serving.grammar import Grammar, Grammars
 from jaxspec.speculation.state import Request
 from jaxspec.targets.prompts import EncodedPrompt
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "shapes": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "color": {"enum": ["red", "green", "blue", "yellow", "purple", "orange"]},
+                    "shape": {"enum": ["circle", "square", "triangle", "star"]},
+                },
+                "required": ["color", "shape"],
+                "additionalProperties": False,
+            },
+            "minItems": 1,
+            "maxItems": 3,
+        },
+        "count": {"type": "integer", "minimum": 0, "maximum": 20},
+        "note": {"type": "string", "maxLength": 20},
+    },
+    "required": ["shapes", "count", "note"],
+    "additionalProperties": False,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:

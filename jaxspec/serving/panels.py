@@ -40,7 +40,6 @@ ENDS = {
     "stop": "complete",
     "length": "ended by the limit of tokens",
     "cancelled": "stopped",
-    "timeout": "ended by the server's time limit",
     "error": "ended by an error",
 }
 """What the page calls a finish_reason."""

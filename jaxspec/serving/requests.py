@@ -120,7 +120,7 @@ class Stream:
     """The answer to one request while it comes: an iterator of `Piece`s, plain or asynchronous, for one reader.
 
     The last piece carries the `Result`; one whose finish_reason is "error" (not finite logits, an exception in the
-    engine) says why in `Result.error`, "cancelled" and "timeout" are answers that were ended from outside.
+    engine) says why in `Result.error`, "cancelled" is one that was ended from outside.
     """
 
     def __init__(self, cancel: Callable[[], None]) -> None:

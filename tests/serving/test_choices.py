@@ -52,7 +52,6 @@ def test_pieces_come_in_the_order_in_which_they_are_put():
     [
         (piece("x", "error", "logits are not finite"), 500, "generation_failed"),
         (piece("x", "cancelled"), 503, "stopping"),
-        (piece("x", "timeout"), 408, "timeout"),
         (None, 408, "timeout"),
     ],
 )

@@ -19,16 +19,9 @@ from jaxspec.serving.grammar import Grammars
 from jaxspec.serving.requests import EngineSettings, QueueFull, Stopping
 from jaxspec.serving.warming import WarmUp
 from jaxspec.targets.images import ImageLayout
+from tests.helpers import MIXED_SAMPLING
 
 LIMITS = (24, 3, 40, 1, 20, 30)
-SAMPLING = [
-    SamplingParams(repetition_penalty=1.3, presence_penalty=0.5),
-    SamplingParams(temperature=1.0, seed=4, logprobs=2),
-    SamplingParams(temperature=0.8, top_p=0.9, seed=5, frequency_penalty=0.7, min_tokens=6),
-    SamplingParams(temperature=1.0, seed=6),
-    SamplingParams(logprobs=0),
-    SamplingParams(temperature=1.0, top_k=12, seed=7, logit_bias={9: 4.0}),
-]
 LAZY = EngineSettings(max_length=256, max_num_seqs=3, warm_up=False)
 
 
@@ -43,11 +36,11 @@ class Served:
         self.engine = Engine(generator.target, generator.drafter, generator.tree, chosen).start()
         self.alone = [
             generator.generate_encoded([prompt], sampling, limit)[0]
-            for prompt, sampling, limit in zip(self.prompts, SAMPLING, LIMITS, strict=True)
+            for prompt, sampling, limit in zip(self.prompts, MIXED_SAMPLING, LIMITS, strict=True)
         ]
 
     def submit(self, index, **options):
-        return self.engine.submit(self.prompts[index], SAMPLING[index], LIMITS[index], **options)
+        return self.engine.submit(self.prompts[index], MIXED_SAMPLING[index], LIMITS[index], **options)
 
     def check(self, index, result):
         expected = self.alone[index]
@@ -222,19 +215,21 @@ def test_a_long_prompt_does_not_hold_up_others(generators, monkeypatch):
     with Engine(target, settings=settings) as engine:
         for prompt in (short, long):  # compiles
             engine.submit(prompt, SamplingParams(), 30).result()
-        read_step = engine.programs.read_step
-        monkeypatch.setattr(engine.programs, "read_step", lambda *chunk: time.sleep(0.1) or read_step(*chunk))
-        running = engine.submit(short, SamplingParams(), 900)
-        pieces = iter(running)
-        next(pieces)
-        stream, came = engine.submit(long, SamplingParams(), 2), 0
-        for _ in pieces:
-            if stream.served is not None:
-                break
-            came += 1
-        assert len(long.input_ids) > 8 * 64  # nine chunks, of a device that takes its time
-        assert came > 4
+        read_step, chunks = engine.programs.read_step, []
+
+        def after_a_round(*chunk):
+            rounds = engine.stats().rounds
+            wait_for(lambda: engine.stats().rounds > rounds)
+            chunks.append(rounds)
+            return read_step(*chunk)
+
+        monkeypatch.setattr(engine.programs, "read_step", after_a_round)
+        running = engine.submit(short, SamplingParams(min_tokens=900), 900)
+        next(iter(running))
+        assert engine.submit(long, SamplingParams(), 2).result().error is None
         running.cancel()
+        assert len(long.input_ids) > 8 * 64
+        assert len(chunks) == 9 and len(set(chunks)) == 9
 
 
 def test_an_engine_that_breaks_says_so_to_everybody(generators, monkeypatch):

@@ -65,7 +65,7 @@ def test_a_difference_is_told_with_its_place(other, place):
     assert f"<strong>Not identical:</strong> the answers first differ at token {place}" in beside([panel(), theirs])
 
 
-@pytest.mark.parametrize("reason", ["cancelled", "error", "timeout"])
+@pytest.mark.parametrize("reason", ["cancelled", "error"])
 def test_an_answer_that_did_not_end_by_itself_is_compared_with_nothing(reason):
     shown = beside([panel(reason=reason), panel(drafting=False)])
     assert "dentical" not in shown and "Speed-up" not in shown

@@ -383,8 +383,9 @@ def test_a_replica_that_dies_takes_only_its_own_requests_with_it(client, long_an
 
 def test_sigterm_under_load_loses_no_accepted_request(served, long_answer):
     client, process, lines = served
+    sessions = [session_on(client, replica, 0) for replica in sorted(client.replicas())]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        answers = [pool.submit(ask_long, client, number, f"{number}") for number in range(8)]
+        answers = [pool.submit(ask_long, client, number, sessions[number // 4]) for number in range(8)]
         assert eventually(lambda: client.running() == 2 * SLOTS, 30)
         process.send_signal(signal.SIGTERM)
         assert eventually(lambda: client.http.get("/ready").status_code == 503, 20)

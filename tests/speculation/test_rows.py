@@ -9,21 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxspec import Result, SamplingParams
+from jaxspec import Result
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation.state import DecodeState, Request, finish
 from tests.drafting import DRAFTERS
+from tests.helpers import MIXED_SAMPLING
 
 SLOTS, CAPACITY = 3, 192
 LIMITS = (24, 3, 17, 1, 20, 30)
-SAMPLING = [
-    SamplingParams(repetition_penalty=1.3, presence_penalty=0.5),
-    SamplingParams(temperature=1.0, seed=4, logprobs=2),
-    SamplingParams(temperature=0.8, top_p=0.9, seed=5, frequency_penalty=0.7, min_tokens=6),
-    SamplingParams(temperature=1.0, seed=6),
-    SamplingParams(logprobs=0),
-    SamplingParams(temperature=1.0, top_k=12, seed=7, logit_bias={9: 4.0}),
-]
 events = st.one_of(
     st.tuples(st.just("join"), st.integers(0, SLOTS - 1), st.integers(0, len(LIMITS) - 1)),
     st.tuples(st.just("leave"), st.integers(0, SLOTS - 1), st.just(0)),
@@ -43,7 +36,7 @@ class Service:
     def alone(self) -> list[Result]:
         """The answers, each a batch of its own."""
         generate = self.generator.generate_encoded
-        requests = zip(self.prompts, SAMPLING, LIMITS, strict=True)
+        requests = zip(self.prompts, MIXED_SAMPLING, LIMITS, strict=True)
         return [generate([prompt], sampling, limit)[0] for prompt, sampling, limit in requests]
 
     def idle(self) -> DecodeState:
@@ -54,7 +47,7 @@ class Service:
         prompts = [self.prompts[request]]
         target = self.generator.target
         asked = Request.of(
-            [SAMPLING[request]],
+            [MIXED_SAMPLING[request]],
             [prompts[0].input_ids],
             [LIMITS[request]],
             target.stop_token_ids,

@@ -84,8 +84,6 @@ def check_result(result: Result) -> None:
             return
         case "cancelled":
             raise ApiError(503, "the server is stopping and has ended this answer", code="stopping")
-        case "timeout":
-            raise timed_out()
     raise ApiError(500, result.error or "the answer could not be computed", code="generation_failed")
 
 
