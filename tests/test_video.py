@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import struct
 
 import av
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from jaxspec import Generator, Video
 from jaxspec.prompting import encode_prompt
 from jaxspec.targets.processors import VIDEO_SIZE, video_size_of
-from jaxspec.video import as_video, sample_times
+from jaxspec.video import VideoLimits, as_video, sample_times
 from tests.families import family_target
 
 
@@ -31,6 +32,35 @@ def numbers(video: Video) -> list[int]:
 
 def flat_frames(count: int) -> list[Image.Image]:
     return [Image.new("RGB", (64, 48), (20 * index, 90, 200)) for index in range(count)]
+
+
+def gif_of(frames: int, size=(1, 1), corner=(0, 0)) -> bytes:
+    """A few bytes for each frame of one pixel, on a canvas of that size; the last one lies in the corner."""
+    made = [b"GIF89a" + struct.pack("<HH", *size) + b"\x80\x00\x00" + b"\x00\x00\x00\xff\xff\xff"]
+    pixel = b"\x00" + b"\x02\x02\x44\x01\x00"  # flags, LZW: clear, 0, end
+    for number in range(frames):
+        place = corner if number == frames - 1 else (0, 0)
+        made.append(b"!\xf9\x04\x00\x0a\x00\x00\x00," + struct.pack("<HHHH", *place, 1, 1) + pixel)
+    return b"".join(made) + b";"
+
+
+def film_of(frames: int, size=(64, 48), kind: str = "mp4") -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", kind) as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for index in range(frames):
+            picture = Image.new("RGB", size, (15 * index % 256,) * 3)
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def animated(kind: str, frames: int, size=(40, 24)) -> bytes:
+    file = io.BytesIO()
+    first, *others = frames_of(frames, size)
+    first.save(file, kind, save_all=True, append_images=others, duration=250, loop=0)
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +144,75 @@ def test_playlists_open_no_other_files(tmp_path, monkeypatch):
         Video.open(playlist)
     url = "data:video/mp4;base64," + base64.b64encode((tmp_path / "secret.mp4").read_bytes()).decode()
     assert numbers(as_video(url)) == numbers(Video.open("secret.mp4"))
+
+
+SOURCES = {
+    "GIF": lambda frames: animated("GIF", frames),
+    "WEBP": lambda frames: animated("WEBP", frames),
+    "PNG": lambda frames: animated("PNG", frames),
+    "TIFF": lambda frames: animated("TIFF", frames),
+    "mp4": lambda frames: film_of(frames, (40, 24)),
+    "matroska": lambda frames: film_of(frames, (40, 24), "matroska"),  # whose header tells no number of frames
+}
+FRAME = 40 * 24
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        ({"frame_pixels": FRAME - 1}, "it has frames of 40 x 24 pixels; the limit is 959"),
+        ({"frames": 11}, "it has more than 11 frames"),
+        ({"decoded_pixels": 12 * FRAME - 1}, "it has more than 11519 pixels in all frames together"),
+        ({"kept_pixels": 4 * FRAME - 1}, "frames of 40 x 24 pixels would be taken of it; the limit is 3839 pixels"),
+    ],
+)
+def test_a_video_beyond_a_limit_is_refused_in_one_sentence(kind, limit, said):
+    content = SOURCES[kind](12)
+    assert len(Video.open(content).frames) >= 4
+    with pytest.raises(ValueError, match="^video cannot be read: ") as refused:
+        Video.open(content, limits=VideoLimits(**limit))
+    assert said in str(refused.value)
+    with pytest.raises(ValueError, match="^video cannot be read: "):
+        as_video(content, VideoLimits(**limit))
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_video_at_the_limits_is_read_as_without_them(kind):
+    content = SOURCES[kind](12)
+    free = Video.open(content)
+    limits = VideoLimits(len(free.frames) * FRAME, FRAME, 12, 12 * FRAME)
+    held = Video.open(content, limits=limits)
+    assert numbers(held) == numbers(free) and held.fps == free.fps
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "PNG", "mp4", "matroska"])
+def test_what_a_header_tells_is_refused_before_a_frame_is_decoded(kind, monkeypatch):
+    """Packets of a file are counted without their being decoded."""
+    content = SOURCES[kind](12)
+    for name in ("duration", "decoded", "animation_frames"):
+        monkeypatch.setattr(f"jaxspec.video.{name}", lambda *arguments: pytest.fail("decoded"))
+    for limit in ({"frame_pixels": FRAME - 1}, {"frames": 11}, {"decoded_pixels": 12 * FRAME - 1}):
+        with pytest.raises(ValueError, match="video cannot be read: it has"):
+            Video.open(content, limits=VideoLimits(**limit))
+
+
+def test_a_gif_that_grows_is_looked_at_frame_by_frame():
+    """Its canvas says one pixel, its last frame lies far outside."""
+    growing = gif_of(20, corner=(8000, 8000))
+    with pytest.raises(ValueError, match="it has frames of 8001 x 8001 pixels; the limit is 36000000"):
+        Video.open(growing)
+    with pytest.raises(ValueError, match="it has more than 100000 pixels in all frames together"):
+        Video.open(gif_of(20, corner=(400, 400)), limits=VideoLimits(decoded_pixels=100_000))
+    assert {frame.size for frame in Video.open(gif_of(20)).frames} == {(1, 1)}
+
+
+def test_a_film_that_grows_is_looked_at_frame_by_frame():
+    """MPEG-4 without a container: two films in one, the first of them small."""
+    growing = film_of(20, kind="m4v") + film_of(4, (1920, 1080), "m4v")
+    assert {frame.size for frame in Video.open(growing, fps=8.0).frames} >= {(64, 48)}
+    with pytest.raises(ValueError, match="video cannot be read: "):
+        Video.open(growing, fps=8.0, limits=VideoLimits(frame_pixels=100_000))
 
 
 @pytest.mark.parametrize(("fps", "sentence"), [(0, "positive number, got 0"), (math.nan, "positive number, got nan")])
