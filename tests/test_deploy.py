@@ -1,10 +1,14 @@
 """deploy/ and the server agree: flags, paths, ports, time to end."""
 
 import json
+import os
 import shlex
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import tyro
 import yaml
 
 from jaxspec.cli.commands import read_command
@@ -75,3 +79,33 @@ def test_a_deployment_starts_probes_and_ends_the_server_as_it_is(name):
     assert service["spec"]["ports"][0]["targetPort"] == port["name"]
     accelerator = "google.com/tpu" if "tpu" in name else "nvidia.com/gpu"
     assert container["resources"]["limits"][accelerator] == "1"
+
+
+def test_a_ray_service_has_options_that_there_are_and_machines_that_fit_them():
+    """What Ray Serve does with the file: the arguments become flags, which the program reads strictly."""
+    (service,) = yaml.safe_load_all((DEPLOY / "rayservice.yaml").read_text())
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    (application,) = config["applications"]
+    module, _, name = application["import_path"].partition(":")
+    if not (find_spec("ray") or os.environ.get("CI")):
+        pytest.skip("ray is not installed")
+    ray_serve = import_module(module)
+    assert callable(getattr(ray_serve, name))
+    options = tyro.cli(ray_serve.RayServe, args=ray_serve.flags(application["args"]))
+    options.check()
+    assert {name.replace("-", "_") for name in application["args"]} <= {"model", "dtype"} | set(vars(options))
+    speculative = options.speculative
+    assert (speculative.method, bool(speculative.model), options.model.dtype) == ("vispec", True, "bfloat16")
+    assert options.replicas <= options.max_replicas and options.tensor_parallel_size <= options.num_gpus
+
+    (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
+    assert workers["maxReplicas"] >= options.max_replicas  # a machine for each
+    pods = [service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"], workers["template"]["spec"]]
+    for pod in pods:
+        (container,) = pod["containers"]
+        (variable,) = container["env"]
+        assert variable["name"] == "JAXSPEC_API_KEY" and "value" not in variable
+        assert pod["terminationGracePeriodSeconds"] >= options.shutdown_timeout + LAST_WORDS_SECONDS + 10
+    assert container["resources"]["limits"]["nvidia.com/gpu"] >= options.num_gpus
+    assert container["resources"]["requests"]["cpu"] >= options.num_cpus
