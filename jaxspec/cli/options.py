@@ -33,13 +33,14 @@ class TreeOptions:
 
     def applied(self, tree: TreeConfig) -> TreeConfig:
         """Raises ValueError for a tree that cannot be."""
-        given: dict[str, Any] = {"depth": self.depth, "top_k": self.tree_top_k, "total_tokens": self.total_tokens}
-        given["noise_weight"] = self.noise_weight
-        return dataclasses.replace(tree, **{name: value for name, value in given.items() if value is not None})
+        return dataclasses.replace(tree, **self.given)
 
     @property
-    def given(self) -> bool:
-        return any(value is not None for value in dataclasses.astuple(self))
+    def given(self) -> dict[str, Any]:
+        """Those fields of `TreeConfig` that are given."""
+        fields: dict[str, Any] = {"depth": self.depth, "top_k": self.tree_top_k, "total_tokens": self.total_tokens}
+        fields["noise_weight"] = self.noise_weight
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxspec.checks import shown, whole_number
-from jaxspec.cli.options import ModelOptions
+from jaxspec.cli.options import ModelOptions, TreeOptions
 from jaxspec.cli.output import show_warning, waiting
 from jaxspec.programs import CHUNK
 from jaxspec.serving.requests import MIB, EngineSettings
@@ -50,11 +50,12 @@ class Serve:
     "depth", "top_k" and "total_tokens" (the root counted) another tree than the drafter's own, with "adaptive": false
     always the whole tree. null decodes autoregressively. By default the embedded model has its ViSpec drafter, others
     have none."""
+    tree: Annotated[TreeOptions, tyro.conf.arg(name="")] = TreeOptions()
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every one of this machine. Without a key only 127.0.0.1 is safe."""
     port: int = 8000
     """Port to listen on; 0 takes any free one."""
-    api_key: Annotated[str | None, tyro.conf.arg(metavar="KEY")] = None
+    api_key: Annotated[str | None, tyro.conf.arg(metavar="KEY")] = dataclasses.field(default=None, repr=False)
     """Key that every request but GET /health must carry. Better in the environment, as JAXSPEC_API_KEY: there no list
     of processes shows it."""
     served_model_name: str | None = None
@@ -75,12 +76,18 @@ class Serve:
     limit_mm_per_prompt: Annotated[str, tyro.conf.arg(metavar="JSON")] = '{"image": 16, "video": 1}'
     """Most images and videos of one prompt."""
     allowed_media_domains: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="HOST")] = ()
-    """A host, with its subdomains, that images may be fetched from; to be given again for further ones. By default
-    there is none, and images come as data: URLs only."""
+    """A host, with its subdomains, that images and videos may be fetched from; to be given again for further ones. By
+    default there is none, and they come as data: URLs only."""
+    allowed_hosts: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="HOST")] = ()
+    """A name that requests may call the server by, in their Host header; to be given again for further ones, "*" is
+    any. By default localhost, 127.0.0.1 and [::1] where the server has no key and listens for this machine alone, so
+    that no web page comes to it through a name of its own; else any."""
     max_body_mib: int = 64
     """MiB of a request; larger ones are answered with 413."""
+    max_total_body_mib: int = 512
+    """MiB of all requests that are being answered, together; those beyond it are answered with 503."""
     request_timeout: float = 600.0
-    """Seconds that a request may take, waiting included."""
+    """Seconds that a request may take from its first line to its last token, body and waiting included."""
     web_page: bool = False
     """Also serve a web page for a browser, under /: a picture, a question, the answer with accepted draft tokens
     coloured. Where there is a key, the browser asks for it as a password; any user name will do."""
@@ -137,10 +144,12 @@ class Serve:
 
     @property
     def speculative(self) -> SpeculativeConfig:
-        """What --speculative-config means. Raises ValueError."""
+        """What --speculative-config and the options of the tree mean. Raises ValueError."""
         if self.speculative_config is None:
-            return SpeculativeConfig.default(self.model.target)
-        return SpeculativeConfig.parse(self.speculative_config)
+            config = SpeculativeConfig.default(self.model.target)
+        else:
+            config = SpeculativeConfig.parse(self.speculative_config)
+        return config.with_tree(self.tree.given)
 
     def load_engine(self, mesh: Mesh | None = None) -> "Engine":
         """The engine, not started yet; with a mesh its parameters are sharded over that."""
@@ -160,10 +169,20 @@ class Serve:
             served_model_name=self.served_model_name or self.model.target,
             api_key=self.key(),
             max_body_bytes=self.max_body_mib * MIB,
+            max_total_body_bytes=self.max_total_body_mib * MIB,
+            allowed_hosts=self.hosts(),
             allowed_media_domains=self.allowed_media_domains,
             request_timeout=self.request_timeout,
             **self.limits(),
         )
+
+    def hosts(self) -> tuple[str, ...]:
+        """Names that requests may call the server by; none for any."""
+        from jaxspec.serving.http.server import LOOPBACK, is_loopback
+
+        if self.allowed_hosts or self.key() is not None or not is_loopback(self.host):
+            return self.allowed_hosts
+        return (*LOOPBACK, self.host)
 
     def warn_without_key(self, console: Console, settings: "HttpSettings") -> None:
         """Where others than this machine's own users are answered without a key."""

@@ -26,14 +26,15 @@ from starlette.routing import Mount
 
 from jaxspec import demo
 from jaxspec.checks import whole_number
-from jaxspec.media import open_image
-from jaxspec.prompting import encode_prompt
+from jaxspec.generator import Piece
 from jaxspec.serving.engine import Engine
-from jaxspec.serving.page_gate import Gate, Page
+from jaxspec.serving.http.errors import ApiError
+from jaxspec.serving.http.messages import Encoder
+from jaxspec.serving.http.settings import HttpSettings
+from jaxspec.serving.page_gate import HEARTBEAT, Gate, Page
 from jaxspec.serving.panels import CSS, WAITING, Panel, beside, hint, sentence
 from jaxspec.serving.requests import Refused, Stopping, Stream
 from jaxspec.speculation.params import SamplingParams
-from jaxspec.targets.prompts import EncodedPrompt
 
 log = logging.getLogger(__name__)
 
@@ -92,10 +93,12 @@ class Visit:
 
 
 class Desk:
-    """Takes the visitors' questions to the engines, one at a time for each visitor."""
+    """Takes the visitors' questions to the engines, one at a time for each visitor, within the limits of HTTP's: the
+    same bounds on a prompt, the same threads, the same patience."""
 
-    def __init__(self, engine: Engine, autoregressive: Autoregressive) -> None:
-        self.engine, self.autoregressive = engine, autoregressive
+    def __init__(self, engine: Engine, autoregressive: Autoregressive, encoder: Encoder) -> None:
+        self.engine, self.autoregressive, self.encoder = engine, autoregressive, encoder
+        self.patience = encoder.settings.request_timeout
         self.visits: dict[str, Visit] = {}  # by session
 
     async def ask(
@@ -148,7 +151,8 @@ class Desk:
             yield frame(beside(panels), busy=True)
             sampling = SamplingParams(temperature=temperature, seed=whole(seed))
             tokens = whole_number("the limit of tokens", whole(limit), 1)
-            prompt = await asyncio.to_thread(encoded, self.engine, picture, question)
+            async with asyncio.timeout(self.patience):
+                prompt = await self.encoder.encode_question(words(question), await asyncio.to_thread(uploaded, picture))
             engines = [self.engine]
             if len(panels) > 1:
                 panels[0].note = "getting ready ..."
@@ -158,13 +162,16 @@ class Desk:
                 panel.note = WAITING
                 if len(panels) > 1 and not visit.stopped:
                     visit.stream = engine.submit(prompt, sampling, tokens, client=session)
-                    await warm_up(visit.stream)
+                    async with asyncio.timeout(self.patience):
+                        await warm_up(visit.stream)
                 if visit.stopped:
                     panel.note = "stopped"
                     continue
                 visit.stream = stream = engine.submit(prompt, sampling, tokens, client=session)
                 shown = 0.0
-                async for piece in stream:
+                async for piece in within(stream, self.patience):
+                    if piece.result is not None and piece.result.error is not None:
+                        log.error("a question on the page could not be answered: %s", piece.result.error)
                     panel.add(piece, stream.served)
                     panel.tree = engine.stats().tree
                     if time.perf_counter() - shown >= FRAME_SECONDS:
@@ -173,6 +180,11 @@ class Desk:
             yield frame(beside(panels), busy=False)
         except (ValueError, Refused) as error:
             yield frame(sentence(str(error)) + beside_begun(panels), busy=False)
+        except ApiError as error:
+            yield frame(sentence(error.detail) + beside_begun(panels), busy=False)
+        except TimeoutError:
+            told = "the answer took longer than this server allows"
+            yield frame(sentence(told) + beside_begun(panels), busy=False)
         except Exception:
             log.exception("a question on the page could not be answered")
             yield frame(sentence("the server could not answer; its log says why") + beside_begun(panels), busy=False)
@@ -182,7 +194,12 @@ class Desk:
                 del self.visits[session]
 
 
-def make_page(engine: Engine, name: str | None = None, autoregressive: Autoregressive | None = None) -> gr.Blocks:
+def make_page(
+    engine: Engine,
+    name: str | None = None,
+    autoregressive: Autoregressive | None = None,
+    encoder: Encoder | None = None,
+) -> gr.Blocks:
     """The page of a running engine.
 
     Args:
@@ -190,9 +207,12 @@ def make_page(engine: Engine, name: str | None = None, autoregressive: Autoregre
       name: of the model, as the page tells it; the folder's by default.
       autoregressive: what it compares with; by default an engine that lives as long as the process, see `mount_page`.
 
+      encoder: makes the prompts, within its settings' limits; by default one with `HttpSettings`' own.
+
     It asks for no key: `mount_page` does.
     """
-    desk = Desk(engine, autoregressive or Autoregressive(engine))
+    encoder = encoder or Encoder(engine.target, engine.max_length, HttpSettings())
+    desk = Desk(engine, autoregressive or Autoregressive(engine), encoder)
     most = min(MOST_TOKENS, engine.max_length)
     usual = SamplingParams()
     if engine.settings.generation_config:
@@ -256,10 +276,16 @@ def mount_page(
 ) -> FastAPI:
     """Serve the page of an engine at `path` of an app, behind all routes that the app has already.
 
-    With an `api_key` visitors sign in with it as their password (under any name). What the app itself asks a key for
-    must leave the page's paths alone, which a browser opens without one. The engine for comparisons stops with the app.
+    In an app of `make_app` its limits hold for the page, too; in another one the usual ones of `HttpSettings` do. With
+    an `api_key` visitors sign in with it as their password (under any name). What the app itself asks a key for must
+    leave the page's paths alone, which a browser opens without one. The engine for comparisons stops with the app.
     """
     autoregressive = Autoregressive(engine)
+    encoder = getattr(app.state, "encoder", None)
+    if encoder is None:
+        encoder = Encoder(engine.target, engine.max_length, HttpSettings())
+    if (gate := getattr(app.state, "gate", None)) is not None:
+        gate.heartbeat = f"{path.rstrip('/')}{HEARTBEAT}"
 
     def allowed(visitor: str, password: str) -> bool:
         del visitor
@@ -274,11 +300,12 @@ def mount_page(
                 yield state
             finally:
                 await asyncio.to_thread(autoregressive.close)
+                encoder.close()
 
     app.router.lifespan_context = lifespan
     gr.mount_gradio_app(
         app,
-        make_page(engine, name, autoregressive),
+        make_page(engine, name, autoregressive, encoder),
         path,
         auth=None if api_key is None else allowed,
         auth_message=None if api_key is None else "Any name will do; the password is the API key of this server.",
@@ -299,17 +326,33 @@ def mount_page(
     return app
 
 
-def encoded(engine: Engine, picture: dict[str, Any] | None, question: str) -> EncodedPrompt:
-    """What the engine reads; the picture is a file that Gradio has found among the uploads. Raises ValueError."""
+def words(question: Any) -> str:
+    """The question as a browser sends it. Raises ValueError for what is no text."""
     if not isinstance(question, str):
         raise ValueError("the question must be a text")
-    images = []
-    if picture is not None:
+    return question
+
+
+def uploaded(picture: dict[str, Any] | None) -> bytes | None:
+    """What is in the file that Gradio has found among the uploads. Raises ValueError."""
+    if picture is None:
+        return None
+    try:
+        return Path(picture["path"]).read_bytes()
+    except (OSError, TypeError):
+        raise ValueError("the picture is no longer there; upload it again") from None
+
+
+async def within(stream: Stream, seconds: float | None) -> AsyncIterator[Piece]:
+    """The pieces of an answer that has so long, the queue included. Raises TimeoutError."""
+    deadline, pieces = None if seconds is None else asyncio.get_running_loop().time() + seconds, aiter(stream)
+    while True:
         try:
-            images.append(open_image(Path(picture["path"]).read_bytes(), "the picture"))
-        except (OSError, TypeError):
-            raise ValueError("the picture is no longer there; upload it again") from None
-    return encode_prompt(engine.target, question, images)
+            async with asyncio.timeout_at(deadline):
+                piece = await anext(pieces)
+        except StopAsyncIteration:
+            return
+        yield piece
 
 
 async def warm_up(stream: Stream) -> None:

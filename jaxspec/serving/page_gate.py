@@ -17,7 +17,9 @@ PATHS = {
     *("/", "/config", "/login", "/login/", "/logout", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"),
     *(f"{API}/{name}" for name in ("queue/join", "queue/data", "run/predict", "upload", "upload_progress", "cancel")),
 }
-FOLDERS = "/assets/", "/static/", f"{API}/heartbeat/"
+HEARTBEAT = f"{API}/heartbeat/"
+"""The beginning of the path of a request that a tab of the page keeps open as long as it is."""
+FOLDERS = "/assets/", "/static/", HEARTBEAT
 FILE = f"{API}/file="
 
 

@@ -86,6 +86,22 @@ class SpeculativeConfig:
             raise ValueError("speculative-config needs a method, a model or both")
         return cls(method, model, tree, chain, adaptive)
 
+    def with_tree(self, fields: Mapping[str, Any]) -> "SpeculativeConfig":
+        """The same with fields of the tree that were given elsewhere. Raises ValueError where they say something else
+        than it does, or there is nothing that drafts trees."""
+        if not fields:
+            return self
+        names = " and ".join(fields)
+        if self.method == NONE:
+            raise ValueError(f"{names} of a tree needs a drafter: give speculative-config a method or a model")
+        if self.chain is not None:
+            raise ValueError(f"{names} of a tree and num_speculative_tokens in speculative-config, a chain: give one")
+        for name, value in fields.items():
+            if self.tree.get(name, value) != value:
+                said = f"{name} is {shown(value)}, but {shown(self.tree[name])} in speculative-config"
+                raise ValueError(f"{said}; give it once")
+        return dataclasses.replace(self, tree={**self.tree, **fields})
+
     def load(self, target: Target, embedded: bool) -> tuple[Drafter | None, TreeConfig | None]:
         """The drafter with its tree, for a loaded target; (None, None) for autoregressive decoding. `embedded`: whether
         the target is the one that ships with the package, which has drafters by the method's name.

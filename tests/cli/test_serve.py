@@ -52,6 +52,28 @@ def test_names_that_people_know_are_flags():
     assert settings.prefill_chunk == 64 and not settings.adaptive
 
 
+@pytest.mark.parametrize(
+    ("flags", "config", "tree"),
+    [
+        ("--speculative-num-steps 3 --speculative-eagle-topk 4 --speculative-num-draft-tokens 16", None, (3, 4, 16)),
+        ("--depth 3 --tree-top-k 4 --total-tokens 16", None, (3, 4, 16)),
+        ("--speculative-num-steps 3", '{"method": "vispec", "eagle_topk": 4}', (3, 4, None)),
+        ("--speculative-num-draft-tokens 16", '{"method": "vispec", "num_draft_tokens": 16}', (None, None, 16)),
+        ("", '{"method": "vispec", "num_steps": 3}', (3, None, None)),
+    ],
+)
+def test_the_tree_is_told_by_flags_as_well_as_by_json(flags, config, tree):
+    given = [] if config is None else ["--speculative-config", config]
+    speculative = read_command(["serve", *flags.split(), *given], "test").speculative
+    assert speculative.method == "vispec"
+    names = ("depth", "top_k", "total_tokens")
+    assert speculative.tree == {name: value for name, value in zip(names, tree, strict=True) if value is not None}
+
+
+def test_the_key_is_in_no_representation():
+    assert "sk-given" not in repr(read_command(["serve", "--api-key", "sk-given"], "test"))
+
+
 def test_help_says_something_of_every_flag(capsys):
     with pytest.raises(SystemExit) as left:
         read_command(["serve", "--help"], "test")
@@ -92,7 +114,24 @@ def test_the_key_comes_from_the_environment_too(monkeypatch):
         (["--limit-mm-per-prompt", '{"image": -4}'], "limit-mm-per-prompt: image must be at least 0"),
         (["--limit-mm-per-prompt", '{"image": "many"}'], "limit-mm-per-prompt: image must be an integer"),
         (["--allowed-media-domains", "https://a.example"], "an allowed media domain is a host name"),
+        (["--allowed-hosts", "a.example:8000"], "an allowed host is a name such as example.org, without a port"),
+        (["--max-body-mib", "600"], "max_total_body_bytes must be at least 629145600, got 536870912"),
         (["--speculative-config", '{"metod": "vispec"}'], "speculative-config has unknown keys: metod"),
+        (
+            ["--depth", "3", "--speculative-config", '{"method": "vispec", "num_steps": 4}'],
+            "depth is 3, but 4 in speculative-config; give it once",
+        ),
+        (
+            [
+                "--speculative-num-steps",
+                "3",
+                "--speculative-config",
+                '{"method": "vispec", "num_speculative_tokens": 3}',
+            ],
+            "depth of a tree and num_speculative_tokens in speculative-config, a chain: give one",
+        ),
+        (["--total-tokens", "8", "--speculative-config", "null"], "total_tokens of a tree needs a drafter"),
+        (["--total-tokens", "8", "--model", "some/repo"], "total_tokens of a tree needs a drafter"),
     ],
 )
 def test_what_cannot_be_served_is_one_sentence_before_anything_is_loaded(arguments, said, capsys, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from jaxspec.detokenizer import Detokenizer, TokenReader
 from jaxspec.generator import Result
 from jaxspec.metrics import GenerationStats, pooled
-from jaxspec.serving.http.answers import Answers, event, over_all, usage_of
+from jaxspec.serving.http.answers import PART, Answers, event, json_of, over_all, usage_of
 from jaxspec.serving.http.schema import ChatCompletion, ChatCompletionChunk, Usage
 from jaxspec.serving.requests import Served
 from jaxspec.speculation.logprobs import Logprobs
@@ -101,6 +101,27 @@ def test_what_is_written_is_what_the_schema_says():
         answers.usage_chunk([plain], [SERVED]),
     ):
         assert ChatCompletionChunk.model_validate(chunk).model_dump(exclude_unset=True) == chunk
+
+
+def test_a_long_answer_is_written_in_parts_as_it_would_be_in_one():
+    count, top = 400, 20
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 500, count)
+    values = -rng.random((count, top))
+    logprobs = Logprobs(values[:, 0], rng.integers(3, 500, (count, top)), values)
+    answers = Answers("model", "fingerprint é", TokenReader(tokenizer_of("demo")), 7)
+    results = [result_of([1, 1], [4, 5]), result_of([0] * count, tokens.tolist(), logprobs)]
+    parts = list(answers.written(results, [SERVED, None]))
+    whole = answers.completion(results, [SERVED, None])
+    assert b"".join(parts).decode() == json.dumps(whole, ensure_ascii=False, separators=(",", ":"))
+    assert len(parts) > 5 and max(map(len, parts)) < 2 * PART
+
+
+@pytest.mark.parametrize("value", [{}, [], {"a": []}, [1, {}, [2]], None, 1.5, 'é"\n', {"é": [None, True]}])
+def test_any_value_is_written_as_json_has_it(value):
+    assert "".join(json_of(value)) == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    assert json.loads("".join(json_of({"a": iter([value, value])}))) == {"a": [value, value]}
+    assert "".join(json_of(iter([]))) == "[]"
 
 
 def test_events_are_one_line_of_ascii():

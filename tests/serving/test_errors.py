@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import httpx
@@ -10,7 +11,7 @@ import pytest
 from jaxspec.prompting import encode_prompt
 from jaxspec.serving.http.app import make_app
 from jaxspec.serving.http.body import MAX_VALUES
-from jaxspec.serving.http.errors import as_api_error
+from jaxspec.serving.http.errors import ApiError, as_api_error
 from jaxspec.serving.http.messages import most_characters
 from jaxspec.serving.http.schema import ChatRequest
 from jaxspec.serving.http.settings import HttpSettings
@@ -237,8 +238,50 @@ def test_exceptions_that_nobody_expects_say_nothing():
     error = as_api_error(RuntimeError("/home/ann/weights is broken"))
     assert error.status_code == 500 and error.body["error"]["type"] == "server_error"
     assert "ann" not in error.detail
+    assert "under req-7" in as_api_error(RuntimeError(), "req-7").detail
     assert as_api_error(Stopping("..")).status_code == 503
     assert as_api_error(TimeoutError()).status_code == 408
+
+
+@pytest.mark.parametrize("error", [Stopping(".."), QueueFull(".."), ApiError(503, "x"), ApiError(429, "x")])
+def test_whoever_may_ask_again_is_told_when(error):
+    assert int(as_api_error(error).response().headers["retry-after"]) >= 1
+
+
+def test_a_server_that_stops_or_is_not_ready_says_when_to_ask_again(app, engine, monkeypatch):
+    async def ready() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.get("/ready")
+
+    monkeypatch.setattr(app.state.gate, "closed", True)
+    responses = [asyncio.run(ready()), post(app)]
+    monkeypatch.setattr(app.state.gate, "closed", False)
+    monkeypatch.setattr(engine, "_warm", threading.Event())
+    responses.append(asyncio.run(ready()))
+    assert [response.status_code for response in responses] == [503, 503, 503]
+    assert all(int(response.headers["retry-after"]) >= 1 for response in responses)
+
+
+def test_time_is_counted_from_the_first_line_of_a_request(engine):
+    """A body that takes its time leaves less for the answer."""
+    app = make_app(engine, HttpSettings(request_timeout=2.0, body_timeout=10))
+    body = json.dumps({"model": MODEL, "messages": TEXT, "max_completion_tokens": 2}).encode()
+
+    async def slow():
+        yield body[:10]
+        await asyncio.sleep(2.2)
+        yield body[10:]
+
+    async def ask(content) -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as client:
+            headers = {"content-type": "application/json"}
+            return (await client.post(PATH, content=content, headers=headers)).status_code
+
+    async def both() -> tuple[int, int]:
+        return await ask(slow()), await ask(body)
+
+    post(make_app(engine), content=body)  # compiles
+    assert asyncio.run(both()) == (408, 200)
 
 
 def test_the_bound_on_characters_refuses_no_prompt_that_fits(engine):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from jaxspec import demo
 from jaxspec.serving.http.app import make_app
-from jaxspec.serving.http.limits import limited_protocol
+from jaxspec.serving.http.connections import limited_protocol
 from jaxspec.serving.http.settings import HttpSettings
 from tests.serving.listening import Listening, eventually
 

@@ -11,8 +11,9 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
+from jaxspec.serving.http.connections import limited_protocol
 from jaxspec.serving.http.errors import add_error_handlers
-from jaxspec.serving.http.limits import SPARE, Admit, Gate, add_limits, limited_protocol
+from jaxspec.serving.http.limits import SPARE, Admit, Gate, add_limits
 from jaxspec.serving.http.settings import HttpSettings
 from jaxspec.serving.requests import EngineSettings
 from tests.serving.listening import Listening, error_in, eventually, talk
@@ -149,21 +150,35 @@ def test_a_closed_gate_lets_nobody_in_and_says_when_to_try_again():
     assert [asked(app, "GET", path).status_code for path in ("/health", "/ready", "/metrics")] == [200, 200, 200]
 
 
-def test_a_heartbeat_of_the_web_page_is_not_waited_for():
+@pytest.mark.parametrize(
+    ("page", "method", "path", "counted"),
+    [
+        ("/gradio_api/heartbeat/", "GET", "/gradio_api/heartbeat/abc", False),
+        ("/ui/gradio_api/heartbeat/", "GET", "/ui/gradio_api/heartbeat/abc", False),
+        (None, "GET", "/gradio_api/heartbeat/abc", True),  # where there is no page
+        ("/gradio_api/heartbeat/", "POST", "/gradio_api/heartbeat/abc", True),
+        ("/gradio_api/heartbeat/", "GET", "/v1/models/gradio_api/heartbeat/abc", True),
+        ("/gradio_api/heartbeat/", "GET", "/ui/gradio_api/heartbeat/abc", True),
+        ("/gradio_api/heartbeat/", "GET", "/gradio_api/heartbeat", True),
+        ("/gradio_api/heartbeat/", "GET", "/other", True),
+    ],
+)
+def test_only_a_heartbeat_of_the_web_page_that_is_there_is_not_waited_for(page, method, path, counted):
     """It lasts as long as a browser's tab is open."""
-    gate = Gate(9)
+    gate = Gate(1)
+    gate.heartbeat = page
     app = make(gate)
 
-    @app.get("/gradio_api/heartbeat/{session}")
-    async def beat(session: str) -> dict[str, int]:
-        return {"inside": gate.inside}
+    async def say(rest: str) -> dict[str, int]:
+        return {"inside": gate.inside, "beating": gate.beating}
 
-    @app.get("/other")
-    async def other() -> dict[str, int]:
-        return {"inside": gate.inside}
-
-    assert asked(app, "GET", "/gradio_api/heartbeat/abc").json() == {"inside": 0}
-    assert asked(app, "GET", "/other").json() == {"inside": 1}
+    app.add_api_route("/{rest:path}", say, methods=["GET", "POST"])
+    assert asked(app, method, path).json() == {"inside": int(counted), "beating": int(not counted)}
+    assert gate.inside == gate.beating == 0
+    gate.inside = gate.beating = 1  # as many as may
+    assert asked(app, method, path).status_code == 429
+    gate.closed = True
+    assert asked(app, method, path).status_code == (503 if counted else 429)
 
 
 def test_a_full_gate_refuses_before_the_body_is_read():

@@ -11,7 +11,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jaxspec.prompting import encode_prompt
 from jaxspec.serving.caches import CacheUse
+from jaxspec.serving.http.choices import Choices
+from jaxspec.serving.http.errors import ApiError
 from jaxspec.serving.http.metrics import Metrics, add_metrics
+from jaxspec.serving.requests import Stream
 from jaxspec.serving.stats import EngineStats
 from jaxspec.speculation.params import SamplingParams
 
@@ -144,6 +147,31 @@ def test_histograms_hold_what_a_client_sees(watched, engine):
     assert values[("jaxspec_inter_token_latency_seconds_count",)] == after_first
     assert values[("jaxspec_inter_token_latency_seconds_sum",)] <= pieces[-1][0] - pieces[0][0] + 0.01
     assert values[("jaxspec_generation_tokens_total",)] - before.generated_tokens == len(result.tokens)
+
+
+def test_requests_that_are_left_or_take_too_long_count_with_the_time_they_had(engine):
+    """One in the middle of its answer, one that never gets a token."""
+    metrics, prompt = Metrics(engine), encode_prompt(engine.target, PROMPT)
+    silent = Stream(lambda: None)
+
+    async def leave() -> None:
+        running = engine.submit(prompt, SamplingParams(temperature=0, min_tokens=400), 400)
+        for stream in (running, silent):
+            choices = Choices([stream], asyncio.get_running_loop().time() + 0.5, metrics.watched)
+            if stream is running:
+                await choices.next()
+            else:
+                with pytest.raises(ApiError, match="took longer"):
+                    await choices.all_results()
+            choices.close()
+            await asyncio.wait(choices._tasks, timeout=5)
+
+    asyncio.run(leave())
+    values = scraped(metrics)
+    for name, count in (("e2e_request_latency", 2), ("time_to_first_token", 2), ("request_queue_time", 0)):
+        assert values[(f"jaxspec_{name}_seconds_count",)] == count, name
+    assert values[("jaxspec_time_to_first_token_seconds_sum",)] >= 0.45
+    assert values[("jaxspec_e2e_request_latency_seconds_sum",)] >= 0.45
 
 
 def test_one_token_has_no_time_between_tokens(watched):

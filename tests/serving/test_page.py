@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, Page, expect
 
 import jaxspec
 from jaxspec import demo
+from jaxspec.colours import TokenColours
 from jaxspec.serving.engine import Engine
 from jaxspec.serving.page import mount_page
 from jaxspec.serving.requests import EngineSettings
@@ -95,6 +96,11 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None
         time.sleep(0.05)
 
 
+def by_character(runs) -> list[tuple[str, str]]:
+    """What belongs to each character, however runs are cut."""
+    return [(character, kind) for text, kind in runs for character in text]
+
+
 def test_a_picture_is_uploaded_and_asked_about(page, engine):
     elsewhere = []
     page.on("request", lambda request: elsewhere.append(request.url))
@@ -107,7 +113,11 @@ def test_a_picture_is_uploaded_and_asked_about(page, engine):
     )
     assert page.locator(".answer").inner_text() == expected.text
     drafted, own = page.locator(".answer .draft"), page.locator(".answer .own")
-    assert "".join(drafted.all_inner_texts() + own.all_inner_texts()) != ""
+    shown = page.locator(".answer span").evaluate_all("all => all.map(each => [each.textContent, each.className])")
+    colours = TokenColours()
+    colours.add(expected.text_ends, expected.accepted)
+    runs = [(text, "draft" if drafted else "own") for text, drafted in colours.split(expected.text)]
+    assert by_character(shown) == by_character(runs) and drafted.count() and own.count()
     colours = [
         page.evaluate("each => getComputedStyle(each).borderBottom", each.first.element_handle())
         for each in (drafted, own)

@@ -10,7 +10,7 @@ from schemathesis import GenerationMode, checks
 from schemathesis.specs.openapi import checks as openapi_checks
 
 from jaxspec.serving.http.app import make_app
-from jaxspec.serving.http.limits import limited_protocol
+from jaxspec.serving.http.connections import limited_protocol
 from jaxspec.serving.http.settings import HttpSettings
 from tests.serving.listening import Listening
 

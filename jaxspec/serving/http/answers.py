@@ -8,7 +8,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from jaxspec.metrics import Acceptance
 from jaxspec.serving.requests import Served
 from jaxspec.speculation.logprobs import Logprobs
 
+PART = 64 * 2**10
+"""Characters of the parts in which a long answer is written."""
 LEAST_LOGPROB = -9999.0
 """What OpenAI writes for a token that cannot be."""
 
@@ -42,19 +44,37 @@ class Answers:
             "system_fingerprint": fingerprint,
         }
 
-    def completion(self, results: Sequence[Result], served: Sequence[Served | None]) -> dict[str, Any]:
-        """The whole answer, a result for each choice."""
+    def completion(
+        self,
+        results: Sequence[Result],
+        served: Sequence[Served | None],
+        collect: Callable[[Iterator[dict[str, Any]]], Any] = list,
+    ) -> dict[str, Any]:
+        """The whole answer, a result for each choice. `collect` is what the log-probabilities of tokens go into."""
         choices = [
             {
                 "index": index,
                 "message": {"role": "assistant", "content": result.text, "refusal": None},
-                "logprobs": self.logprobs(result.tokens, result.logprobs),
+                "logprobs": self.logprobs(result.tokens, result.logprobs, collect),
                 "finish_reason": result.finish_reason,
             }
             for index, result in enumerate(results)
         ]
         usage = usage_of(self.prompt_tokens, results, served)
         return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage}
+
+    def written(self, results: Sequence[Result], served: Sequence[Served | None]) -> Iterator[bytes]:
+        """`completion` as JSON, in parts that are made when they are asked for: sixteen choices with twenty
+        alternatives for every token are a hundred megabytes, and ten times as much as Python objects."""
+        part: list[str] = []
+        size = 0
+        for text in json_of(self.completion(results, served, iter)):
+            part.append(text)
+            size += len(text)
+            if size >= PART:
+                yield "".join(part).encode()
+                part, size = [], 0
+        yield "".join(part).encode()
 
     def chunk(
         self, index: int, delta: dict[str, str], logprobs: dict | None = None, finish_reason: str | None = None
@@ -68,17 +88,19 @@ class Answers:
         usage = usage_of(self.prompt_tokens, results, served)
         return {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": usage}
 
-    def logprobs(self, tokens: np.ndarray, told: Logprobs | None) -> dict[str, Any] | None:
+    def logprobs(
+        self, tokens: np.ndarray, told: Logprobs | None, collect: Callable[[Iterator[dict[str, Any]]], Any] = list
+    ) -> dict[str, Any] | None:
         """Those of tokens i32 `[n]`, every one that was generated, a stop token at the end included."""
-        if told is None:
-            return None
-        content = []
+        return None if told is None else {"content": collect(self.entries(tokens, told)), "refusal": None}
+
+    def entries(self, tokens: np.ndarray, told: Logprobs) -> Iterator[dict[str, Any]]:
+        """Token by token."""
         for token, logprob, ids, values in zip(
             map(int, tokens), told.token_logprobs, told.top_ids, told.top_logprobs, strict=True
         ):
             top = [self.entry(int(each), value) for each, value in zip(ids, values, strict=True)]
-            content.append({**self.entry(token, logprob), "top_logprobs": top})
-        return {"content": content, "refusal": None}
+            yield {**self.entry(token, logprob), "top_logprobs": top}
 
     def entry(self, token: int, logprob: float) -> dict[str, Any]:
         """One token: as text, as bytes (of all tokens they join to the text), with its log-probability."""
@@ -129,6 +151,36 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nan(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_of(value: Any) -> Iterator[str]:
+    """The JSON of a value in small parts. It may hold iterators, which are arrays whose elements are made one by one;
+    between two parts other threads have their turn."""
+    if isinstance(value, dict):
+        before = "{"
+        for name, each in value.items():
+            yield f"{before}{compact(name)}:"
+            yield from json_of(each)
+            before = ","
+        yield "}" if value else "{}"
+    elif isinstance(value, list):
+        before = "["
+        for each in value:
+            yield before
+            yield from json_of(each)
+            before = ","
+        yield "]" if value else "[]"
+    elif isinstance(value, Iterator):
+        yield "["
+        for number, each in enumerate(value):
+            yield f",{compact(each)}" if number else compact(each)
+        yield "]"
+    else:
+        yield compact(value)
+
+
+def compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def event(value: dict[str, Any]) -> bytes:

@@ -29,13 +29,14 @@ from jaxspec.serving.http.settings import HttpSettings
 REASONS = {
     400: "The request cannot be answered as it is; `param` names what is wrong.",
     401: "The key is wrong or missing.",
+    403: "The server does not answer under the name in the Host header.",
     404: "There is no such model.",
     408: "The body or the answer took too long.",
-    413: "The body is too large.",
+    413: "The body is too large, or there is one where none is taken.",
     415: "The body is not JSON.",
     429: "Too many requests wait already.",
     500: "The answer could not be computed.",
-    503: "The server is not ready, or is stopping.",
+    503: "The server is not ready, is stopping, or has too many bytes of requests already.",
 }
 
 
@@ -48,7 +49,8 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def make_app(engine: Engine, settings: HttpSettings = HttpSettings()) -> FastAPI:
-    """The app of an engine that has been started. `app.state.gate` says who is inside and whether more are let in."""
+    """The app of an engine that has been started. `app.state.gate` says who is inside and whether more are let in,
+    `app.state.encoder` makes prompts within the settings' limits."""
     gate, metrics = Gate.of(engine.settings), Metrics(engine)
     chat = Chat(engine, settings, fingerprint(engine), metrics.watched)
 
@@ -66,6 +68,7 @@ def make_app(engine: Engine, settings: HttpSettings = HttpSettings()) -> FastAPI
         lifespan=lifespan,
     )
     app.state.engine, app.state.settings, app.state.gate, app.state.metrics = engine, settings, gate, metrics
+    app.state.encoder = chat.encoder
     add_error_handlers(app)
     add_limits(app, settings, gate)
     add_metrics(app, metrics)
@@ -109,20 +112,22 @@ def about_router(gate: Gate, engine: Engine, settings: HttpSettings) -> APIRoute
         tree=f"{tree.depth}/{tree.top_k}/{tree.total_tokens}" if engine.drafter else "none",
     )
 
-    @router.get("/v1/models", summary="The model that is served", responses=refusals(401, 429, 500, 503))
+    @router.get("/v1/models", summary="The model that is served", responses=refusals(401, 403, 413, 429, 500, 503))
     async def list_models() -> ModelList:
         return ModelList(object="list", data=[model])
 
-    @router.get("/v1/models/{name:path}", summary="About one model", responses=refusals(401, 404, 429, 500, 503))
+    @router.get(
+        "/v1/models/{name:path}", summary="About one model", responses=refusals(401, 403, 404, 413, 429, 500, 503)
+    )
     async def retrieve_model(name: str) -> Model:
         if name != model.id:
             raise no_such_model(name)
         return model
 
-    @router.get("/health", summary="Whether the server lives", responses=refusals(500))
+    @router.get("/health", summary="Whether the server lives", responses=refusals(403, 413, 500))
     async def health() -> Health:
         if engine.failure is not None:
-            raise ApiError(500, engine.failure, code="engine_failed")
+            raise ApiError(500, "the engine has stopped; the server's log says why", code="engine_failed")
         stats = engine.stats()
         return Health(
             status="ok",
@@ -133,7 +138,7 @@ def about_router(gate: Gate, engine: Engine, settings: HttpSettings) -> APIRoute
             slots=stats.slots,
         )
 
-    @router.get("/ready", summary="Whether it takes requests", responses=refusals(401, 500, 503))
+    @router.get("/ready", summary="Whether it takes requests", responses=refusals(401, 403, 413, 500, 503))
     async def ready() -> Ready:
         if gate.closed:
             raise ApiError(503, "the server is stopping", code="stopping")

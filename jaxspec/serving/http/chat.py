@@ -17,6 +17,7 @@ from jaxspec.serving.grammar import Grammars
 from jaxspec.serving.http.answers import DONE, Answers, event
 from jaxspec.serving.http.choices import Choices, Gone, Watch, unless_gone
 from jaxspec.serving.http.errors import ApiError, as_api_error, timed_out
+from jaxspec.serving.http.limits import deadline_of
 from jaxspec.serving.http.messages import Encoder
 from jaxspec.serving.http.parameters import choices_of, grammar_of, limit_of, naming, sampling_of
 from jaxspec.serving.http.schema import ChatRequest
@@ -52,33 +53,43 @@ class Chat:
         """The response to one request; work on it ends where the client leaves. Raises ApiError and what the engine
         refuses with."""
         try:
-            return await unless_gone(http, self.respond(request, http.client.host if http.client else ""))
+            work = self.respond(
+                request,
+                http.client.host if http.client else "",
+                deadline_of(http.scope, self.settings.request_timeout),
+                http.state.request_id,
+            )
+            return await unless_gone(http, work)
         except Gone:
             return Response(status_code=499)  # which nobody reads
 
-    async def respond(self, request: ChatRequest, host: str) -> Response:
-        """The response to a request from a host."""
+    async def respond(self, request: ChatRequest, host: str, deadline: float | None, request_id: str) -> Response:
+        """The response to a request from a host, which has until then."""
         if request.model != self.settings.served_model_name:
             raise no_such_model(request.model)
-        patience = self.settings.request_timeout
-        deadline = None if patience is None else asyncio.get_running_loop().time() + patience
         try:
             async with asyncio.timeout_at(deadline):
-                choices, answers = await self.begin(request, host, deadline)
+                choices, answers = await self.begin(request, host, deadline, request_id)
         except TimeoutError:
             raise timed_out() from None
         try:
             if request.stream:
                 # So that an answer which fails before it begins has a status of its own.
                 first = await choices.next()
-                return Events(choices, chunks(request, choices, answers, first))
+                usage = request.stream_options is not None and bool(request.stream_options.include_usage)
+                return Events(choices, chunks(choices, answers, first, usage))
             results = await choices.all_results()
-            return JSONResponse(answers.completion(results, [stream.served for stream in choices.streams]))
+            served = [stream.served for stream in choices.streams]
+            if request.logprobs:  # as fast as the client reads it, and off the event loop
+                return StreamingResponse(answers.written(results, served), media_type="application/json")
+            return JSONResponse(answers.completion(results, served))
         except BaseException:
             choices.close()
             raise
 
-    async def begin(self, request: ChatRequest, host: str, deadline: float | None) -> tuple[Choices, Answers]:
+    async def begin(
+        self, request: ChatRequest, host: str, deadline: float | None, request_id: str
+    ) -> tuple[Choices, Answers]:
         """Everything up to the request's place in the queue. Raises ApiError and what the engine refuses with."""
         n = request.n or 1
         if n > self.settings.max_n:
@@ -106,7 +117,7 @@ class Chat:
                 stream.cancel()
             raise
         answers = Answers(request.model, self.fingerprint, self.reader, len(prompt.input_ids))
-        return Choices(streams, deadline, self.watch), answers
+        return Choices(streams, deadline, self.watch, request_id), answers
 
     def check_queue(self) -> None:
         """Raises QueueFull before any work is done for a request that would not be taken."""
@@ -141,12 +152,9 @@ class Events(StreamingResponse):
             self.choices.close()
 
 
-async def chunks(
-    request: ChatRequest, choices: Choices, answers: Answers, first: tuple[int, Piece]
-) -> AsyncIterator[bytes]:
+async def chunks(choices: Choices, answers: Answers, first: tuple[int, Piece], usage: bool) -> AsyncIterator[bytes]:
     """The events of a stream: roles, texts as they become certain, how each choice ended, usage if it was asked for.
     What goes wrong on the way is an event of its own, and the last one."""
-    usage = request.stream_options is not None and bool(request.stream_options.include_usage)
     extra: dict[str, Any] = {"usage": None} if usage else {}
     try:
         for index in range(len(choices.streams)):
@@ -167,5 +175,5 @@ async def chunks(
         yield DONE
     except Exception as error:
         if not isinstance(error, ApiError):
-            log.exception("a stream failed")
-        yield event(as_api_error(error).body)
+            log.exception("the stream of request %s failed", choices.request_id)
+        yield event(as_api_error(error, choices.request_id).body)

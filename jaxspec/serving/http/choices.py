@@ -1,14 +1,17 @@
 """The choices of one request while they come: one stream of pieces out of n, ended in time, cancelled together."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
 
 from jaxspec.generator import Piece, Result
-from jaxspec.serving.http.errors import ApiError, timed_out
+from jaxspec.serving.http.errors import ApiError, in_the_log, timed_out
 from jaxspec.serving.requests import Stream
+
+log = logging.getLogger(__name__)
 
 Watch = Callable[[Stream], AsyncIterator[Piece]]
 """What pieces pass through on their way, such as a clock."""
@@ -24,10 +27,11 @@ class Choices:
       streams: of the choices, in order.
       deadline: the event loop's time at which patience ends; None for never.
       watch: what each stream is read through.
+      request_id: what the log calls the request.
     """
 
-    def __init__(self, streams: Sequence[Stream], deadline: float | None, watch: Watch) -> None:
-        self.streams, self.deadline = streams, deadline
+    def __init__(self, streams: Sequence[Stream], deadline: float | None, watch: Watch, request_id: str = "") -> None:
+        self.streams, self.deadline, self.request_id = streams, deadline, request_id
         self.results: list[Result | None] = [None] * len(streams)
         self._news: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self._tasks = [asyncio.create_task(self._forward(index, watch(stream))) for index, stream in enumerate(streams)]
@@ -47,7 +51,7 @@ class Choices:
         if isinstance(piece, Exception):
             raise piece
         if piece.result is not None:
-            check_result(piece.result)
+            check_result(piece.result, self.request_id)
             self.results[index] = piece.result
         return index, piece
 
@@ -77,14 +81,17 @@ class Choices:
             self._news.put_nowait((index, error))
 
 
-def check_result(result: Result) -> None:
-    """Raises ApiError for an answer that did not come to its own end."""
+def check_result(result: Result, request_id: str) -> None:
+    """Raises ApiError for an answer that did not come to its own end. What was not written for clients goes to the log
+    and not to them."""
     match result.finish_reason:
         case "stop" | "length":
             return
         case "cancelled":
             raise ApiError(503, "the server is stopping and has ended this answer", code="stopping")
-    raise ApiError(500, result.error or "the answer could not be computed", code="generation_failed")
+    log.error("request %s could not be answered: %s", request_id, result.error)
+    message = result.public_error or f"the answer could not be computed by the server; {in_the_log(request_id)}"
+    raise ApiError(500, message, code="generation_failed")
 
 
 class Gone(Exception):

@@ -1,9 +1,11 @@
 """Every refusal in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, with the status that goes with it.
 
-This is the one place that knows which exception is which status. Nobody is told of files or stack traces.
+This is the one place that knows which exception is which status. Nobody is told of files, stack traces or what an
+exception says that was not written for clients: the log has that, under the request's id.
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,10 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from jaxspec.checks import shown
 from jaxspec.serving.requests import QueueFull, Stopping
+
+log = logging.getLogger(__name__)
+REQUEST_ID = "x-request-id"
+"""The header of every answer that names it; the log has the name, too, where something went wrong."""
 
 
 class ErrorDetail(BaseModel):
@@ -34,6 +40,8 @@ class ErrorAnswer(BaseModel):
 
 TYPES = {401: "authentication_error", 403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
 """OpenAI's types by status; below 500 the others are `invalid_request_error`, from there on `server_error`."""
+RETRY_AFTER = {429: "1", 503: "2"}
+"""Seconds after which these may be asked again, where nothing else is said: every such answer has the header."""
 
 
 class ApiError(HTTPException):
@@ -47,7 +55,10 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status, message, dict(headers or {}))
+        given = dict(headers or {})
+        if status in RETRY_AFTER:
+            given.setdefault("retry-after", RETRY_AFTER[status])
+        super().__init__(status, message, given)
         self.param, self.code = param, code
 
     @property
@@ -61,22 +72,27 @@ class ApiError(HTTPException):
         return JSONResponse(self.body, self.status_code, self.headers)
 
 
-def as_api_error(error: Exception) -> ApiError:
-    """What the client is told of any exception."""
+def as_api_error(error: Exception, request_id: str = "") -> ApiError:
+    """What the client is told of any exception; `request_id` is where the log has the rest."""
     match error:
         case ApiError():
             return error
         case RequestValidationError():
             return of_validation(error.errors()[0], error.body)
         case QueueFull():
-            return ApiError(429, f"{error}; try again later", code="queue_full", headers={"Retry-After": "1"})
+            return ApiError(429, f"{error}; try again later", code="queue_full")
         case Stopping():
             return ApiError(503, "the server is stopping and takes no more requests", code="stopping")
         case TimeoutError():
             return timed_out()
         case StarletteHTTPException():
             return of_routing(error)
-    return ApiError(500, "the server failed to answer; its log says why", code="internal_error")
+    return ApiError(500, f"the server failed to answer; {in_the_log(request_id)}", code="internal_error")
+
+
+def in_the_log(request_id: str) -> str:
+    """Where whoever runs the server finds what a client is not told."""
+    return f"its log says why, under {request_id}" if request_id else "its log says why"
 
 
 def timed_out() -> ApiError:
@@ -159,8 +175,13 @@ def add_error_handlers(app: FastAPI) -> None:
     """Answers every exception of an app in OpenAI's shape."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        del request
-        return as_api_error(error).response()
+        name = request.scope.get("state", {}).get("request_id", "")
+        told = as_api_error(error, name)
+        if told.code == "internal_error":
+            log.error("request %s failed: %s", name, type(error).__name__)
+        response = told.response()
+        response.headers.setdefault(REQUEST_ID, name)  # of what nobody expected the answer leaves beside the door
+        return response
 
     for kind in (StarletteHTTPException, RequestValidationError, QueueFull, Stopping, Exception):
         app.add_exception_handler(kind, answer)

@@ -1,9 +1,9 @@
-"""Pictures behind http(s) URLs, fetched so that a request cannot reach what only this machine can.
+"""Pictures and videos behind http(s) URLs, fetched so that a request cannot reach what only this machine can.
 
 A URL is followed when its host is one of the allowed domains and every address that the host has is public. The name is
 looked up once, and the connection goes to an address of that answer, so that a name whose answer changes (DNS
 rebinding) changes nothing. A redirect is a new URL: it is checked and looked up in the same way. What a server says of
-its content is not believed: the bytes go to `jaxspec.media.open_image`.
+its content is not believed: the bytes go to `jaxspec.media.open_image` and `jaxspec.video.as_video`.
 """
 
 import asyncio
@@ -159,7 +159,7 @@ class RemoteMedia:
         host = url.raw_host.decode().lower().removesuffix(".")
         if not any(host == domain or is_subdomain(host, domain) for domain in self.domains):
             allowed = f"from {', '.join(self.domains)}" if self.domains else "in data: URLs only"
-            raise Unfetchable(f"is on a host that is not allowed; images may come {allowed}")
+            raise Unfetchable(f"is on a host that is not allowed; images and videos may come {allowed}")
         if (url.port or (443 if url.scheme == "https" else 80)) not in self.ports:
             raise Unfetchable("has a URL with a port that is not allowed; leave it out")
         return host

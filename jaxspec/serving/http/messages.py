@@ -6,7 +6,7 @@ of others.
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,12 +20,15 @@ from jaxspec.serving.http.schema import ChatMessage, ImagePart, TextPart, VideoP
 from jaxspec.serving.http.settings import HttpSettings
 from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.target import Target
-from jaxspec.video import Video, as_video
+from jaxspec.video import Video, VideoLimits, as_video
 
 COMPOSED = 4
 """Most characters that a tokenizer's normaliser makes one of (Unicode's composition)."""
 FETCHES = 8
 """Files that are fetched at a time."""
+VIDEO = VideoLimits(frame_pixels=9_000_000, frames=20_000, decoded_pixels=20_000_000_000)
+"""What a video file may have, whatever is taken of it. A frame of 4K has 8.3 million pixels, and that many in all hold
+up a thread for a minute or two; of those that are taken `HttpSettings.max_pixels` tells."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +70,24 @@ class Encoder:
         """The prompt that the messages are. Raises ApiError for what the target or the server does not read."""
         media = list(media_of(messages))
         self.check_media(media)
-        contents = await asyncio.gather(*(self.content(medium) for medium in media))
+        try:
+            async with asyncio.TaskGroup() as group:  # where one cannot be had, the others are not waited for
+                fetched = [group.create_task(self.content(medium)) for medium in media]
+        except ExceptionGroup as refusals:
+            raise refusals.exceptions[0] from None
+        contents = [task.result() for task in fetched]
         return await asyncio.get_running_loop().run_in_executor(self.pool, self.encoded, messages, media, contents)
+
+    async def encode_question(self, question: str, picture: bytes | None) -> EncodedPrompt:
+        """The prompt of one turn, about the picture if there is one. Raises ApiError and ValueError as `encode`."""
+
+        def encoded() -> EncodedPrompt:
+            self.check_characters([question])
+            opened = [] if picture is None else [open_image(picture, "the picture")]
+            self.check_pixels(sum(image.width * image.height for image in opened), None)
+            return self.of_a_length(encode_prompt(self.target, question, opened))
+
+        return await asyncio.get_running_loop().run_in_executor(self.pool, encoded)
 
     def check_media(self, media: Sequence[Medium]) -> None:
         """Raises ApiError for more media than the server takes, and for a kind that the target does not read."""
@@ -96,27 +115,35 @@ class Encoder:
         self, messages: Sequence[ChatMessage], media: Sequence[Medium], contents: Sequence[str | bytes]
     ) -> EncodedPrompt:
         """`encode`, once everything is here."""
-        self.check_characters(messages)
+        self.check_characters(texts_of(messages))
         opened, pixels = [], 0
         for medium, content in zip(media, contents, strict=True):
             with naming(medium.param):
-                opened.append(opened_medium(medium, content))
-            if medium.kind == "image":
-                pixels += opened[-1].width * opened[-1].height
-            if pixels > self.settings.max_pixels:
-                sentence = f"the images of a prompt may have {self.settings.max_pixels} pixels together, at most"
-                raise ApiError(400, sentence, medium.param, "too_many_pixels")
+                opened.append(opened_medium(medium, content, self.settings.max_pixels - pixels))
+            frames = opened[-1].frames if medium.kind == "video" else opened[-1:]
+            pixels += sum(frame.width * frame.height for frame in frames)
+            self.check_pixels(pixels, medium.param)
         with naming("messages"):
             prompt = encode_prompt(self.target, plain_messages(messages, iter(opened)))
+        return self.of_a_length(prompt)
+
+    def of_a_length(self, prompt: EncodedPrompt) -> EncodedPrompt:
+        """The prompt itself. Raises ApiError where it leaves no room for an answer."""
         if len(prompt.input_ids) >= self.max_length:
             raise too_long(f"the prompt has {len(prompt.input_ids)} tokens", self.max_length)
         return prompt
 
-    def check_characters(self, messages: Sequence[ChatMessage]) -> None:
+    def check_pixels(self, pixels: int, param: str | None) -> None:
+        """Raises ApiError for more pixels than a prompt may have."""
+        if pixels > self.settings.max_pixels:
+            sentence = f"the images of a prompt may have {self.settings.max_pixels} pixels together, at most"
+            raise ApiError(400, sentence, param, "too_many_pixels")
+
+    def check_characters(self, texts: Iterable[str]) -> None:
         """Raises ApiError for words that are too many however they are cut into tokens, which takes time."""
         if self._most_characters is None:
             return
-        count = sum(len(word) for text in texts_of(messages) for word in text.split())
+        count = sum(len(word) for text in texts for word in text.split())
         if count > self._most_characters:
             raise too_long(f"the prompt has {count} characters, more tokens than fit", self.max_length)
 
@@ -161,9 +188,11 @@ def media_of(messages: Sequence[ChatMessage]) -> Iterator[Medium]:
             yield Medium(kind, counts[kind], url, f"messages.{row}.content.{place}.{part.type}")
 
 
-def opened_medium(medium: Medium, content: str | bytes) -> Any:
-    """A picture, or a `Video`. Raises ValueError."""
-    return as_video(content) if medium.kind == "video" else open_image(content, medium.name)
+def opened_medium(medium: Medium, content: str | bytes, most_pixels: int) -> Any:
+    """A picture, or a `Video` of which so many pixels may be taken. Raises ValueError."""
+    if medium.kind == "video":
+        return as_video(content, dataclasses.replace(VIDEO, kept_pixels=most_pixels))
+    return open_image(content, medium.name)
 
 
 def plain_messages(messages: Sequence[ChatMessage], opened: Iterator[Any]) -> list[dict]:

@@ -118,9 +118,13 @@ class Metrics:
         def histogram(name: str, about: str, bounds: tuple[float, ...] = SECONDS) -> Histogram:
             return Histogram(f"jaxspec_{name}_seconds", about, buckets=bounds, registry=self.registry)
 
-        self.first_token = histogram("time_to_first_token", "From submission to the first token.")
+        self.first_token = histogram(
+            "time_to_first_token", "From submission to the first token, or until a request was left without one."
+        )
         self.queue = histogram("request_queue_time", "From submission until the prompt began to be read.")
-        self.whole = histogram("e2e_request_latency", "From submission to the last token.")
+        self.whole = histogram(
+            "e2e_request_latency", "From submission to the last token, or until a request was left or took too long."
+        )
         self.inter_token = histogram(
             "inter_token_latency",
             "Time since the tokens before, shared among the tokens that came together; each token counts once.",
@@ -128,30 +132,45 @@ class Metrics:
         )
 
     async def watched(self, stream: Stream) -> AsyncIterator[Piece]:
-        """The pieces of an answer, timed as they pass."""
+        """The pieces of an answer, timed as they pass. One that nobody waits for any more, because its client has left
+        or its time is over, counts with the time that it had: else a server that is too slow would look fast."""
+        started = time.perf_counter()
         before: float | None = None
-        tokens = 0
-        async for piece in stream:
-            now = time.perf_counter()
-            count = len(piece.tokens)
-            if count and before is not None:
-                for _ in range(count):
-                    self.inter_token.observe((now - before) / count)
-            before = now if count else before
-            tokens += count
-            if piece.result is not None and stream.served is not None:
-                served = stream.served
-                self.whole.observe(served.total_seconds)
-                if tokens:
-                    self.queue.observe(served.queue_seconds)
-                    self.first_token.observe(served.first_token_seconds)
-            yield piece
+        first: float | None = None
+        ended = False
+        try:
+            async for piece in stream:
+                now = time.perf_counter()
+                count = len(piece.tokens)
+                if count and before is not None:
+                    for _ in range(count):
+                        self.inter_token.observe((now - before) / count)
+                if count:
+                    before = now
+                    first = now - started if first is None else first
+                if piece.result is not None and stream.served is not None:
+                    served, ended = stream.served, True
+                    self.whole.observe(served.total_seconds)
+                    if first is not None:
+                        self.queue.observe(served.queue_seconds)
+                        self.first_token.observe(served.first_token_seconds)
+                yield piece
+        finally:
+            if not ended:
+                waited = time.perf_counter() - started
+                self.whole.observe(waited)
+                self.first_token.observe(waited if first is None else first)
 
 
 def add_metrics(app: FastAPI, metrics: Metrics) -> None:
     """GET /metrics, in Prometheus' text format."""
 
-    refusals = {401: "The key is wrong or missing.", 500: "The engine could not be asked."}
+    refusals = {
+        401: "The key is wrong or missing.",
+        403: "The server does not answer under the name in the Host header.",
+        413: "There is a body, where none is taken.",
+        500: "The engine could not be asked.",
+    }
     text = {"description": "All metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}
 
     @app.get(

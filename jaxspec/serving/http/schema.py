@@ -79,7 +79,7 @@ class ImagePart(Strict):
 
 class VideoUrl(Strict):
     url: str
-    """A data: URL in base64 of an animated picture or a video file."""
+    """A data: URL in base64 of an animated picture or a video file, or http(s) where the server allows the host."""
 
 
 class VideoPart(Strict):

@@ -17,9 +17,12 @@ from fastapi import FastAPI
 
 from jaxspec.checks import whole_number
 from jaxspec.serving.engine import Engine
-from jaxspec.serving.http.limits import Gate, limited_protocol
+from jaxspec.serving.http.connections import limited_protocol
+from jaxspec.serving.http.limits import Gate
 from jaxspec.serving.http.settings import HttpSettings
 
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+"""What this machine calls itself."""
 LAST_WORDS_SECONDS = 5.0
 """For those that are cancelled to be told so."""
 
@@ -74,7 +77,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=limited_protocol(settings.header_timeout),
+                http=limited_protocol(settings.header_timeout, unread_seconds=settings.unread_timeout),
                 ws="none",
                 log_config=None,
                 log_level="warning",

@@ -22,8 +22,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import jaxspec
 from jaxspec.serving.http.answers import event
-from jaxspec.serving.http.errors import ApiError, add_error_handlers, timed_out
-from jaxspec.serving.http.limits import Gate, add_limits
+from jaxspec.serving.http.errors import ApiError, add_error_handlers, in_the_log, timed_out
+from jaxspec.serving.http.limits import Gate, add_limits, deadline_of
 from jaxspec.serving.http.schema import Health, Ready
 from jaxspec.serving.http.settings import HttpSettings
 from jaxspec.serving.replicas.replica import STALE_SECONDS, Report
@@ -33,7 +33,6 @@ LARGE_BODY = 2**20
 """Bytes from which on a body is read in a thread, so that it holds up no stream."""
 PASSED_ON = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
 """Of a request's scope, beside its headers and the client's address."""
-RETRY = {"retry-after": "1"}
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +88,13 @@ class Front:
         asked = {name: scope[name] for name in PASSED_ON if name in scope}
         asked |= {"headers": list(scope["headers"]), "client": scope.get("client"), "server": scope.get("server")}
         handle = self.replicas.options(stream=True, method_name="answer", session_id=session)
-        begun, ended = None, False
+        begun, ended, deadline = None, False, deadline_of(scope, self.settings.request_timeout)
         answer = handle.remote(asked, body)
         try:
             while True:
                 try:
                     # The replica looks at the clock, too, but not before it has the request.
-                    async with asyncio.timeout(None if begun is not None else self.settings.request_timeout):
+                    async with asyncio.timeout_at(None if begun is not None else deadline):
                         batch = await anext(answer)
                 except StopAsyncIteration:
                     ended = True
@@ -113,9 +112,10 @@ class Front:
 
     async def tell(self, error: Exception, begun: Headers | None, scope: Scope, receive: Receive, send: Send) -> None:
         """What went wrong: as an answer, or as the last event of a stream that has begun."""
-        told = as_api_error(error)
+        name = scope["state"]["request_id"]
+        told = as_api_error(error, name)
         if told.status_code == 500:
-            log.error("a replica failed to answer", exc_info=error)
+            log.error("a replica failed to answer request %s", name, exc_info=error)
         if begun is None:
             await told.response()(scope, receive, send)
         elif begun.get("content-type", "").startswith("text/event-stream"):
@@ -145,7 +145,7 @@ class Front:
         if self.gate.closed:
             raise ApiError(503, "the server is stopping", code="stopping")
         if not self.states():
-            raise ApiError(503, "no replica is ready", code="not_ready", headers=RETRY)
+            raise ApiError(503, "no replica is ready", code="not_ready")
         return Ready(status="ready")
 
     async def metrics(self) -> Response:
@@ -171,16 +171,16 @@ class Merged:
         return list(families.values())
 
 
-def as_api_error(error: Exception) -> ApiError:
+def as_api_error(error: Exception, request_id: str) -> ApiError:
     """What a client is told of what Ray raises."""
     match error:
         case RayActorError():
             message = "the replica that worked on this request was lost, and its answer with it; ask again"
-            return ApiError(503, message, code="replica_lost", headers=RETRY)
+            return ApiError(503, message, code="replica_lost")
         case BackPressureError():
-            return ApiError(429, "too many requests wait already; try again later", code="queue_full", headers=RETRY)
+            return ApiError(429, "too many requests wait already; try again later", code="queue_full")
         case DeploymentUnavailableError() | ReplicaUnavailableError():
-            return ApiError(503, "no replica is ready", code="not_ready", headers=RETRY)
+            return ApiError(503, "no replica is ready", code="not_ready")
         case TimeoutError():
             return timed_out()
-    return ApiError(500, "the server failed to answer; its log says why", code="internal_error")
+    return ApiError(500, f"the server failed to answer; {in_the_log(request_id)}", code="internal_error")
