@@ -13,6 +13,9 @@ from jaxspec.serving.http.errors import ApiError
 log = logging.getLogger(__name__)
 LEAST_READ = 64 * 2**10
 """Bytes that a client must take of an answer in `unread_seconds`, or all that is left."""
+LOOKS = 8
+"""How often it is looked at in that time. They are counted, not the seconds: where this process itself has stood still,
+that is one look."""
 
 
 def limited_protocol(
@@ -28,12 +31,13 @@ def limited_protocol(
         timer: asyncio.TimerHandle | None = None
         awaited: str | None = None
         looking: asyncio.TimerHandle | None = None
-        unread: int | None = None
+        unread: int | None = None  # bytes that were left when the client was last seen to read
+        looks = 0  # since then
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # pyrefly: ignore[bad-override]
             super().connection_made(transport)
             self.watch()
-            self.looking = self.loop.call_later(unread_seconds, self.look)
+            self.looking = self.loop.call_later(unread_seconds / LOOKS, self.look)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -60,13 +64,15 @@ def limited_protocol(
             nothing_added = self.flow.write_paused or self.cycle is None or self.cycle.response_complete
             if not left or not (nothing_added or self.transport.is_closing()):
                 self.unread = None
-            elif self.unread is not None and left > self.unread - LEAST_READ:
-                log.warning("a client did not read its answer; its connection is cut off")
-                self.transport.abort()
-                return
+            elif self.unread is None or left <= self.unread - LEAST_READ:
+                self.unread, self.looks = left, 0
             else:
-                self.unread = left
-            self.looking = self.loop.call_later(unread_seconds, self.look)
+                self.looks += 1
+                if self.looks == LOOKS:
+                    log.warning("a client did not read its answer; its connection is cut off")
+                    self.transport.abort()
+                    return
+            self.looking = self.loop.call_later(unread_seconds / LOOKS, self.look)
 
         def watch(self) -> None:
             their_state = self.conn.their_state
