@@ -145,7 +145,7 @@ def test_a_domain_stands_for_its_subdomains_in_any_case(media, public, host):
 )
 def test_other_hosts_are_not_even_looked_up(media, public, host):
     looked_up = []
-    with pytest.raises(ValueError, match=r"^image 2 is on a host that is not allowed; images may come from pic"):
+    with pytest.raises(ValueError, match=r"^image 2 is on a host that is not allowed; images and videos may come"):
         fetch(media(resolve=lambda *asked: looked_up.append(asked) or ["127.0.0.1"]), at(public, host=host))
     assert not looked_up and not public.asked
 
