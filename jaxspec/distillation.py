@@ -263,7 +263,8 @@ class Distiller:
             stream.cancel()  # which does nothing to a finished one
         assert result is not None  # the last piece has it
         if result.error not in (None, not_finite(len(dialogue.prompt.input_ids), len(result.tokens))):
-            raise RuntimeError(f"record {dialogue.record} ({dialogue.id}) could not be answered: {result.error}")
+            why = f"{result.error}: {result.cause}"
+            raise RuntimeError(f"record {dialogue.record} ({dialogue.id}) could not be answered: {why}")
         return result
 
     def answer_of(self, dialogue: Dialogue, tokens: np.ndarray) -> Answer:

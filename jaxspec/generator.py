@@ -58,12 +58,7 @@ class Result:
     text_ends: np.ndarray  # i32 [n], how many characters of the text are complete after each token
     error: str | None = None  # why the answer ends here: the sentence, where finish_reason is "error"
     logprobs: Logprobs[np.ndarray] | None = None  # of the n tokens with k alternatives, where SamplingParams asks for k
-    public: bool = False  # whether `error` was written for whoever asked; else it may say what an exception said
-
-    @property
-    def public_error(self) -> str | None:
-        """The error as a stranger may hear it: None where there is none, or where it was not written for them."""
-        return self.error if self.public else None
+    cause: str | None = None  # what was raised then, for the log and not for whoever asked
 
     def checked(self) -> "Result":
         """The result itself; raises FloatingPointError, with its sentence, where it ended in an error."""
@@ -390,7 +385,7 @@ class Batch:
                 decode_seconds=self.decode_seconds,
             )
             logprobs, ends = self.logprobs(state, row, slice(text.count)), np.array(text.ends, np.int32)
-            results.append(Result(ids, accepted, text.text, reason, stats, ends, error, logprobs, error is not None))
+            results.append(Result(ids, accepted, text.text, reason, stats, ends, error, logprobs))
         if self.generator.acceptance_watch:
             usual = self.generator._usual_penalties
             judged = [params.temperature == 0 and params.penalties == usual for params in self.sampling]

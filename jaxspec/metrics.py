@@ -1,6 +1,7 @@
 """The numbers of speculative decoding, defined once for training, benchmark and server."""
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -34,11 +35,14 @@ class Acceptance:
     draft_acceptance_rate: float
     """Accepted draft tokens over drafted depth; nan without a drafter."""
     emitted: tuple[int, ...]
-    """Entry i: how many rounds emitted i + 1 tokens, from which all the rest follows."""
+    """Entry i: how many rounds emitted i + 1 tokens."""
+    drafted_depth: int
+    """Most draft tokens that the rounds could have accepted. All else follows from it and `emitted`."""
 
     @classmethod
-    def from_histogram(cls, emitted: ArrayLike) -> "Acceptance":
-        """From counts `[P]`: entry i is the number of rounds that emitted i + 1 tokens (P = deepest path + 1).
+    def from_histogram(cls, emitted: ArrayLike, drafted_depth: int | None = None) -> "Acceptance":
+        """From counts `[P]`: entry i is the number of rounds that emitted i + 1 tokens (P = deepest path + 1). Where
+        not all rounds had a tree so deep, `drafted_depth` says how deep the trees of all rounds were together.
 
         A round that was cut by a stop token or a length limit counts with the tokens it really emitted.
         """
@@ -46,7 +50,7 @@ class Acceptance:
         rounds = int(counts.sum())
         tokens = int((counts * np.arange(1, len(counts) + 1)).sum())
         reached = counts[::-1].cumsum()[::-1]  # rounds that emitted at least i + 1 tokens
-        depth = len(counts) - 1
+        depth = rounds * (len(counts) - 1) if drafted_depth is None else drafted_depth
         length = tokens / rounds if rounds else float("nan")
         with np.errstate(divide="ignore", invalid="ignore"):
             joint = reached[1:] / rounds
@@ -58,8 +62,9 @@ class Acceptance:
             mean_accepted_draft_tokens=length - 1,
             acceptance_at_position=tuple(joint.tolist()),
             conditional_acceptance=tuple(conditional.tolist()),
-            draft_acceptance_rate=(tokens - rounds) / (rounds * depth) if rounds and depth else float("nan"),
+            draft_acceptance_rate=(tokens - rounds) / depth if depth else float("nan"),
             emitted=tuple(counts.tolist()),
+            drafted_depth=depth,
         )
 
 
@@ -73,9 +78,9 @@ class GenerationStats(Acceptance):
     decode_seconds: float = 0.0
 
     @classmethod
-    def of(cls, emitted: ArrayLike, **values: Any) -> "GenerationStats":
-        """From counts as of `from_histogram`, and the fields of its own."""
-        return cls(**dataclasses.asdict(Acceptance.from_histogram(emitted)), **values)
+    def of(cls, emitted: ArrayLike, drafted_depth: int | None = None, **values: Any) -> "GenerationStats":
+        """As of `from_histogram`, with the fields of its own."""
+        return cls(**dataclasses.asdict(Acceptance.from_histogram(emitted, drafted_depth)), **values)
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -105,8 +110,9 @@ def emitted_per_round(from_draft: np.ndarray, width: int) -> np.ndarray:
 
 
 def pooled(stats: Sequence[Acceptance]) -> Acceptance:
-    """The acceptance of all rounds of several requests together; all with the same tree."""
-    return Acceptance.from_histogram(np.sum([each.emitted for each in stats], axis=0))
+    """The acceptance of all rounds of several requests together, whose trees may have been of different depths."""
+    columns = itertools.zip_longest(*(each.emitted for each in stats), fillvalue=0)
+    return Acceptance.from_histogram([sum(column) for column in columns], sum(each.drafted_depth for each in stats))
 
 
 def acceptance_warning(live: Acceptance, recorded: float | None = None) -> str | None:

@@ -71,8 +71,8 @@ class Serve:
     beginning. Matters in bfloat16, and costs speed."""
     image_cache_mib: int = 256
     """MiB for features of images seen before; 0 keeps none."""
-    prefix_cache_mib: int = 256
-    """MiB for prompts read before; 0 keeps none."""
+    prefix_cache_mib: int | None = None
+    """MiB for prompts read before; 0 keeps none. By default a quarter of what the slots take, and 256 at least."""
     limit_mm_per_prompt: Annotated[str, tyro.conf.arg(metavar="JSON")] = '{"image": 16, "video": 1}'
     """Most images and videos of one prompt."""
     allowed_media_domains: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="HOST")] = ()
@@ -215,7 +215,7 @@ class Serve:
     def engine_settings(self, adaptive: bool) -> EngineSettings:
         """What the engine is told."""
         for name in ("image_cache_mib", "prefix_cache_mib"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         return EngineSettings(
             max_length=self.model.max_length,
@@ -225,7 +225,7 @@ class Serve:
             prefill_chunk=self.prefill_chunk,
             batch_invariant=self.batch_invariant,
             image_cache_bytes=self.image_cache_mib * MIB,
-            prefix_cache_bytes=self.prefix_cache_mib * MIB,
+            prefix_cache_bytes=None if self.prefix_cache_mib is None else self.prefix_cache_mib * MIB,
             generation_config=self.model.generation_config,
         )
 
@@ -246,7 +246,7 @@ class Serve:
             ("length", f"{engine.max_length} tokens of prompt and answer"),
             ("per prompt", f"{settings.max_images} images, {settings.max_videos} videos"),
             ("images from", f"data: URLs and {domains}" if domains else "data: URLs"),
-            ("caches", f"{self.image_cache_mib} MiB of images, {self.prefix_cache_mib} MiB of prompts"),
+            ("caches", f"{self.image_cache_mib} MiB of images, {engine.prefix_cache_bytes // MIB} MiB of prompts"),
             ("key", "needed" if settings.api_key else "not needed"),
         ):
             about.add_row(name, Text(value))

@@ -3,6 +3,7 @@ bytes; what was not used for longest goes first."""
 
 import dataclasses
 import hashlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -20,6 +21,7 @@ from jaxspec.targets.prompts import EncodedPrompt
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
+log = logging.getLogger(__name__)
 LEAST_PREFIX = 16
 """Prefixes of fewer tokens are not worth a program of their own."""
 
@@ -90,11 +92,17 @@ class Prefixes:
     def __init__(self, adapter: PromptAdapter, limit: int) -> None:
         self.adapter = adapter
         self._reads: ByteCache[bytes, Read] = ByteCache(limit)  # by the bytes of `content_of`
+        self._told = False
+
+    @property
+    def limit(self) -> int:
+        """Bytes."""
+        return self._reads.limit
 
     def find(self, prompt: EncodedPrompt) -> tuple[Read | None, int]:
         """What was read of the longest beginning that is known, to be gone on from (it may be consumed), and how many
         tokens that is: fewer than the prompt has. None and 0 where it is not worth it."""
-        if not self._reads.limit:
+        if not self.limit:
             return None, 0
         content = content_of(self.adapter, prompt)
         best, length = b"", 0
@@ -112,12 +120,19 @@ class Prefixes:
     def keep(self, prompt: EncodedPrompt, read: Read) -> None:
         """Keep a prompt that has been read whole; `read` is not to be consumed any more. Another that it goes on from
         is dropped."""
-        content = content_of(self.adapter, prompt)
+        content, size = content_of(self.adapter, prompt), nbytes(read)
+        if size > self.limit and not self._told:
+            self._told = True
+            log.warning(
+                "a prompt of %d tokens takes %d MiB and is not kept for others that begin alike: what is kept may take "
+                "%d MiB (prefix_cache_bytes)",
+                len(content), size / 2**20, self.limit / 2**20,
+            )  # fmt: skip
         for key in self._reads.keys():  # noqa: SIM118
             known = np.frombuffer(key, np.int64)
             if common_length(known, content) == len(known):
                 self._reads.drop(key)
-        self._reads.put(content.tobytes(), read, nbytes(read))
+        self._reads.put(content.tobytes(), read, size)
 
     def use(self) -> CacheUse:
         return self._reads.use()

@@ -21,11 +21,11 @@ from jaxspec.checks import whole_number
 from jaxspec.drafters.drafter import Drafter
 from jaxspec.generator import Generator, not_finite
 from jaxspec.metrics import Acceptance
-from jaxspec.serving.adaptive import Controller, named, smaller_trees
+from jaxspec.serving.adaptive import Controller, Load, named, smaller_trees
 from jaxspec.serving.reading import Begun, Cancelled, FairQueue, PromptReader, ReadingThread
-from jaxspec.serving.requests import EngineSettings, Grammar, QueueFull, Request, Stopping, Stream
-from jaxspec.serving.row import Row
-from jaxspec.serving.slots import STOP_WIDTH, WINDOW, Ran, Slots
+from jaxspec.serving.requests import MIB, EngineSettings, Grammar, QueueFull, Request, Stopping, Stream
+from jaxspec.serving.row import Row, sentence
+from jaxspec.serving.slots import STOP_WIDTH, Ran, Slots, rounds_of
 from jaxspec.serving.stats import EngineStats
 from jaxspec.serving.warming import WarmUp
 from jaxspec.speculation.params import SamplingParams
@@ -34,8 +34,7 @@ from jaxspec.targets.prompts import EncodedPrompt
 from jaxspec.targets.target import Target
 
 log = logging.getLogger(__name__)
-SLICE_SECONDS = 0.05
-"""About how long rows run between two looks of the host."""
+STOPPED = "the engine has stopped"
 
 
 class Engine:
@@ -78,20 +77,29 @@ class Engine:
             self.max_length,
             target.stop_token_ids,
             settings.image_cache_bytes,
-            0 if settings.batch_invariant else settings.prefix_cache_bytes,
+            self.prefix_cache_bytes,
         )
         self._watch = generator.acceptance_watch
         self._usual_penalties = SamplingParams().resolved(self.generation_defaults).penalties
         self._queue, self._begun, self._reading = FairQueue(), deque[Begun](), 0
+        self._read = 0  # prompts whose reading has begun so far
         self._changed = threading.Condition()
         self._news, self._stopping, self._deadline = False, False, float("inf")
         self.failure: str | None = None
-        """Why it answers nothing any more, where something broke it."""
+        """Why it answers nothing any more, where something broke it: for who runs it, not for clients."""
         self._counts: Counter[str] = Counter()
         self._positions = np.zeros(width - 1, np.int64)
         self._tree_name = ""
         self._warm = threading.Event()
         self._threads: list[threading.Thread | ReadingThread] = []
+
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """What prompts read before may take."""
+        given, slots = self.settings.prefix_cache_bytes, self._slots
+        if self.settings.batch_invariant:
+            return 0
+        return max(256 * MIB, slots.nbytes // 4) if given is None else given
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -161,7 +169,7 @@ class Engine:
         ends = frozenset((*self.target.stop_token_ids, *request.sampling.stop_token_ids))
         with self._changed:
             if self._stopping:
-                raise Stopping(self.failure or "the engine is being stopped and takes no more requests")
+                raise Stopping(STOPPED if self.failure else "the engine is being stopped and takes no more requests")
             waiting, limit = len(self._queue), self.settings.max_queued_requests
             # Who can have a slot at once does not wait.
             if waiting >= limit + max(0, self._slots.free - self._reading - len(self._begun)):
@@ -235,7 +243,7 @@ class Engine:
                 if len(self._queue) and len(self._begun) < max(1, self._slots.free):
                     row = self._queue.get()
                     row.began = time.perf_counter()
-                    self._reading += 1
+                    self._reading, self._read = self._reading + 1, self._read + 1
                     return row
                 self._changed.wait()
 
@@ -252,7 +260,7 @@ class Engine:
         if over:
             self._end(begun.row)
         elif self.failure is not None:
-            self._finish(begun.row, "error", self.failure)
+            self._finish(begun.row, "error", STOPPED)
 
     def _reading_failed(self, row: Row, error: Exception) -> None:
         with self._changed:
@@ -261,7 +269,8 @@ class Engine:
         if isinstance(error, Cancelled):
             self._finish(row, "cancelled")
         else:
-            self._finish(row, "error", f"reading the prompt failed: {sentence(error)}")
+            log.error("reading a prompt failed", exc_info=error)
+            self._finish(row, "error", "reading the prompt failed", sentence(error))
 
     @property
     def _overdue(self) -> bool:
@@ -273,22 +282,22 @@ class Engine:
         try:
             self._serve()
         except Exception as error:  # e.g. what is compiled beforehand does not fit the device
-            self._break(f"the engine has stopped: {sentence(error)}")
+            self._break(error)
 
-    def _break(self, reason: str) -> None:
+    def _break(self, error: Exception) -> None:
         """Everybody hears that nothing more will be answered."""
-        log.exception(reason)
+        log.error(STOPPED, exc_info=error)
         with self._changed:
-            self._stopping, self._deadline, self.failure = True, 0.0, reason
+            self._stopping, self._deadline, self.failure = True, 0.0, f"{STOPPED}: {sentence(error)}"
             left = [*self._queue.remove(lambda row: True), *(each.row for each in self._begun), *self._slots.clear()]
             self._begun.clear()
             self._changed.notify_all()
         for row in left:
-            self._finish(row, "error", reason)
+            self._finish(row, "error", STOPPED, sentence(error))
 
     def _serve(self) -> None:
         if self.settings.warm_up:
-            warm_up = WarmUp(self.target, self._slots, self._prompts, self._trees)
+            warm_up = WarmUp(self.target, self._slots, self._prompts, self._trees, self._costs)
             warm_up.first()
             rest = threading.Thread(target=self._warm_up_rest, args=(warm_up,), name="jaxspec-warm-up", daemon=True)
             self._threads.append(rest)  # a process that ended while it compiles would be aborted
@@ -300,6 +309,16 @@ class Engine:
             self._join()
             if self._slots.running:
                 self._decode()
+
+    def _costs(self, size: int) -> None:
+        """Measure what rounds in so many slots take, if nothing else is done meanwhile."""
+        if len(self._trees) == 1:
+            return
+        for tree in self._trees:
+            before, busy = self._read, self.stats().running
+            seconds = self._slots.time(size, tree)
+            if not busy and before == self._read and np.isfinite(seconds):
+                self._controller.costs(Load(size), tree, seconds)
 
     def _warm_up_rest(self, warm_up: WarmUp) -> None:
         try:
@@ -344,23 +363,25 @@ class Engine:
                 begun = self._begun.popleft()
                 more = len(self._begun) + self._reading + len(self._queue)
                 self._changed.notify_all()
-            self._slots.insert(begun.row, begun.state, more)
+            try:
+                self._slots.insert(begun.row, begun.state, more)
+            except Exception as error:  # e.g. no memory for more slots
+                self._lose([begun.row, *self._slots.clear()], error)
         if not self._begun and not self._reading and not len(self._queue):
             self._slots.shrink()
 
     def _decode(self) -> None:
         """Some rounds for all rows."""
-        slots = len(self._slots.rows)
-        tree, trying = self._controller.choose(slots)
-        seconds = self._controller.seconds(slots, tree)
-        rounds = 1 if seconds is None else int(np.clip(SLICE_SECONDS / seconds, 1, WINDOW))
+        load = Load(len(self._slots.rows), self._slots.looks)
+        tree, trying = self._controller.choose(load)
+        seconds = self._controller.seconds(load, tree)
+        rounds, reading, read = 1 if seconds is None else rounds_of(seconds), self._reading, self._read
         try:
-            ran = self._slots.run(tree, min(rounds, 2) if trying else rounds)
-        except Exception as error:  # noqa: BLE001 (the rows are lost, the engine is not)
-            for row in self._slots.clear():
-                self._finish(row, "error", f"decoding failed: {sentence(error)}")
+            ran = self._slots.run(tree, 1 if trying else rounds)
+        except Exception as error:  # noqa: BLE001
+            self._lose(self._slots.clear(), error)
             return
-        self._count(ran)
+        self._count(ran, disturbed=bool(reading or self._reading or read != self._read))
         over = [row for row in self._slots.running if self._over(row)]
         self._slots.remove(over)
         if over:
@@ -370,9 +391,16 @@ class Engine:
         for row in over:
             self._end(row)
 
-    def _count(self, ran: Ran) -> None:
+    def _lose(self, rows: list[Row], error: Exception) -> None:
+        """The rows are lost, the engine is not."""
+        log.error("decoding failed", exc_info=error)
+        for row in rows:
+            self._finish(row, "error", "decoding failed", sentence(error))
+
+    def _count(self, ran: Ran, disturbed: bool) -> None:
         """What the rounds say of costs, drafts and drafter."""
-        self._controller.measured(ran.slots, ran.tree, ran.rounds, ran.seconds, ran.emitted)
+        load = Load(ran.slots, ran.looked)
+        self._controller.measured(load, ran.tree, ran.rounds, ran.seconds, ran.emitted, disturbed)
         total: np.ndarray = sum(ran.emitted, np.zeros(len(self._positions) + 1, np.int64))
         rounds, depth = int(total.sum()), ran.tree.max_depth
         with self._changed:
@@ -402,20 +430,14 @@ class Engine:
         """A row that needs no more rounds."""
         if row.failed or row.failure is not None:
             length = len(row.request.prompt.input_ids)
-            self._finish(row, "error", row.failure or not_finite(length, len(row.tokens)))
+            self._finish(row, "error", row.failure or not_finite(length, len(row.tokens)), row.cause)
         else:
             self._finish(row, "stop" if row.stopped else "length")
 
-    def _finish(self, row: Row, reason: str, error: str | None = None) -> None:
+    def _finish(self, row: Row, reason: str, error: str | None = None, cause: str | None = None) -> None:
         if reason == "cancelled" and self._stopping and self._overdue:
             error = "the engine was stopped before the answer was complete"
         with self._changed:
             self._counts[f"finished {reason}"] += 1
             self._counts["generated_tokens"] += len(row.tokens)
-        row.finish(reason, error)
-
-
-def sentence(error: Exception) -> str:
-    """What an exception says, in one line of some length."""
-    said = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+        row.finish(reason, error, cause)

@@ -20,8 +20,8 @@ import transformers
 from jaxspec.serving.matcher import Matcher, Vocabulary
 from jaxspec.serving.schemas import pattern_text, schema_text
 
-KEPT = 64
-"""Compiled grammars that are kept for requests to come."""
+KEPT = 16
+"""Compiled grammars that are kept for requests to come; their number bounds their memory."""
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON is written in one line. Where any white space may stand, a model that has little to say, or is small, says
 white space until it has no tokens left; and the less freedom, the more can be drafted."""

@@ -20,6 +20,8 @@ import numpy as np
 from jaxspec.speculation.tree import NO_TOKEN
 
 ALL = np.uint32(2**32 - 1)
+FOLLOWED, RESTORED = 4, 32
+"""How often the parser may give up until drafts of the answer are not followed any more, and until it fails."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Matcher:
         self._stops = frozenset(stop_token_ids)
         self._ends = vocabulary.bits(stop_token_ids)
         self._said: list[int] = []
+        self._restored = 0
         self.ended = False
         """Whether a stop token was accepted."""
 
@@ -124,6 +127,9 @@ class Matcher:
         if self.ended or len(tokens) == 1:
             return tokens, allowed
         walk = _Walk(tokens, parents, refill)
+        if self._restored >= FOLLOWED:
+            walk.forget(walk.children[0])
+            return tokens, allowed
         todo = walk.follow(0, allowed[0])
         while todo:
             node = todo.pop()
@@ -162,7 +168,11 @@ class Matcher:
         return (stops and self._state.is_accepting()) or self._state.try_consume_tokens([token]) == 1
 
     def _restore(self) -> None:
-        """The state anew, from what was accepted: an error stays in a state and in all that share its lexer."""
+        """The state anew, from what was accepted: an error stays in a state and in all that share its lexer. It
+        takes as long as all of the answer did, so it may not happen at every token."""
+        self._restored += 1
+        if self._restored > RESTORED:
+            raise RuntimeError(f"the grammar is too complex after {len(self._said)} tokens")
         self._state = self._compiled()
         for token in self._said:
             self._state.try_consume_tokens([token])

@@ -124,7 +124,7 @@ class Panel:
         cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in numbers)
         error = ""
         if self.result is not None and self.result.error is not None:
-            error = sentence(self.result.public_error or "the answer could not be computed; the server's log says why")
+            error = sentence(self.result.error)
         return (
             f'<section class="panel" data-state="{"over" if self.result is not None else "running"}">'
             f"<h3>{html.escape(self.title)} <small>{html.escape(state)}</small></h3>"

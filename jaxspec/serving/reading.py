@@ -2,8 +2,8 @@
 the other, up to its first token.
 
 Reading goes on beside the rounds of other rows, in pieces: a chunk of a prompt, an image, the beginning of an answer.
-The device does one thing after the other, so a round waits for one piece at most; what has to be compiled first holds
-up nobody but its own request.
+The device does one thing after the other, so a round waits for one piece at most. What has to be compiled first (an
+image or a prompt of a new size) holds up the prompts behind it, and no round.
 """
 
 import threading
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxspec.buckets import bucket
 from jaxspec.programs import Programs
 from jaxspec.serving.caches import ByteCache, Prefixes, nbytes
 from jaxspec.serving.row import Row
@@ -98,6 +99,8 @@ class PromptReader:
         """The row after its first token, which it has taken. None where it is not `wanted` any more, which is asked
         between two pieces. With `keep`, later prompts may go on from what was read."""
         programs, params, prompt = self.programs, self.params, row.request.prompt
+        if row.request.grammar is not None:
+            row.matcher = row.request.grammar.matcher(row.request.sampling.stop_token_ids)
         room = next(room for room in rooms(self.capacity) if room > len(prompt.input_ids))
         read, row.cached_tokens = self.prefixes.find(prompt)
         images, tables = images_of([prompt]), {}
@@ -115,8 +118,9 @@ class PromptReader:
             read = jax.block_until_ready(programs.read_step(params, read, step, tables))
         assert read is not None  # there is at least one step
         read = programs.with_room(read, room)
-        if keep:
-            self.prefixes.keep(prompt, read)
+        if keep and self.prefixes.limit:
+            # Without the room for an answer, and beside the one that `begin` goes on with.
+            self.prefixes.keep(prompt, programs.with_room(read, bucket(len(prompt.input_ids))))
         allowed = None if row.matcher is None else row.matcher.start()[None, None]
         state = programs.begin(params, read, self.request(row), [prompt], self.capacity, allowed, room)
         self.first_token(row, state)

@@ -52,8 +52,9 @@ class EngineSettings:
     """Tokens of a prompt that are read between two rounds of the others."""
     image_cache_bytes: int = 256 * MIB
     """What the features of images seen before may take; 0 keeps none."""
-    prefix_cache_bytes: int = 256 * MIB
-    """What prompts read before may take; 0 keeps none."""
+    prefix_cache_bytes: int | None = None
+    """What prompts read before may take; 0 keeps none. By default a quarter of what the slots take, and 256 MiB at
+    least."""
     generation_config: bool = True
     """Where a request says nothing of its sampling, the target's generation_config.json does."""
     warm_up: bool = True
@@ -65,9 +66,10 @@ class EngineSettings:
             ("max_num_seqs", 1),
             ("max_queued_requests", 0),
             ("image_cache_bytes", 0),
-            ("prefix_cache_bytes", 0),
         ):
             whole_number(name, getattr(self, name), least)
+        if self.prefix_cache_bytes is not None:
+            whole_number("prefix_cache_bytes", self.prefix_cache_bytes, 0)
 
 
 class Matcher(Protocol):
@@ -120,7 +122,7 @@ class Stream:
     """The answer to one request while it comes: an iterator of `Piece`s, plain or asynchronous, for one reader.
 
     The last piece carries the `Result`; one whose finish_reason is "error" (not finite logits, an exception in the
-    engine) says why in `Result.error`, "cancelled" is one that was ended from outside.
+    engine) says why in `Result.error`, a sentence for whoever asked; "cancelled" is one that was ended from outside.
     """
 
     def __init__(self, cancel: Callable[[], None]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxspec.detokenizer import Detokenizer, TokenReader
 from jaxspec.generator import Piece, Result
 from jaxspec.metrics import GenerationStats, emitted_per_round
-from jaxspec.serving.requests import Request, Served, Stream
+from jaxspec.serving.requests import Matcher, Request, Served, Stream
 from jaxspec.speculation.logprobs import Logprobs
 
 
@@ -35,21 +35,27 @@ class Row:
         self.request, self.stop_token_ids, self.width, self._wake = request, stop_token_ids, width, wake
         self.stream = Stream(self.cancel)
         self.text = Detokenizer(reader, request.sampling.stop)
-        self.matcher = None if request.grammar is None else request.grammar.matcher(request.sampling.stop_token_ids)
+        self.matcher: Matcher | None = None
+        """Made when its prompt is read."""
         self.tokens: list[int] = []
         self.accepted: list[bool] = []
         self.seen = 0
         """Tokens that the host has taken from the device."""
         self.done = self.failed = False
         """What the device says of it."""
+        self.unseen_depth: int | None = None
+        """How deep the tree of a round was that the host has not seen yet."""
         self.failure: str | None = None
         """Why it cannot go on, where something went wrong."""
+        self.cause: str | None = None
+        """What was raised then."""
         self.over = False
         self.cached_tokens = 0
         self.submitted = time.perf_counter()
         self.began = self.first = 0.0
         self._cancelled = threading.Event()
         self._logprobs: list[Logprobs[np.ndarray]] = []
+        self._drafted_depth = 0
         self._handed = 0  # tokens that pieces have told
 
     def cancel(self) -> None:
@@ -80,6 +86,12 @@ class Row:
             own = logprobs.token_logprobs[:new], logprobs.top_ids[:new, :count], logprobs.top_logprobs[:new, :count]
             self._logprobs.append(Logprobs(*own))
 
+    def drafted(self, rounds: int, depth: int) -> None:
+        """So many rounds were seen, of trees of that depth but for the one that was unseen before."""
+        first = depth if self.unseen_depth is None else self.unseen_depth
+        self._drafted_depth += first + (rounds - 1) * depth if rounds else 0
+        self.unseen_depth = None
+
     @property
     def stopped(self) -> bool:
         """Whether a stop string or a stop token has ended it."""
@@ -90,7 +102,7 @@ class Row:
         if len(self.tokens) > self._handed:
             self.stream.put(self._piece())
 
-    def finish(self, reason: str, error: str | None = None) -> Result:
+    def finish(self, reason: str, error: str | None = None, cause: str | None = None) -> Result:
         """The last piece. Nothing may be taken after it."""
         self.over = True
         self.text.finish()
@@ -100,6 +112,7 @@ class Row:
         emitted = emitted_per_round(accepted[1:], self.width)
         stats = GenerationStats.of(
             emitted,
+            self._drafted_depth,
             prompt_tokens=len(self.request.prompt.input_ids),
             generated_tokens=len(self.tokens),
             prefill_seconds=first - began,
@@ -107,7 +120,7 @@ class Row:
         )
         tokens, ends = np.array(self.tokens, np.int32), np.array(self.text.ends, np.int32)
         logprobs = joined(self._logprobs) if self.wants_logprobs else None
-        result = Result(tokens, accepted, self.text.text, reason, stats, ends, error, logprobs)
+        result = Result(tokens, accepted, self.text.text, reason, stats, ends, error, logprobs, cause)
         self.stream.served = Served(
             began - self.submitted, first - self.submitted, now - self.submitted, self.cached_tokens
         )
@@ -144,3 +157,9 @@ def joined(parts: list[Logprobs[np.ndarray]]) -> Logprobs[np.ndarray]:
             )
         ]
     return parts[0]
+
+
+def sentence(error: Exception) -> str:
+    """What an exception says, in one line of some length."""
+    said = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -4,6 +4,8 @@ There are states of a few sizes, each with its own compiled programs; rows move 
 come and go. `Slots` belongs to the engine's thread.
 """
 
+import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,14 +16,20 @@ import numpy as np
 
 from jaxspec.metrics import emitted_per_round
 from jaxspec.programs import Programs
-from jaxspec.serving.row import Row
+from jaxspec.serving.row import Row, sentence
 from jaxspec.speculation.state import DecodeState, Report, finish
 from jaxspec.speculation.tree import TreeConfig
 
+log = logging.getLogger(__name__)
 STOP_WIDTH = 16
 """Stop tokens of a request, the target's own included, at most."""
 WINDOW = 8
 """Rounds without drafts after which a drafter hears of them, and of other rounds between two looks of the host."""
+SLICE_SECONDS = 0.05
+"""About how long rows run between two looks of the host."""
+UNSEEN = WINDOW + 1
+"""Rounds that the host may not have seen when it looks: one more, since a look in the middle of a round is one at what
+came before it."""
 
 
 class Ran(NamedTuple):
@@ -29,6 +37,7 @@ class Ran(NamedTuple):
 
     tree: TreeConfig
     slots: int
+    looked: bool  # the host looked within the round, which took longer for it
     rounds: int
     seconds: float
     rows: list[Row]
@@ -40,6 +49,11 @@ def sizes(most: int) -> list[int]:
     `most`."""
     step = 1 if jax.default_backend() == "cpu" else 2
     return [*(1 << power for power in range(0, most.bit_length(), step) if 1 << power < most), most]
+
+
+def rounds_of(seconds: float) -> int:
+    """How many rounds of so many seconds rows run between two looks of the host."""
+    return int(np.clip(SLICE_SECONDS / seconds, 1, WINDOW))
 
 
 def rooms(capacity: int) -> list[int]:
@@ -77,6 +91,12 @@ class Slots:
     def idle(self, size: int) -> DecodeState:
         return self.programs.idle(self.params, size, self.capacity, STOP_WIDTH, extras=True)
 
+    @property
+    def nbytes(self) -> int:
+        """What all slots take on the device."""
+        shapes = jax.eval_shape(lambda: self.idle(self.sizes[-1]))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
     def resize(self, needed: int) -> None:
         """The smallest size that has so many slots."""
         size = next(size for size in self.sizes if size >= needed)
@@ -91,6 +111,11 @@ class Slots:
         index[: len(kept)] = kept
         self.state = self.programs.moved(self.state, index)
         self.rows = [*(self.rows[slot] for slot in kept), *[None] * (size - len(kept))]
+
+    @property
+    def looks(self) -> bool:
+        """Whether the host has a look within each round, since some row follows a grammar."""
+        return any(row.matcher is not None for row in self.running)
 
     def insert(self, row: Row, begun: DecodeState, more: int = 0) -> None:
         """A row that has begun; there must be a free slot. `more` rows will come soon."""
@@ -126,7 +151,8 @@ class Slots:
         """So many rounds with that tree, of which rows take in what they say; at most `WINDOW`."""
         assert self.state is not None  # there are rows
         started = time.perf_counter()
-        if any(row.matcher is not None for row in self.running):
+        looked = self.looks
+        if looked:
             found = self._look_within(tree)
         else:
             if tree.total_tokens == 1:
@@ -134,8 +160,11 @@ class Slots:
             else:
                 self.state = self.programs.decode(self.params, self.state, jnp.int32(rounds), tree)
             found = self._look()
-        emitted, most = self._taken(found)
-        return Ran(tree, len(self.rows), most, time.perf_counter() - started, self.running, emitted)
+        emitted, most = self._taken(found, tree.max_depth)
+        if looked:
+            for row in self.running:
+                row.unseen_depth = tree.max_depth
+        return Ran(tree, len(self.rows), looked, most, time.perf_counter() - started, self.running, emitted)
 
     def compile(self, size: int, trees: Sequence[TreeConfig]) -> None:
         """Everything that rows in so many slots need, by running it without any."""
@@ -149,7 +178,8 @@ class Slots:
                 state = self.programs.decode_undrafted(self.params, state, jnp.int32(1), WINDOW)
             else:
                 state = self.programs.decode(self.params, state, jnp.int32(1), tree)
-        self.programs.report(state, none, WINDOW * self.width)
+        self.programs.report(state, none, UNSEEN * self.width)
+        self.programs.report(state, none, UNSEEN * self.width, True)
         at = self.sizes.index(size) if size in self.sizes else len(self.sizes)
         for other in self.sizes[:at]:
             self.programs.moved(self.idle(other), np.full(size, -1, np.int32))
@@ -157,11 +187,38 @@ class Slots:
             self.programs.moved(state, np.full(self.sizes[at - 1], -1, np.int32))
         jax.block_until_ready(state)
 
+    def time(self, size: int, tree: TreeConfig) -> float:
+        """Seconds a round of full slots takes, with caches half filled and a look of the host behind as many rounds as
+        there usually are; nan where that cannot be measured. Everything must be compiled."""
+        rounds, taken = 1, float("nan")
+        for _ in range(2):
+            state = self._busy(size)
+            started = time.perf_counter()
+            if tree.total_tokens == 1:
+                state = self.programs.decode_undrafted(self.params, state, jnp.int32(rounds), WINDOW)
+            else:
+                state = self.programs.decode(self.params, state, jnp.int32(rounds), tree)
+            on_host(self.programs.report(state, np.zeros(size, np.int32), UNSEEN * self.width))
+            taken = (time.perf_counter() - started) / rounds
+            if int(state.rounds.min()) < rounds:  # random weights may say NaN of nothing
+                return float("nan")
+            rounds = rounds_of(taken)
+        return taken
+
+    def _busy(self, size: int) -> DecodeState:
+        """Rows that say something, whatever it is, without an end."""
+        state = self.idle(size)
+        cache = dataclasses.replace(state.cache, lengths=jnp.full_like(state.cache.lengths, self.capacity // 2))
+        limit, ends = jnp.full_like(state.counts, self.capacity), jnp.full_like(state.request.stop_token_ids, -1)
+        request = dataclasses.replace(state.request, max_new_tokens=limit, stop_token_ids=ends)
+        busy = dataclasses.replace(state, cache=cache, request=request, done=jnp.zeros_like(state.done))
+        return jax.block_until_ready(busy)
+
     def _report(self) -> Report[jax.Array]:
         assert self.state is not None
         seen = np.array([0 if row is None else row.seen for row in self.rows], np.int32)
         told = any(row.wants_logprobs for row in self.running)
-        return self.programs.report(self.state, seen, WINDOW * self.width, told)
+        return self.programs.report(self.state, seen, UNSEEN * self.width, told)
 
     def _look(self) -> Report[np.ndarray]:
         return on_host(self._report())
@@ -182,14 +239,18 @@ class Slots:
             try:
                 row.matcher.accept(new.tolist())
                 nodes[slot], allowed[slot] = row.matcher.tree(nodes[slot], parents[slot], not found.alone[slot])
-            except Exception as error:  # noqa: BLE001 (one request's grammar must not end the others)
+            except RuntimeError as error:  # as `Matcher` says
                 row.failure = f"the grammar failed: {error}"
+            except Exception as error:  # one request's grammar must not end the others
+                log.exception("a grammar failed")
+                row.failure, row.cause = "the grammar failed", sentence(error)
         drafted = drafted._replace(tokens=jnp.asarray(nodes))
         self.state = self.programs.confirm(self.params, self.state, drafted, allowed, tree)
         return found
 
-    def _taken(self, found: Report[np.ndarray]) -> tuple[list[np.ndarray], int]:
-        """Rows take what is new; how many of their rounds emitted how much, and the rounds of the row with most."""
+    def _taken(self, found: Report[np.ndarray], depth: int) -> tuple[list[np.ndarray], int]:
+        """Rows take what is new; how many of their rounds emitted how much, and the rounds of the row with most. The
+        rounds' tree has this depth."""
         emitted, most = [], 0
         for slot, row in enumerate(self.rows):
             if row is None:
@@ -197,9 +258,14 @@ class Slots:
             count = int(found.counts[slot]) - row.seen
             new, drafted = found.tokens[slot, :count], found.from_draft[slot, :count]
             told = None if found.logprobs is None else jax.tree.map(lambda x, at=slot: x[at], found.logprobs)
-            row.take(new, drafted, told)
-            row.done, row.failed = bool(found.done[slot]), bool(found.failed[slot])
             counts = emitted_per_round(drafted, self.width)
+            try:
+                row.take(new, drafted, told)
+            except Exception as error:
+                log.exception("an answer cannot be told")
+                row.failure, row.cause = "the answer cannot be told", sentence(error)
+            row.drafted(int(counts.sum()), depth)
+            row.done, row.failed = bool(found.done[slot]), bool(found.failed[slot])
             emitted.append(counts)
             most = max(most, int(counts.sum()))
         return emitted, most

@@ -29,10 +29,18 @@ class WarmUp:
       slots: of which as many are offered as are compiled.
       reader: of prompts.
       trees: that rows may be decoded with.
+      compiled: is told of every number of slots for which everything is compiled.
     """
 
-    def __init__(self, target: Target, slots: Slots, reader: PromptReader, trees: Sequence[TreeConfig]) -> None:
-        self.target, self.slots, self.reader, self.trees = target, slots, reader, trees
+    def __init__(
+        self,
+        target: Target,
+        slots: Slots,
+        reader: PromptReader,
+        trees: Sequence[TreeConfig],
+        compiled: Callable[[int], None],
+    ) -> None:
+        self.target, self.slots, self.reader, self.trees, self.compiled = target, slots, reader, trees, compiled
         self.waiting = slots.sizes[1:]
 
     def first(self) -> None:
@@ -45,6 +53,7 @@ class WarmUp:
             row = Row(Request(prompt, params, 1), TokenReader(self.target.tokenizer), frozenset(), 1, lambda: None)
             self.reader.begin(row, keep=False)
         self.slots.compile(self.slots.sizes[0], self.trees)
+        self.compiled(self.slots.sizes[0])
 
     def rest(self, stopped: Callable[[], bool]) -> bool:
         """What more need; whether it came to its end."""
@@ -53,6 +62,7 @@ class WarmUp:
                 return False
             size = self.waiting.pop(0)
             self.slots.compile(size, self.trees)
+            self.compiled(size)
             self.slots.sizes = [*self.slots.sizes, size]
         return True
 

@@ -8,7 +8,7 @@ import pytest
 from jaxspec.detokenizer import Detokenizer, TokenReader
 from jaxspec.generator import Result
 from jaxspec.metrics import GenerationStats, pooled
-from jaxspec.serving.http.answers import PART, Answers, event, json_of, over_all, usage_of
+from jaxspec.serving.http.answers import PART, Answers, event, json_of, usage_of
 from jaxspec.serving.http.schema import ChatCompletion, ChatCompletionChunk, Usage
 from jaxspec.serving.requests import Served
 from jaxspec.speculation.logprobs import Logprobs
@@ -49,7 +49,7 @@ def test_usage_counts_the_prompt_once_and_every_choice():
 
 def test_answers_with_trees_of_different_depths_are_counted_together():
     shallow, deep = (result_of(emitted, [1]).stats for emitted in ([2, 3], [1, 0, 4, 1]))
-    assert over_all([shallow, deep]).emitted == (3, 3, 4, 1)
+    assert pooled([shallow, deep]).emitted == (3, 3, 4, 1)
 
 
 @pytest.mark.parametrize("kind", ["byte_fallback", "gemma", "byte_level", "demo", "unigram", "word_piece"])

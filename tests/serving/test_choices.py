@@ -16,11 +16,11 @@ from jaxspec.serving.requests import Stream
 NONE = np.zeros(0, np.int32)
 
 
-def piece(text: str, reason: str | None = None, error: str | None = None, public: bool = False) -> Piece:
+def piece(text: str, reason: str | None = None, error: str | None = None, cause: str | None = None) -> Piece:
     result = None
     if reason is not None:
         stats = GenerationStats.of([0], prompt_tokens=1, generated_tokens=0)
-        result = Result(NONE, NONE.astype(bool), text, reason, stats, NONE, error, public=public)
+        result = Result(NONE, NONE.astype(bool), text, reason, stats, NONE, error, cause=cause)
     return Piece(text, NONE, NONE.astype(bool), NONE, result)
 
 
@@ -70,14 +70,14 @@ def test_a_choice_that_fails_ends_all_of_them(last, status, code):
     asyncio.run(read())
 
 
-@pytest.mark.parametrize("public", [False, True])
-def test_only_an_error_that_was_written_for_clients_is_told(public, caplog):
+@pytest.mark.parametrize("cause", [None, "OSError: /dev/sda is full"])
+def test_what_was_raised_is_told_to_the_log_alone(cause, caplog):
     """The log has both, with the request's id."""
 
     async def read() -> str:
         made, _ = streams(1)
         choices = Choices(made, None, Stream.__aiter__, "req-1")
-        made[0].put(piece("x", "error", "the disk /dev/sda is full", public))
+        made[0].put(piece("x", "error", "decoding failed", cause))
         with pytest.raises(ApiError) as caught:
             await choices.all_results()
         choices.close()
@@ -85,11 +85,11 @@ def test_only_an_error_that_was_written_for_clients_is_told(public, caplog):
 
     told = asyncio.run(read())
     assert told == (
-        "the disk /dev/sda is full"
-        if public
-        else "the answer could not be computed by the server; its log says why, under req-1"
+        "decoding failed"
+        if cause is None
+        else "the server could not compute the answer (decoding failed); its log says why, under req-1"
     )
-    assert "request req-1 could not be answered: the disk /dev/sda is full" in caplog.text
+    assert f"request req-1 could not be answered: decoding failed ({cause})" in caplog.text
 
 
 def test_an_exception_on_the_way_is_not_lost():

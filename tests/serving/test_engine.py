@@ -200,13 +200,13 @@ def test_one_bad_request_harms_no_other(served):
     not_a_number, misshapen = (stream.result() for stream in bad)
     assert not_a_number.finish_reason == misshapen.finish_reason == "error"
     assert "are not finite (NaN or infinity), after 0 generated tokens" in not_a_number.error
-    assert misshapen.error.startswith("reading the prompt failed: ")
+    assert misshapen.error == "reading the prompt failed" and misshapen.cause
     for index, stream in zip((1, 4, 0, 1), good, strict=True):
         service.check(index, stream.result())
 
 
 def test_a_long_prompt_does_not_hold_up_others(generators, monkeypatch):
-    """While it is read in chunks, rows that run go on; the device does one piece of it at most between two rounds."""
+    """While it is read in chunks, rows that run go on."""
     generator = generators("autoregressive")
     target = generator.target
     long = encode_prompt(target, "What is on the left of the picture? " * 60)
@@ -239,7 +239,8 @@ def test_an_engine_that_breaks_says_so_to_everybody(generators, monkeypatch):
     engine = Engine(generator.target, settings=dataclasses.replace(LAZY, warm_up=True))
     stream = engine.submit(prompt)
     engine.start()
-    assert stream.result().error.startswith("the engine has stopped: ValueError: ")
+    result = stream.result()
+    assert result.error == "the engine has stopped" and result.cause.startswith("ValueError: ")
     assert engine.failure.startswith("the engine has stopped: ValueError: ")
     with pytest.raises(Stopping, match="the engine has stopped"):
         engine.submit(prompt)
@@ -258,7 +259,26 @@ def test_a_fault_of_the_rounds_ends_its_rows_and_not_the_engine(served, monkeypa
 
     monkeypatch.setattr(type(service.engine._slots), "run", run)
     result = service.submit(0).result()
-    assert (result.finish_reason, result.error) == ("error", "decoding failed: RuntimeError: the device is gone")
+    assert (result.finish_reason, result.error) == ("error", "decoding failed")
+    assert result.cause == "RuntimeError: the device is gone"
+    service.check(0, service.submit(0).result())
+
+
+def test_no_memory_for_more_slots_ends_its_rows_and_not_the_engine(served, monkeypatch):
+    service = served("vispec")
+    insert, broken = type(service.engine._slots).insert, threading.Event()
+
+    def inserting(slots, *arguments):
+        if not broken.is_set():
+            broken.set()
+            raise RuntimeError("out of memory")
+        return insert(slots, *arguments)
+
+    monkeypatch.setattr(type(service.engine._slots), "insert", inserting)
+    result = service.submit(0).result()
+    assert (result.finish_reason, result.error, result.cause) == (
+        *("error", "decoding failed", "RuntimeError: out of memory"),
+    )
     service.check(0, service.submit(0).result())
 
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from jaxspec.serving import matcher
 from jaxspec.serving.grammar import KEPT, Grammars
 from jaxspec.serving.matcher import is_set, members
 from jaxspec.speculation.tree import NO_TOKEN
@@ -217,6 +218,23 @@ def test_a_grammar_that_grows_too_complex_fails_alone():
     neighbour.accept([token])
     assert np.array_equal(neighbour.start(), mask)
     assert grammar.matcher().start().any()
+
+
+def test_a_parser_that_gives_up_again_and_again_is_not_followed(monkeypatch):
+    """To begin anew takes as long as the answer did: after a few times drafts are left alone, after many it ends."""
+    token, grammars = 5, small()[1]
+    row = grammars.regex("(?:[a-c]{1,9}){1,9}").matcher()
+    tree = np.full(4, token, np.int32), np.array([0, 0, 1, 2])
+    row.accept([token])
+    assert (row.tree(*tree)[0] == token).all()
+    for _ in range(matcher.FOLLOWED):
+        row._restore()
+    tokens, allowed = row.tree(*tree)
+    assert tokens.tolist() == [token, NO_TOKEN, NO_TOKEN, NO_TOKEN]
+    assert np.array_equal(allowed[0], row.start()) and (allowed[1:] == matcher.ALL).all()
+    with pytest.raises(RuntimeError, match="the grammar is too complex after 1 tokens"):
+        for _ in range(matcher.RESTORED):
+            row._restore()
 
 
 @pytest.mark.parametrize(

@@ -84,10 +84,10 @@ def test_a_fault_is_500_for_one_request_and_nothing_for_the_others(app, engine, 
     name = response.headers["x-request-id"]
     assert (error["type"], error["param"]) == ("server_error", None)
     assert error["code"] == ("internal_error" if fault == UNEXPECTED else "generation_failed")
-    for inside in (INSIDE, "reading the prompt failed", "Error:", "shape", "Traceback", ".py"):
+    for inside in (INSIDE, "Error:", "shape", "Traceback", ".py"):
         assert inside not in error["message"]
     if fault == NOT_FINITE:
-        assert name in error["message"] or "are not finite (NaN or infinity)" in error["message"]
+        assert "are not finite (NaN or infinity)" in error["message"]
     else:
         assert error["message"].endswith(f"its log says why, under {name}")
     assert name in caplog.text

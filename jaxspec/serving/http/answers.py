@@ -3,7 +3,6 @@
 The shapes are those of jaxspec/serving/http/schema.py. No number that JSON has no word for leaves here.
 """
 
-import itertools
 import json
 import math
 import secrets
@@ -15,7 +14,7 @@ import numpy as np
 
 from jaxspec.detokenizer import TokenReader
 from jaxspec.generator import Result
-from jaxspec.metrics import Acceptance
+from jaxspec.metrics import pooled
 from jaxspec.serving.requests import Served
 from jaxspec.speculation.logprobs import Logprobs
 
@@ -113,7 +112,7 @@ class Answers:
 def usage_of(prompt_tokens: int, results: Sequence[Result], served: Sequence[Served | None]) -> dict[str, Any]:
     """Tokens, and what speculation and waiting did, over all choices. The prompt counts once."""
     generated, times = sum(len(result.tokens) for result in results), [each for each in served if each is not None]
-    speculation = over_all([result.stats for result in results])
+    speculation = pooled([result.stats for result in results])
     decoding = sum(result.stats.decode_seconds for result in results)
     metrics = {
         "speculative_decoding": {
@@ -136,12 +135,6 @@ def usage_of(prompt_tokens: int, results: Sequence[Result], served: Sequence[Ser
         "prompt_tokens_details": {"cached_tokens": min((each.cached_tokens for each in times), default=0)},
         "metrics": without_nan(metrics),
     }
-
-
-def over_all(stats: Sequence[Acceptance]) -> Acceptance:
-    """The acceptance of all rounds of several answers, whose trees may have been of different depths."""
-    columns = itertools.zip_longest(*(each.emitted for each in stats), fillvalue=0)
-    return Acceptance.from_histogram([sum(column) for column in columns])
 
 
 def without_nan(value: Any) -> Any:

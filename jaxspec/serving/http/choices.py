@@ -82,15 +82,17 @@ class Choices:
 
 
 def check_result(result: Result, request_id: str) -> None:
-    """Raises ApiError for an answer that did not come to its own end. What was not written for clients goes to the log
-    and not to them."""
+    """Raises ApiError for an answer that did not come to its own end. What was raised goes to the log and not to the
+    client."""
     match result.finish_reason:
         case "stop" | "length":
             return
         case "cancelled":
             raise ApiError(503, "the server is stopping and has ended this answer", code="stopping")
-    log.error("request %s could not be answered: %s", request_id, result.error)
-    message = result.public_error or f"the answer could not be computed by the server; {in_the_log(request_id)}"
+    log.error("request %s could not be answered: %s (%s)", request_id, result.error, result.cause)
+    message = result.error or "the answer could not be computed"
+    if result.cause is not None:
+        message = f"the server could not compute the answer ({message}); {in_the_log(request_id)}"
     raise ApiError(500, message, code="generation_failed")
 
 
