@@ -8,7 +8,6 @@ Nothing needs to be chosen: a program lowered for a TPU has the kernels there ar
 form. docs/KERNELS.md lists what there is; `implementation` chooses for a measurement or a test.
 """
 
-import dataclasses
 import functools
 import math
 import warnings
@@ -179,13 +178,12 @@ def on_mesh(run: Attend) -> Attend:
         by_row = tuple(rows) or None
         by_head = PartitionSpec(by_row, "tensor" if "tensor" in mesh.shape else None)
 
-        def of_mask(mask: Mask) -> Mask:
-            fields = {name: PartitionSpec(by_row) for name, field in vars(mask).items() if isinstance(field, jax.Array)}
-            if mask.ancestors is not None and mask.ancestors.ndim == 2:  # one tree for all rows
-                fields["ancestors"] = PartitionSpec()
-            return dataclasses.replace(mask, **fields)
+        def of_leaf(path: tuple, leaf: jax.Array) -> PartitionSpec:
+            if any(getattr(key, "name", None) == "kv" for key in path):
+                return by_head
+            return PartitionSpec() if is_one_tree(path, leaf) else PartitionSpec(by_row)
 
-        of_segments = [Segment(LayerKV(by_head, by_head), of_mask(each.mask)) for each in segments]
+        of_segments = jax.tree.map_with_path(of_leaf, list(segments))
         spreading = jax.shard_map(
             lambda query, segments: run(query, segments, scale),
             mesh=mesh,
@@ -196,6 +194,11 @@ def on_mesh(run: Attend) -> Attend:
         return spreading(query, list(segments))
 
     return spread
+
+
+def is_one_tree(path: tuple, leaf: jax.Array) -> bool:
+    """Whether a leaf of segments is ancestors `[S, S]`, which all rows share."""
+    return getattr(path[-1], "name", None) == "ancestors" and leaf.ndim == 2
 
 
 def mesh_of(query: jax.Array, segments: Sequence[Segment]) -> AbstractMesh:

@@ -67,9 +67,8 @@ class Plan(NamedTuple):
         """The most heads whose blocks fit, but not all of them (a chip with two cores halves them), and then blocks as
         short as they can be without being too many: a shorter one wastes less at the end of what is filled."""
         rows = min(rows, ROWS)
-        for heads in range(max(1, kv_heads // 2), 0, -1):
-            if kv_heads % heads:
-                continue
+        plan = cls(1, rows, LANES)
+        for heads in (number for number in range(max(1, kv_heads // 2), 0, -1) if kv_heads % number == 0):
             size = LANES
             while size < 4 * LANES and size < capacity // 4 and heads * size * head_dim * itemsize < STEP:
                 size *= 2

@@ -9,6 +9,7 @@ where it is near 10, a part is weighed wrong by several per cent. So those two a
 
 from collections.abc import Sequence
 from functools import partial, reduce
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from jaxspec.kernels.cached import LANES, lacks
-from jaxspec.kernels.segments import Segment
+from jaxspec.kernels.segments import Keys, Segment
 
+Backend = Literal["xla", "cudnn"]
 SHORT = 128
 """Splash attention is for so many tokens or more."""
 
@@ -70,7 +72,9 @@ def splash_segment(
     def of_row(row: tuple[jax.Array, ...]) -> jax.Array:
         query, keys, values, count = row
         others = jnp.arange(size) >= jnp.maximum(count, 1)
-        return kernel(query, keys, values, SegmentIds(jnp.zeros((size,), jnp.int32), others.astype(jnp.int32)))
+        out = kernel(query, keys, values, SegmentIds(jnp.zeros((size,), jnp.int32), others.astype(jnp.int32)))
+        assert isinstance(out, jax.Array)  # a pair where residuals are asked for
+        return out
 
     scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
     # One row after another: interpret mode knows no batches of a kernel.
@@ -90,7 +94,7 @@ def cudnn_lacks(query: jax.Array, segments: Sequence[Segment]) -> str | None:
 
 
 def joined(
-    query: jax.Array, segments: Sequence[Segment], scale: float | None = None, *, backend: str = "xla"
+    query: jax.Array, segments: Sequence[Segment], scale: float | None = None, *, backend: Backend = "xla"
 ) -> jax.Array:
     """As `plain.attend`, by `jax.nn.dot_product_attention` segment by segment; `backend` is its `implementation`."""
     parts = [of_segment(query, segment, scale, backend) for segment in segments]
@@ -100,25 +104,28 @@ def joined(
     return (out / reduce(jnp.add, shares)).astype(query.dtype)
 
 
-def of_segment(query: jax.Array, segment: Segment, scale: float | None, backend: str) -> tuple[jax.Array, jax.Array]:
+def of_segment(
+    query: jax.Array, segment: Segment, scale: float | None, backend: Backend
+) -> tuple[jax.Array, jax.Array]:
     """Attention `[B, H, N, Dh]` and log-sum-exp `[B, H, N, 1]`, both float32, over one segment alone."""
     (keys, values), mask = segment
     batch, _, length, _ = query.shape
-    only_filled = mask.lengths is not None and not mask.causal and mask.window is None
-    only_filled = only_filled and mask.ancestors is None and mask.dense is None
-    if only_filled:
-        options = {"key_value_seq_lengths": mask.lengths}
-        any_seen = (mask.lengths > 0)[:, None, None, None]
+    lengths, dense = mask.lengths, None
+    if lengths is not None and Keys(segment.kv, [segment]).is_cache and mask.window is None:
+        any_seen = (lengths > 0)[:, None, None, None]
     else:
-        seen = mask.visible(jnp.arange(length), keys.shape[2])
-        options = {"mask": jnp.broadcast_to(seen[:, None], (batch, 1, length, keys.shape[2]))}
+        lengths, seen = None, mask.visible(jnp.arange(length), keys.shape[2])
+        dense = jnp.broadcast_to(seen[:, None], (batch, 1, length, keys.shape[2]))
         any_seen = jnp.any(seen, axis=-1)[:, None, :, None]
     out, held = jax.nn.dot_product_attention(
-        *(x.swapaxes(1, 2) for x in (query, keys, values)),
+        query.swapaxes(1, 2),
+        keys.swapaxes(1, 2),
+        values.swapaxes(1, 2),
+        mask=dense,
         scale=scale,
+        key_value_seq_lengths=lengths,
         implementation=backend,
         return_residual=True,
-        **options,
     )
     # What a query gets that sees nothing here is whatever the backend makes of it.
     held = jnp.where(any_seen, held.swapaxes(1, 2)[..., None].astype(jnp.float32), -1e30)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxspec.cache import LayerKV
@@ -16,7 +16,7 @@ from jaxspec.kernels.attention import KERNELS, attend
 from jaxspec.kernels.masks import Mask
 from jaxspec.kernels.segments import Segment
 
-EXAMPLES = settings(deadline=None, derandomize=True, max_examples=16)
+EXAMPLES = settings(deadline=None, derandomize=True, max_examples=16, suppress_health_check=list(HealthCheck))
 
 
 def reference(query: jax.Array, segments: list[Segment], scale: float | None = None) -> np.ndarray:
