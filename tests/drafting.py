@@ -37,8 +37,9 @@ from jaxspec.targets.registry import save_model
 from tests.helpers import config_for, randomized
 
 
-def linked_target(folder: Path) -> Target:
-    """A two-layer LLaVA with grouped query heads and the demo's processor, saved to `folder` and loaded from it."""
+def linked_target(folder: Path, **text: int) -> Target:
+    """A two-layer LLaVA with grouped query heads and the demo's processor, saved to `folder` and loaded from it; `text`
+    holds more fields of its text model."""
     processor = build_processor(folder / "processor", scenes=300)
     hf_config = config_for(
         processor,
@@ -48,6 +49,7 @@ def linked_target(folder: Path) -> Target:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
+        **text,
     )
     model = randomized(Llava(LlavaConfig.from_hf(hf_config), rngs=nnx.Rngs(0)), seed=5, scale=1.0)
     language = model.language_model

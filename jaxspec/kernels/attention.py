@@ -1,165 +1,208 @@
-"""Attention of N new tokens over each other and over cached segments.
+"""Attention of N new tokens over each other and over cached segments, and the one rule of what computes it.
 
 One function serves prefill and training (a causal segment of their own), autoregressive decoding (N = 1), tree
 verification (ancestors) and drafting (cache plus the levels drafted so far). New keys and values are not written to the
 cache first: a verified tree commits only its accepted path, so a cache never holds rejected tokens.
+
+Nothing needs to be chosen: a program lowered for a TPU has the kernels there are for it, every other one the plain
+form. docs/KERNELS.md lists what there is; `implementation` chooses for a measurement or a test.
 """
 
-from collections.abc import Sequence
-from functools import reduce
-from typing import NamedTuple
+import functools
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from jaxspec.cache import LayerKV
+from jaxspec.kernels import cached, library, plain
 from jaxspec.kernels.masks import Mask
+from jaxspec.kernels.segments import Keys, Segment
+from jaxspec.sharding import ROWS
 
-MASKED = -1e30
-LONG, BLOCK = 512, 256
-"""Queries from `LONG` on are taken `BLOCK` at a time (docs/LOG.md), the last block padded."""
-ROOMY, PART = 512, 128
-"""Caches with `ROOMY` positions or more are read `PART` positions at a time, as far as they are filled."""
+Attend = Callable[[jax.Array, Sequence[Segment], float | None], jax.Array]
 
 
-class Segment(NamedTuple):
-    """Tokens to attend to: their keys and values, and who sees them."""
+def anything(query: jax.Array, segments: Sequence[Segment]) -> bool:
+    """Fits always."""
+    return True
 
-    kv: LayerKV
-    mask: Mask
+
+def nothing(query: jax.Array, segments: Sequence[Segment]) -> None:
+    """Lacks nothing."""
+
+
+class Kernel(NamedTuple):
+    """Something that computes attention where it can."""
+
+    run: Attend
+    fits: Callable[[jax.Array, Sequence[Segment]], bool] = anything
+    """Whether the masks are of the kind that it is for."""
+    lacks: Callable[[jax.Array, Sequence[Segment]], str | None] = nothing
+    """Which size or dtype it does not have, as a clause."""
+    whole: bool = False
+    """Whether XLA cannot split it over devices."""
+
+
+def over_cache(query: jax.Array, segments: Sequence[Segment]) -> bool:
+    """As `cached.fits`."""
+    return cached.fits(segments)
+
+
+KERNELS: Mapping[str, Kernel] = {
+    "plain": Kernel(plain.attend),
+    "pallas": Kernel(cached.attend, over_cache, cached.lacks, whole=True),
+    "splash": Kernel(library.splash, library.splash_fits, library.splash_lacks, whole=True),
+    "xla": Kernel(library.joined),
+    "cudnn": Kernel(functools.partial(library.joined, backend="cudnn"), lacks=library.cudnn_lacks),
+}
+"""What there is, by name; `plain` is what the others must equal, and what runs where another does not fit."""
+CHOICE = jax.make_user_context(None)  # part of what jit keeps programs by
+
+
+def implementation(name: str | None) -> AbstractContextManager[Any]:
+    """Within the block, attention is computed by the kernel of that name in `KERNELS` wherever it fits, on whatever
+    device; None leaves the choice to the rule. Programs compiled before are not used, so nothing has to be cleared.
+
+    Raises ValueError for another name.
+    """
+    return CHOICE(None if name is None else known(name))
+
+
+def known(name: str) -> str:
+    """The name, if it is one. Raises ValueError."""
+    if name not in KERNELS:
+        raise ValueError(f"implementation {name!r} of attention is not one of {', '.join(KERNELS)}")
+    return name
 
 
 @jax.named_scope("attention")
-def attend(query: jax.Array, segments: Sequence[Segment], scale: float | None = None) -> jax.Array:
+def attend(
+    query: jax.Array, segments: Sequence[Segment], scale: float | None = None, implementation: str | None = None
+) -> jax.Array:
     """Softmax attention over the union of the segments, with grouped query heads, softmax in float32.
 
-    `query` is `[B, H, N, Dh]`, H a multiple of Hkv; scores are multiplied by `scale`, by default `Dh**-0.5`. Returns
-    `[B, H, N, Dh]` in the query's dtype. A query that sees nothing returns some finite average (of padding). From
-    `LONG` on, queries are taken in blocks, so that no more than `[B, H, BLOCK, S]` scores are held at once.
+    Args:
+      query: `[B, H, N, Dh]`, H a multiple of Hkv.
+      segments: of which the first may be a cache.
+      scale: what scores are multiplied by, `Dh**-0.5` if not given.
+      implementation: a name in `KERNELS`, or None for that of the block `implementation` or for what suits the device.
+
+    Returns `[B, H, N, Dh]` in the query's dtype. A query that sees nothing returns some finite average (of padding).
+    Raises ValueError for an implementation that there is not.
     """
-    batch, heads, length, head_dim = query.shape
-    keys = merged(segments)
-    if length < LONG:
-        numbers = jnp.arange(length)
-        if len(keys) == 1 or not keys[0].is_roomy_cache:
-            return attend_block(query, numbers, keys, scale)
-        # Other backends start a kernel for every step of a loop, which takes longer than reading what is not filled.
-        return jax.lax.platform_dependent(
-            query,
-            keys,
-            cpu=lambda query, keys: attend_filled(query, numbers, keys, scale),
-            default=lambda query, keys: attend_block(query, numbers, keys, scale),
+    name = CHOICE.value if implementation is None else known(implementation)
+    if name is not None:
+        return chosen(name, query, segments, loud=True)(query, segments, scale)
+    kernel = plain.attend
+    # A kernel of a few hundred positions would not earn its start.
+    if Keys(segments[0].kv, segments[:1]).is_roomy_cache:
+        kernel = chosen("pallas", query, segments, loud=jax.default_backend() == "tpu")
+    elif len(segments) == 1:
+        kernel = chosen("splash", query, segments, loud=False)
+    if kernel is plain.attend:
+        return plain.attend(query, segments, scale)
+    return jax.lax.platform_dependent(
+        query,
+        list(segments),
+        tpu=lambda query, segments: kernel(query, segments, scale),
+        default=lambda query, segments: plain.attend(query, segments, scale),
+    )
+
+
+def chosen(name: str, query: jax.Array, segments: Sequence[Segment], *, loud: bool) -> Attend:
+    """The kernel of that name where it can be used, else the plain form; `loud` ones say once what they lack."""
+    kernel = KERNELS[name]
+    if not kernel.fits(query, segments):
+        return plain.attend
+    lacks = kernel.lacks(query, segments)
+    if lacks is not None:
+        if loud:
+            say_once(f"attention falls back to the plain form: {name} does not have {lacks}")
+        return plain.attend
+    if not kernel.whole:
+        return kernel.run
+    return differentiable(on_mesh(kernel.run))
+
+
+@functools.cache
+def say_once(sentence: str) -> None:
+    """Warns, but of one thing once."""
+    warnings.warn(sentence, stacklevel=2)
+
+
+def differentiable(run: Attend) -> Attend:
+    """With the gradient of the plain form, for a kernel that has none or a worse one."""
+
+    def with_gradient(query: jax.Array, segments: Sequence[Segment], scale: float | None) -> jax.Array:
+        masks = [segment.mask for segment in segments]
+
+        def of(function: Attend, query: jax.Array, kvs: Sequence[LayerKV], masks: Sequence[Mask]) -> jax.Array:
+            return function(query, [Segment(*pair) for pair in zip(kvs, masks, strict=True)], scale)
+
+        forward = jax.custom_vjp(functools.partial(of, run))
+
+        def keep(query: jax.Array, kvs: Sequence[LayerKV], masks: Sequence[Mask]) -> tuple[jax.Array, tuple]:
+            return of(run, query, kvs, masks), (query, kvs, masks)
+
+        def back(kept: tuple, by_output: jax.Array) -> tuple:
+            query, kvs, masks = kept
+            _, pull = jax.vjp(lambda query, kvs: of(plain.attend, query, kvs, masks), query, kvs)
+            return (*pull(by_output), None)
+
+        forward.defvjp(keep, back)
+        return forward(query, [segment.kv for segment in segments], masks)
+
+    return with_gradient
+
+
+def on_mesh(run: Attend) -> Attend:
+    """On a mesh every device has rows and heads of its own, as `jaxspec.sharding` lays them; where key heads do not
+    divide so, XLA splits the plain form as it likes."""
+
+    def spread(query: jax.Array, segments: Sequence[Segment], scale: float | None) -> jax.Array:
+        mesh = mesh_of(query, segments)
+        if mesh.empty or mesh.size == 1 or all(kind == AxisType.Manual for kind in mesh.axis_types):
+            return run(query, segments, scale)
+        batch, kv_heads = segments[0].kv.keys.shape[:2]
+        if kv_heads % mesh.shape.get("tensor", 1):
+            return plain.attend(query, segments, scale)
+        rows = []
+        for axis in ROWS:
+            if axis in mesh.shape and batch % math.prod(mesh.shape[each] for each in (*rows, axis)) == 0:
+                rows.append(axis)
+        by_row = tuple(rows) or None
+        by_head = PartitionSpec(by_row, "tensor" if "tensor" in mesh.shape else None)
+
+        def of_leaf(path: tuple, leaf: jax.Array) -> PartitionSpec:
+            if any(getattr(key, "name", None) == "kv" for key in path):
+                return by_head
+            return PartitionSpec() if is_one_tree(path, leaf) else PartitionSpec(by_row)
+
+        of_segments = jax.tree.map_with_path(of_leaf, list(segments))
+        spreading = jax.shard_map(
+            lambda query, segments: run(query, segments, scale),
+            mesh=mesh,
+            in_specs=(by_head, of_segments),
+            out_specs=by_head,
+            check_vma=False,
         )
-    blocks = -(-length // BLOCK)
-    # Padded, so that no length switches blocks off.
-    padded = jnp.pad(query, ((0, 0), (0, 0), (0, blocks * BLOCK - length), (0, 0)))
-    queries = jnp.moveaxis(padded.reshape(batch, heads, blocks, BLOCK, head_dim), 2, 0)
-    numbers = jnp.arange(blocks * BLOCK).reshape(blocks, BLOCK)
-    one = jax.checkpoint(lambda block: attend_block(block[0], block[1], keys, scale))
-    out = jax.lax.map(one, (queries, numbers))
-    return jnp.moveaxis(out, 0, 2).reshape(padded.shape)[:, :, :length]
+        return spreading(query, list(segments))
+
+    return spread
 
 
-class Keys(NamedTuple):
-    """One or more segments side by side."""
-
-    kv: LayerKV
-    parts: Sequence[Segment]
-
-    @property
-    def is_roomy_cache(self) -> bool:
-        """Whether it is one segment with much room of which only some is filled."""
-        mask = self.parts[0].mask
-        filled = mask.lengths is not None and not mask.causal and mask.ancestors is None and mask.dense is None
-        return len(self.parts) == 1 and filled and self.kv.keys.shape[2] >= ROOMY
-
-    def visible(self, queries: jax.Array) -> jax.Array:
-        """As of `Mask`."""
-        masks = [part.mask.visible(queries, part.kv.keys.shape[2]) for part in self.parts]
-        shape = jnp.broadcast_shapes(*(mask.shape[:2] for mask in masks))
-        return jnp.concatenate([jnp.broadcast_to(mask, (*shape, mask.shape[2])) for mask in masks], axis=2)
+def is_one_tree(path: tuple, leaf: jax.Array) -> bool:
+    """Whether a leaf of segments is ancestors `[S, S]`, which all rows share."""
+    return getattr(path[-1], "name", None) == "ancestors" and leaf.ndim == 2
 
 
-def merged(segments: Sequence[Segment]) -> list[Keys]:
-    """The first segment is the long one (a cache, never copied); what follows is a few tokens and cheaper as one."""
-    first, *rest = segments
-    keys = [Keys(first.kv, [first])]
-    if rest:
-        parts = zip(*(each.kv for each in rest), strict=True)
-        keys.append(Keys(rest[0].kv if len(rest) == 1 else LayerKV(*(jnp.concatenate(x, axis=2) for x in parts)), rest))
-    return keys
-
-
-def attend_block(query: jax.Array, numbers: jax.Array, segments: Sequence[Keys], scale: float | None) -> jax.Array:
-    """The same for all queries `[B, H, n, Dh]` at once, which have these `numbers` i32 `[n]` in the masks."""
-    batch, heads, length, head_dim = query.shape
-    kv_heads = segments[0].kv.keys.shape[1]
-    groups = heads // kv_heads
-    # Query heads that share a key head become extra queries of one matrix product.
-    queries = query.reshape(batch, kv_heads, groups * length, head_dim)
-
-    def scores(keys: Keys) -> jax.Array:  # [B, Hkv, G, n, S]
-        logits = jnp.einsum("bhnd,bhsd->bhns", queries, keys.kv.keys, preferred_element_type=jnp.float32)
-        logits = logits.reshape(batch, kv_heads, groups, length, -1) * (head_dim**-0.5 if scale is None else scale)
-        return jnp.where(keys.visible(numbers)[:, None, None], logits, MASKED)
-
-    def mix(weights: jax.Array, keys: Keys) -> jax.Array:  # [B, Hkv, G * n, Dh]
-        values = keys.kv.values
-        weights = weights.astype(values.dtype).reshape(batch, kv_heads, groups * length, -1)
-        return jnp.einsum("bhns,bhsd->bhnd", weights, values, preferred_element_type=jnp.float32)
-
-    logits = [scores(keys) for keys in segments]
-    peak = jax.lax.stop_gradient(reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in logits]))
-    weights = [jnp.exp(part - peak) for part in logits]
-    total = reduce(jnp.add, [part.sum(-1, keepdims=True) for part in weights])  # [B, Hkv, G, n, 1]
-    out = reduce(jnp.add, [mix(part, keys) for part, keys in zip(weights, segments, strict=True)])
-    # Divided last: by Dh numbers a query instead of S.
-    out = out.reshape(batch, heads, length, head_dim) / total.reshape(batch, heads, length, 1)
-    return out.astype(query.dtype)
-
-
-def attend_filled(query: jax.Array, numbers: jax.Array, segments: Sequence[Keys], scale: float | None) -> jax.Array:
-    """The same where the first segment is a roomy cache: time follows what is filled of it and within some query's
-    window. What a row gets does not depend on how much the others have filled: parts that it does not see add zeros.
-    """
-    cache, rest = segments[0], segments[1:]
-    (keys, values), mask = cache.kv, cache.parts[0].mask
-    batch, heads, length, head_dim = query.shape
-    kv_heads, capacity = keys.shape[1:3]
-    queries = query.reshape(batch, kv_heads, -1, head_dim)
-    scale = head_dim**-0.5 if scale is None else scale
-
-    def scores(keys: jax.Array, visible: jax.Array) -> jax.Array:  # [B, Hkv, G * n, S]
-        logits = jnp.einsum("bhnd,bhsd->bhns", queries, keys, preferred_element_type=jnp.float32) * scale
-        grouped = logits.reshape(batch, kv_heads, heads // kv_heads, length, -1)
-        return jnp.where(visible[:, None, None], grouped, MASKED).reshape(logits.shape)
-
-    def mixed(weights: jax.Array, values: jax.Array) -> jax.Array:  # [B, Hkv, G * n, Dh]
-        weights = weights.astype(values.dtype)
-        return jnp.einsum("bhns,bhsd->bhnd", weights, values, preferred_element_type=jnp.float32)
-
-    def joined(so_far: tuple, logits: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        peak, total, out = so_far
-        higher = jnp.maximum(peak, logits.max(-1, keepdims=True))
-        shrink, weights = jnp.exp(peak - higher), jnp.exp(logits - higher)
-        return higher, total * shrink + weights.sum(-1, keepdims=True), out * shrink + mixed(weights, values)
-
-    def part(number: jax.Array, so_far: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
-        start = jnp.minimum(number * PART, capacity - PART)  # the last part may lie over the one before
-        places = start + jnp.arange(PART)
-        seen = mask.of_keys(numbers, places) & (places >= number * PART)
-        block, its_values = (jax.lax.dynamic_slice_in_dim(x, start, PART, axis=2) for x in (keys, values))
-        return joined(so_far, scores(block, seen), its_values)
-
-    # What follows the cache comes first: every query sees something there, so that no peak is a masked one.
-    zeros = jnp.zeros((*queries.shape[:3], 1))
-    so_far = (jnp.full_like(zeros, MASKED), zeros, jnp.zeros(queries.shape))
-    for each in rest:
-        so_far = joined(so_far, scores(each.kv.keys, each.visible(numbers)), each.kv.values)
-    first = 0
-    if mask.window is not None and mask.query_places is not None:
-        first = jnp.maximum(jnp.min(mask.query_places) - mask.window + 1, 0) // PART
-    assert mask.lengths is not None  # it is a cache
-    last = (jnp.max(mask.lengths) + PART - 1) // PART
-    _, total, out = jax.lax.fori_loop(first, last, part, so_far)
-    return (out / total).reshape(query.shape).astype(query.dtype)
+def mesh_of(query: jax.Array, segments: Sequence[Segment]) -> AbstractMesh:
+    """The mesh that is set, or the one that the arrays of a program lie on; an empty one if there is none."""
+    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes += [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves((query, [each.kv for each in segments]))]
+    return next((mesh for mesh in meshes if not mesh.empty), meshes[0])

@@ -17,8 +17,9 @@ from jax.typing import DTypeLike
 from jaxspec.cache import LayerKV
 from jaxspec.checkpoints.configs import llama_text_config
 from jaxspec.checkpoints.names import NameTable
-from jaxspec.kernels.attention import BLOCK, LONG, Segment, attend
+from jaxspec.kernels.attention import Segment, attend
 from jaxspec.kernels.masks import Mask
+from jaxspec.kernels.plain import BLOCK, LONG
 from jaxspec.layers import GatedMLP, LanguageModel, RMSNorm, TextConfig, linear
 from jaxspec.rope import apply_rope
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel

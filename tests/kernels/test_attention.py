@@ -1,101 +1,121 @@
-"""Many queries, taken in blocks, get what they get at once; scores are scaled in float32."""
+"""The dispatch: what computes attention where, who may choose, and what is said about it."""
+
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jaxspec.cache import LayerKV
-from jaxspec.kernels.attention import LONG, ROOMY, Segment, attend, attend_block, merged
+from jaxspec.kernels import attention, plain
+from jaxspec.kernels.attention import attend, implementation
 from jaxspec.kernels.masks import Mask
+from jaxspec.kernels.segments import Segment
+
+ROWS = jnp.array([300, 7])
 
 
-def draws(seed: int = 0):
-    rng = np.random.default_rng(seed)
-    return rng, lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+def over_cache(head_dim: int, capacity: int = 512, kv_heads: int = 2, dtype=jnp.float32):
+    """Three queries of each of two rows, over a cache and over themselves."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal((2, *shape, head_dim)), dtype)  # noqa: E731
+    cache = Segment(LayerKV(normal(kv_heads, capacity), normal(kv_heads, capacity)), Mask(ROWS))
+    own = Segment(LayerKV(normal(kv_heads, 3), normal(kv_heads, 3)), Mask(causal=True))
+    return normal(2 * kv_heads, 3), [cache, own]
 
 
-def at_once(query, segments, scale=None):
-    return attend_block(query, jnp.arange(query.shape[2]), merged(segments), scale)
+def alone(head_dim: int, length: int):
+    query, (_, own) = over_cache(head_dim)
+    kv = jax.tree.map(lambda x: jnp.repeat(x[:, :, :1], length, axis=2), own.kv)
+    return jnp.repeat(query[:, :, :1], length, axis=2), [Segment(kv, Mask(causal=True))]
 
 
-def gradients(function):
-    """Of the sum of squares, by query, keys and values."""
-
-    def loss(query, kv, mask):
-        return (function(query, [Segment(kv, mask)]) ** 2).sum()
-
-    return lambda query, segments: jax.grad(loss, (0, 1))(query, *segments[0])
+def for_tpu(query, segments, **options) -> str:
+    """What attention is lowered to for a TPU."""
+    traced = jax.jit(lambda query, segments: attend(query, segments, **options)).trace(query, segments)
+    return traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
-@pytest.mark.parametrize("queries_of_masks", [("each", "each"), ("one", "each"), ("one", "one")])
-def test_blocks_of_queries_equal_all_at_once(queries_of_masks):
-    rng, normal = draws()
-    query = normal(2, 4, LONG, 8)
-
-    def segment(length, kind):
-        queries = LONG if kind == "each" else 1
-        mask = jnp.asarray(rng.random((2, queries, length)) < 0.5).at[..., 0].set(True)
-        return Segment(LayerKV(normal(2, 2, length, 8), normal(2, 2, length, 8)), Mask(dense=mask))
-
-    segments = [segment(length, kind) for length, kind in zip((96, 40), queries_of_masks, strict=True)]
-    np.testing.assert_allclose(attend(query, segments), at_once(query, segments), rtol=1e-5, atol=1e-6)
-    by_query = [jax.grad(lambda q, f=f: (f(q, segments) ** 2).sum())(query) for f in (attend, at_once)]
-    np.testing.assert_allclose(*by_query, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("of", [over_cache, lambda head_dim: over_cache(head_dim, 256), lambda d: alone(d, 130)])
+@pytest.mark.parametrize("head_dim", [8, 128])
+def test_a_cpu_runs_the_plain_form_and_nothing_else(of, head_dim):
+    arguments = of(head_dim)
+    ours, expected = (jax.jit(function).lower(*arguments) for function in (attend, plain.attend))
+    assert "custom_call" not in ours.as_text()
+    ours, expected = ours.compile(), expected.compile()
+    assert ours.cost_analysis() == expected.cost_analysis()
+    np.testing.assert_array_equal(ours(*arguments), expected(*arguments))
 
 
-@pytest.mark.parametrize("length", [LONG - 1, 4 * LONG - 56, 4 * LONG, 4 * LONG + 1])
-def test_no_length_switches_blocks_off(length):
-    """The last block is padded; a compiled program never holds the scores of all queries, nor does its gradient."""
-    _, normal = draws()
-    query, kv = normal(1, 2, length, 4), LayerKV(normal(1, 2, length, 4), normal(1, 2, length, 4))
-    segments = [Segment(kv, Mask(causal=True))]
-    scores = 4 * 2 * length**2
-    for function in (lambda f: f, gradients):
-        compiled = jax.jit(function(attend)).lower(query, segments).compile()
-        ours, expected = compiled(query, segments), jax.jit(function(at_once))(query, segments)
-        for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
-        assert (compiled.memory_analysis().temp_size_in_bytes < scores) == (length >= LONG)
+def test_a_tpu_has_the_kernel_of_each_kind():
+    assert "attend_cache" in for_tpu(*over_cache(128))
+    assert "splash" in for_tpu(*alone(128, 130))
+    for arguments in (over_cache(128, 256), over_cache(8), alone(8, 130), alone(128, 8)):
+        assert "tpu_custom_call" not in for_tpu(*arguments)
 
 
-def test_scores_are_scaled_in_float32():
-    """A bfloat16 query is not rounded once more by the scale."""
-    _, normal = draws()
-    query, *kv = (normal(1, 2, length, 8).astype(jnp.bfloat16) for length in (3, 9, 9))
-    out = attend(query, [Segment(LayerKV(*kv), Mask())], scale=0.3)
-    query, keys, values = (np.asarray(x, np.float32) for x in (query, *kv))
-    weights = jax.nn.softmax(0.3 * query @ keys.swapaxes(2, 3), axis=-1).astype(jnp.bfloat16)
-    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(weights, np.float32) @ values, atol=0.02)
-    default = attend(jnp.asarray(query), [Segment(LayerKV(*map(jnp.asarray, (keys, values))), Mask())])
-    expected = jax.nn.softmax(query @ keys.swapaxes(2, 3) / 8**0.5, axis=-1) @ values
-    np.testing.assert_allclose(default, expected, rtol=1e-5, atol=1e-6)
+def test_who_chooses_gets_it_in_programs_compiled_before():
+    program, arguments = jax.jit(attend), over_cache(8)
+    default = program(*arguments)
+    with implementation("xla"):
+        joined = program(*arguments)
+        with implementation(None):
+            np.testing.assert_array_equal(program(*arguments), default)
+        np.testing.assert_array_equal(program(*arguments), joined)
+        np.testing.assert_array_equal(attend(*arguments, implementation="plain"), plain.attend(*arguments))
+    np.testing.assert_array_equal(program(*arguments), default)
+    np.testing.assert_allclose(joined, default, atol=1e-5)
+    assert not np.array_equal(joined, default)
 
 
-@pytest.mark.parametrize("window", [None, 40, 300])
-@pytest.mark.parametrize(("capacity", "queries"), [(ROOMY, 1), (ROOMY + 88, 8), (2 * ROOMY, LONG - 1)])
-def test_a_roomy_cache_is_read_as_far_as_it_is_filled(capacity, queries, window):
-    """It equals reading all of it; and what a row gets is the same to the last bit whatever others have filled."""
-    rng, normal = draws()
-    query, lengths = normal(3, 4, queries, 8), jnp.array([0, 130, capacity - 3])
-    kv = LayerKV(normal(3, 2, capacity, 8), normal(3, 2, capacity, 8))
-    own = LayerKV(normal(3, 2, queries, 8), normal(3, 2, queries, 8))
-    places = lengths[:, None] + jnp.arange(queries)
-
-    def segments(lengths):
-        cache = Mask(lengths, None if window is None else places, window=window)
-        return [Segment(kv, cache), Segment(own, Mask(jnp.array([queries, 1, 0]), causal=True))]
-
-    one, other = jax.jit(attend)(query, segments(lengths)), at_once(query, segments(lengths))
-    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(jax.jit(attend)(query, segments(lengths.at[2].set(0)))[:2], one[:2])
+@pytest.mark.parametrize("choose", [implementation, lambda name: attend(*over_cache(8), implementation=name)])
+def test_a_name_that_there_is_not(choose):
+    with pytest.raises(ValueError, match="'triton' of attention is not one of plain, pallas, splash, xla, cudnn"):
+        choose("triton")
 
 
-def test_what_is_not_filled_is_not_read_on_a_cpu():
-    """The loop over parts of the cache ends where the longest row does."""
-    _, normal = draws()
-    kv, own = LayerKV(*[normal(1, 1, ROOMY, 4)] * 2), LayerKV(*[normal(1, 1, 1, 4)] * 2)
-    poisoned = jax.tree.map(lambda x: x.at[:, :, 128:].set(jnp.nan), kv)
-    for cache in (kv, poisoned):
-        out = attend(normal(1, 1, 1, 4), [Segment(cache, Mask(jnp.array([128]))), Segment(own, Mask())])
-        assert np.isfinite(out).all()
+def test_what_a_kernel_lacks_is_said_once():
+    attention.say_once.cache_clear()
+    query, segments = over_cache(40)
+    with pytest.warns(UserWarning, match="pallas does not have heads of 40 numbers, where it has multiples of 128"):
+        out = attend(query, segments, implementation="pallas")
+    np.testing.assert_array_equal(out, plain.attend(query, segments))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attend(query, segments, implementation="pallas")
+        attend(query, segments)  # nobody asked for it
+    half = jax.tree.map(lambda x: x.astype(jnp.float16) if x.dtype == jnp.float32 else x, over_cache(128))
+    with pytest.warns(UserWarning, match="pallas does not have queries, keys and values in float16"):
+        attend(*half, implementation="pallas")
+    with pytest.warns(UserWarning, match="cudnn does not have float32, where it has bfloat16 and float16"):
+        attend(*over_cache(128), implementation="cudnn")
+
+
+def test_what_a_kernel_is_not_for_is_left_to_the_plain_form():
+    query, segments = alone(128, 130)
+    np.testing.assert_array_equal(attend(query, segments, implementation="pallas"), plain.attend(query, segments))
+
+
+CHIP = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)])
+@pytest.mark.parametrize("mesh_is_set", [True, False])
+def test_on_a_mesh_each_device_has_rows_and_heads_of_its_own(sizes, mesh_is_set):
+    """Without the mesh being set, arrays say where they lie."""
+    mesh = AbstractMesh(sizes, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, abstract_device=CHIP)
+    query, segments = over_cache(128)
+    whole = NamedSharding(mesh, PartitionSpec())
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), (query, segments))
+    if mesh_is_set:
+        with jax.sharding.use_abstract_mesh(mesh):
+            text = for_tpu(query, segments)
+    else:
+        text = for_tpu(*arguments)
+    if sizes[1] == 4:  # two key heads
+        assert "attend_cache" not in text
+        return
+    (call,) = [line for line in text.splitlines() if "tpu_custom_call" in line]
+    assert f"tensor<{2 // sizes[0]}x{2 // sizes[1]}x512x128xf32>" in call  # the cache
