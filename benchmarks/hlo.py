@@ -87,7 +87,7 @@ class Program:
         self.by_name = {name: {each.name: each for each in lines} for name, lines in computations.items()}
 
     def reachable(self, computation: str) -> Iterator[str]:
-        """The computation and all that it runs, however deep."""
+        """The computation and all that it runs, however deep; of branches the one that `traffic` counts."""
         waiting, seen = [computation], set()
         while waiting:
             name = waiting.pop()
@@ -95,7 +95,12 @@ class Program:
                 continue
             seen.add(name)
             yield name
-            waiting += [called for each in self.computations[name] for called in each.called]
+            for each in self.computations[name]:
+                waiting += [self.cheapest(each)] if each.op == "conditional" else each.called
+
+    def cheapest(self, conditional: Instruction) -> str:
+        """The branch that moves least: what a batch takes that asks for nothing special."""
+        return min(conditional.called, key=self.moved_by)
 
     def loop(self) -> str:
         """The body of the loop that moves most bytes a time. Raises ValueError where there is none."""
@@ -116,7 +121,7 @@ class Program:
 
     def traffic(self, computation: str) -> list[Moved]:
         """What each instruction of a computation moves. A loop within counts as often as XLA knows that it runs, else
-        once; of branches the cheapest counts, which is that of a batch that asks for nothing special."""
+        once; of branches the cheapest counts."""
         return [Moved(self._moved(computation, each), each) for each in self.computations[computation]]
 
     def _moved(self, computation: str, each: Instruction) -> float:
@@ -127,7 +132,7 @@ class Program:
             trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', each.attributes)
             return self.moved_by(body) * (int(trips.group(1)) if trips else 1)
         if each.op == "conditional":
-            return min(self.moved_by(branch) for branch in each.called)
+            return self.moved_by(self.cheapest(each))
         if each.op == "call":
             return sum(self.moved_by(called) for called in each.called)
         if each.op.endswith("-start"):

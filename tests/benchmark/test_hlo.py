@@ -109,6 +109,19 @@ def test_loops_within_count_as_often_as_they_run():
     assert 7 * 2 * x.nbytes <= program.moved_by(program.loop()) <= 10 * 2 * x.nbytes
 
 
+def test_of_branches_the_cheapest_counts():
+    def run(x, weights, asked):
+        def body(x):
+            return jax.lax.cond(asked, lambda x: jnp.tanh(x @ weights), lambda x: x + 1, x)
+
+        return jax.lax.while_loop(lambda x: x[0, 0] < 9, body, x)
+
+    x, weights = jnp.ones((ROWS, WIDTH)), jnp.ones((WIDTH, WIDTH))
+    program = hlo.parse(jax.jit(run).lower(x, weights, True).compile().as_text())
+    assert any(each.op == "conditional" for each in program.computations[program.loop()])
+    assert x.nbytes <= program.moved_by(program.loop()) < weights.nbytes
+
+
 TINY = Published(
     Llava,
     LlavaConfig(TextConfig(320, 64, 128, 2, 4, 2, 16), ClipVisionConfig(32, 64, 2, 2, 28, 14), 319),
