@@ -159,9 +159,9 @@ class SelfAttention(nnx.Module):
     ) -> tuple[jax.Array, LayerKV]:
         """As of `DecoderLayer`."""
         batch, length, _ = x.shape
-        query, key, value = (
-            proj(x).reshape(batch, length, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # [B, N, H, Dh]
+        # Seen through to the heads, XLA wants kernels transposed on TPU: a copy of them at every call that decodes.
+        projected = jax.lax.optimization_barrier((self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        query, key, value = (part.reshape(batch, length, -1, self.head_dim) for part in projected)  # [B, N, H, Dh]
         query = apply_rope(query if self.q_norm is None else self.q_norm(query), rope)
         key = apply_rope(key if self.k_norm is None else self.k_norm(key), rope)
         query, key, value = (part.swapaxes(1, 2) for part in (query, key, value))  # [B, H, N, Dh]
