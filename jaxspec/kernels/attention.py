@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxspec.cache import LayerKV
 from jaxspec.kernels.masks import Mask
+from jaxspec.kernels.split import by_heads
 
 MASKED = -1e30
 LONG, BLOCK = 512, 256
@@ -30,6 +31,7 @@ class Segment(NamedTuple):
 
 
 @jax.named_scope("attention")
+@by_heads
 def attend(query: jax.Array, segments: Sequence[Segment], scale: float | None = None) -> jax.Array:
     """Softmax attention over the union of the segments, with grouped query heads, softmax in float32.
 
