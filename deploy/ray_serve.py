@@ -1,7 +1,7 @@
 """Many engines behind one address: replicas of Ray Serve, on one machine or on a cluster.
 
     python deploy/ray_serve.py --replicas 2                                    # the embedded model, on this machine
-    python deploy/ray_serve.py --address auto --host 0.0.0.0 --replicas 4 --num-gpus 2 --tensor-parallel-size 2 \
+    python deploy/ray_serve.py --address auto --host 0.0.0.0 --replicas 4 --num-gpus 2 --tensor 2 \
         --model llava-hf/llava-1.5-7b-hf --dtype bfloat16
     serve run deploy.ray_serve:app model=llava-hf/llava-1.5-7b-hf dtype=bfloat16 num_gpus=1 replicas=4
 
@@ -21,9 +21,7 @@ import time
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import jax
 import tyro
-from jax.sharding import AxisType, Mesh
 
 try:
     import ray
@@ -38,7 +36,6 @@ from rich.console import Console
 from jaxspec.checks import shown, whole_number
 from jaxspec.cli.output import make_console
 from jaxspec.cli.serve import Serve, say
-from jaxspec.serving.engine import Engine
 from jaxspec.serving.http.limits import SPARE
 from jaxspec.serving.http.server import LAST_WORDS_SECONDS
 from jaxspec.serving.replicas.front import Front
@@ -86,8 +83,6 @@ class RayServe(Serve):
     """GPUs of a replica."""
     resources: Annotated[str, tyro.conf.arg(metavar="JSON")] = "{}"
     """Whatever else Ray sets aside for a replica, as {"TPU": 4}."""
-    tensor_parallel_size: int = 1
-    """Devices that the parameters of a replica are split over; they must belong to it."""
     replica_env: Annotated[str, tyro.conf.arg(metavar="JSON")] = "{}"
     """Environment variables of the replicas, as {"XLA_FLAGS": "..."}. Without GPUs and TPUs JAX_PLATFORMS is cpu."""
     health_check_period: float = 10.0
@@ -143,7 +138,7 @@ class RayServe(Serve):
 
     def check(self) -> None:
         super().check()
-        for name in ("replicas", "fronts", "tensor_parallel_size"):
+        for name in ("replicas", "fronts"):
             whole_number(name, getattr(self, name), 1)
         if self.max_replicas is not None:
             whole_number("max_replicas", self.max_replicas, self.replicas)
@@ -198,7 +193,7 @@ class RayServe(Serve):
             graceful_shutdown_wait_loop_s=0.5,
             health_check_period_s=self.health_check_period,
         )
-        return front.bind(replica.bind(self.load_replica_engine, settings), settings, inside)
+        return front.bind(replica.bind(self.load_engine, settings), settings, inside)
 
     def number(self) -> dict[str, Any]:
         """How many replicas there are."""
@@ -223,19 +218,6 @@ class RayServe(Serve):
             variables = {RAY_CACHE: os.environ[RAY_CACHE]} | variables
         options: dict[str, Any] = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "resources": resources}
         return options | ({"runtime_env": {"env_vars": variables}} if variables else {})
-
-    def load_replica_engine(self) -> Engine:
-        """In the replica's process, where its devices are the only ones."""
-        return self.load_engine(self.mesh())
-
-    def mesh(self) -> Mesh | None:
-        """The replica's devices. Raises ValueError where it has fewer."""
-        size, devices = self.tensor_parallel_size, jax.devices()
-        if size == 1:
-            return None
-        if len(devices) < size:
-            raise ValueError(f"tensor_parallel_size is {size}, but the replica has {len(devices)} devices")
-        return jax.make_mesh((size,), ("tensor",), axis_types=(AxisType.Auto,), devices=devices[:size])
 
 
 def reason() -> str:

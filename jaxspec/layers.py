@@ -16,6 +16,7 @@ from jaxspec.cache import Cache, LayerKV
 from jaxspec.kernels.attention import Segment, attend
 from jaxspec.kernels.masks import Mask
 from jaxspec.rope import RopeConfig, apply_rope, rope_tables
+from jaxspec.splitting import DATA, TENSOR, by_rows, by_vocabulary, constrained, kv_copies, summed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +165,14 @@ class SelfAttention(nnx.Module):
         query, key, value = (part.reshape(batch, length, -1, self.head_dim) for part in projected)  # [B, N, H, Dh]
         query = apply_rope(query if self.q_norm is None else self.q_norm(query), rope)
         key = apply_rope(key if self.k_norm is None else self.k_norm(key), rope)
-        query, key, value = (part.swapaxes(1, 2) for part in (query, key, value))  # [B, H, N, Dh]
+        if (copies := kv_copies(query.shape[2], key.shape[2])) > 1:
+            key, value = (jnp.repeat(part, copies, axis=2) for part in (key, value))
+        query, key, value = (
+            constrained(part.swapaxes(1, 2), DATA, TENSOR) for part in (query, key, value)
+        )  # [B, H, N, Dh]
         new = LayerKV(key, value)
         out = attend(query, [*past, Segment(new, mask)], self.scale)  # [B, H, N, Dh]
-        return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1)), new
+        return summed(self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))), new
 
 
 class GatedMLP(nnx.Module):
@@ -180,7 +185,7 @@ class GatedMLP(nnx.Module):
         self.down_proj = linear(inner, width, bias=bias, rngs=rngs, zero=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+        return summed(self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x)))
 
 
 def text_norm(config: TextConfig, features: int, rngs: nnx.Rngs) -> RMSNorm:
@@ -219,6 +224,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[jax.Array, LayerKV]:
         """`x` `[B, N, D]`, `mask` among the new tokens, `past` what they see beside each other. Returns the output
         `[B, N, D]` and the new tokens' keys and values."""
+        x = by_rows(x)
         attended, kv = self.self_attn(x if self.input_layernorm is None else self.input_layernorm(x), rope, mask, past)
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
             x = x + attended
@@ -331,7 +337,7 @@ class LanguageModel(nnx.Module):
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
         """Embeddings `[.., D]` of ids `[..]`."""
-        embeds = self.embed_tokens(input_ids)
+        embeds = by_rows(self.embed_tokens(input_ids))
         scale = self.config.embedding_scale
         return embeds if scale == 1.0 else embeds * jnp.asarray(scale, embeds.dtype)
 
@@ -340,4 +346,4 @@ class LanguageModel(nnx.Module):
         hidden = hidden[..., -self.config.hidden_size :]
         kernel = self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
         with jax.named_scope("logits"):
-            return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+            return by_vocabulary(jnp.dot(hidden, kernel, preferred_element_type=jnp.float32))

@@ -18,8 +18,9 @@ from jaxspec.checks import whole_number
 from jaxspec.drafters.contract import DraftModel
 from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.prefill import ImageFeatures, Read
-from jaxspec.speculation.state import STOP_TOKENS, DecodeState, Report, Request, insert, moved, report
+from jaxspec.speculation.state import STOP_TOKENS, DecodeState, Report, Request, insert, moved, placed, report
 from jaxspec.speculation.tree import Tree, TreeConfig
+from jaxspec.splitting import mesh_of, using, whole
 from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.chunks import Step, images_of, position_offset, steps_of
 from jaxspec.targets.contract import VisionLanguageModel
@@ -32,7 +33,7 @@ CHUNK = 512
 
 class Programs:
     """What is compiled for a target's model, a draft model (or None) and a tree; parameters are arguments, so that
-    copies with other ones share it.
+    copies with other ones share it. Where they lie on a mesh, everything runs on it (splitting.py).
 
     Args:
       model: the target's.
@@ -55,7 +56,8 @@ class Programs:
         self.adapter, self.tree, self.chunk = adapter, tree, whole_number("prefill_chunk", chunk, 16)
         if self.chunk % 4:
             raise ValueError(f"prefill_chunk must be a multiple of 4, got {self.chunk}")
-        self.graph, _ = nnx.split((model, draft_model))
+        self.graph, params = nnx.split((model, draft_model))
+        self.mesh = mesh_of(params)
         self.vocab_size = model.vocab_size
         self.traced: list[str] = []
 
@@ -66,14 +68,15 @@ class Programs:
             state, taken = loop.confirm(model, draft_model, tree, state, drafted, allowed)
             return loop.taught(model, draft_model, state, taken)
 
-        def compiled(function: Callable, **options: Any) -> Callable:
+        def compiled(function: Callable, place: Callable = placed, **options: Any) -> Callable:
             def run(params, *args, **kwargs):
                 self.traced.append(function.__name__)  # runs when jit traces, that is once per compiled program
-                return function(*nnx.merge(self.graph, params), *args, **kwargs)
+                with using(self.mesh):
+                    return place(function(*nnx.merge(self.graph, params), *args, **kwargs))
 
             return jax.jit(run, **options)
 
-        self._encode = compiled(prefill.encode_image)
+        self._encode = compiled(prefill.encode_image, whole)
         self._no_images = compiled(prefill.no_images, static_argnums=(1, 2))
         self._place = jax.jit(self._counted(prefill.place), donate_argnums=0)
         self._with_room = jax.jit(self._counted(prefill.with_room), static_argnums=1)
@@ -92,7 +95,8 @@ class Programs:
         @functools.wraps(function)
         def run(*args):
             self.traced.append(function.__name__)
-            return function(*args)
+            with using(self.mesh):
+                return placed(function(*args))
 
         return run
 

@@ -38,7 +38,10 @@ from jaxspec import Generator, Target  # noqa: E402
 from tests.drafting import DRAFTERS, linked_target  # noqa: E402
 from tests.pairwise import pairwise  # noqa: E402
 
-SPLIT = tuple(f"tests/speculation/test_{name}.py" for name in ("rows", "prefill", "equality", "families"))
+SPLIT = (
+    *(f"tests/speculation/test_{name}.py" for name in ("rows", "prefill", "equality", "families")),
+    "tests/test_sharded_decoding.py",
+)
 """Modules whose tests may run apart, by the value of their first parameter."""
 MOST_MAPS = 20_000
 tests_run = 0

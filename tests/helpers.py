@@ -34,8 +34,9 @@ class GivenNoise:
 
     values: jax.Array
 
-    def levels(self, start: int, count: int) -> jax.Array:
-        return jnp.asarray(self.values)[:, start : start + count]
+    def levels(self, start: int, count: int, tokens: jax.Array | None = None) -> jax.Array:
+        values = jnp.asarray(self.values)[:, start : start + count]
+        return values if tokens is None else values[..., tokens]
 
 
 def config_for(processor, **text) -> transformers.LlavaConfig:

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from jaxspec.checkpoints.finite import cast, is_finite, why_not_finite
 from jaxspec.checkpoints.foreign import counted, foreign_tensors
-from jaxspec.sharding import parameter_sharding
+from jaxspec.sharding import head_dims_of, parameter_sharding
 
 Module = TypeVar("Module")
 """An `nnx.Module`; not a bound, for a protocol such as `DraftModel` cannot say that it is one."""
@@ -167,10 +167,10 @@ def fill(
     With a mesh every shard is read on its own: the host holds one at a time. Raises ValueError as `match` does, and for
     values that are not finite in `dtype`, naming their tensors.
     """
-    values, spoiled = [], []
+    values, spoiled, head_dims = [], [], head_dims_of(module)
     for path, leaf, array in match(module, tensors, table, source):
         wanted = settled(leaf.dtype, dtype)
-        value, finite = place(array, dotted_path(path), wanted, mesh)
+        value, finite = place(array, dotted_path(path), wanted, mesh, head_dims)
         if not finite:
             spoiled.append(f"{table.published(dotted_path(path))} ({why_not_finite(array, wanted)})")
         values.append((path, leaf.replace(value)))
@@ -185,7 +185,13 @@ def settled(own: DTypeLike, wanted: DTypeLike | None) -> DTypeLike:
     return wanted if wanted is not None and jnp.issubdtype(own, jnp.floating) else own
 
 
-def place(array: np.ndarray, path: str, dtype: DTypeLike, mesh: jax.sharding.Mesh | None) -> tuple[jax.Array, bool]:
+def place(
+    array: np.ndarray,
+    path: str,
+    dtype: DTypeLike,
+    mesh: jax.sharding.Mesh | None,
+    head_dims: Mapping[str, int] | None = None,
+) -> tuple[jax.Array, bool]:
     """A memory-mapped array in `dtype` on the device, or shard by shard on a mesh; and whether it is finite, in the
     shards of this host.
 
@@ -196,7 +202,7 @@ def place(array: np.ndarray, path: str, dtype: DTypeLike, mesh: jax.sharding.Mes
     if mesh is None:
         whole = cast(array, dtype)
         return jnp.asarray(whole), is_finite(whole)
-    sharding = parameter_sharding(mesh, path, array.shape)
+    sharding = parameter_sharding(mesh, path, array.shape, head_dims)
     holders = {}
     for device, index in sharding.addressable_devices_indices_map(array.shape).items():
         holders.setdefault(str(index), (index, []))[1].append(device)

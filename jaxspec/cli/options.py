@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import jax
 import tyro
-from jax.sharding import Mesh
 
 from jaxspec.checkpoints.hub import EMBEDDED
+from jaxspec.checks import whole_number
 from jaxspec.demo import EMBEDDED_DRAFTERS
 from jaxspec.drafters.drafter import Drafter, load_drafter
+from jaxspec.sharding import decoding_mesh
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.target import Target, load_target
 
@@ -69,6 +70,9 @@ class ModelOptions:
 
     target: Annotated[str, tyro.conf.arg(aliases=("--model",), metavar="demo|PATH|REPO")] = EMBEDDED
     """Hugging Face folder or repo id of the target; demo is the embedded model."""
+    tensor: Annotated[int, tyro.conf.arg(aliases=("--tensor-parallel-size",), metavar="INT")] = 1
+    """Devices that target and drafter are split over, by heads and vocabulary: a divisor of the target's attention
+    heads. Further devices stay idle."""
     dtype: str = "float32"
     """Of parameters and computation: float32, bfloat16 or float16."""
     max_length: Annotated[int | None, tyro.conf.arg(aliases=("--max-model-len",), metavar="INT")] = None
@@ -78,8 +82,10 @@ class ModelOptions:
     compilation_cache: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Where compiled programs are kept for the next run; the user's cache folder by default, "" for nowhere."""
 
-    def load(self, mesh: Mesh | None = None) -> Target:
+    def load(self) -> Target:
+        """Raises ValueError as `load_target`, and where there are fewer devices than `tensor`."""
         use_compilation_cache(self.compilation_cache)
+        mesh = None if whole_number("tensor", self.tensor, 1) == 1 else decoding_mesh(self.tensor)
         return load_target(self.target, dtype=self.dtype, mesh=mesh)
 
     @property

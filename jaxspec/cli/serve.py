@@ -9,7 +9,6 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import tyro
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -139,6 +138,7 @@ class Serve:
     def check(self) -> None:
         """Raises ValueError for what cannot be, before anything is loaded."""
         self.engine_settings(self.speculative.adaptive)
+        whole_number("tensor", self.model.tensor, 1)
         if not self.shutdown_timeout >= 0:
             raise ValueError(f"shutdown_timeout must be at least 0, got {self.shutdown_timeout}")
 
@@ -151,12 +151,12 @@ class Serve:
             config = SpeculativeConfig.parse(self.speculative_config)
         return config.with_tree(self.tree.given)
 
-    def load_engine(self, mesh: Mesh | None = None) -> "Engine":
-        """The engine, not started yet; with a mesh its parameters are sharded over that."""
+    def load_engine(self) -> "Engine":
+        """The engine, not started yet."""
         from jaxspec.serving.engine import Engine
 
         speculative = self.speculative
-        target = self.model.load(mesh)
+        target = self.model.load()
         drafter, tree = speculative.load(target, self.model.embedded)
         return Engine(target, drafter, tree, self.engine_settings(speculative.adaptive))
 

@@ -23,6 +23,7 @@ from jaxspec.layers import LanguageModel, TextConfig, Uncommitted
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.sampling import Noise
 from jaxspec.speculation.tree import Tree, TreeConfig, grow_tree
+from jaxspec.splitting import by_vocabulary
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 from jaxspec.targets.llava import Projector
 from jaxspec.targets.registry import FAMILIES
@@ -83,7 +84,7 @@ class MassvDrafter(nnx.Module):
         """Logits f32 `[.., V]` over the target's vocabulary, -inf where the drafter has no token."""
         logits = self.language_model.unembed(features)[..., :vocab_size]
         missing = vocab_size - logits.shape[-1]
-        return jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, missing)], constant_values=-jnp.inf)
+        return by_vocabulary(jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, missing)], constant_values=-jnp.inf))
 
     def sequence(self, context: DrafterContext) -> DraftSequence:
         """The target's sequence with projected features at image tokens, or without these tokens."""

@@ -20,6 +20,7 @@ from jaxspec.layers import linear
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.sampling import Noise
 from jaxspec.speculation.tree import Tree, TreeConfig, grow_tree
+from jaxspec.splitting import by_vocabulary
 from jaxspec.targets.contract import VisionLanguageModel
 
 
@@ -68,7 +69,7 @@ class MedusaHeads(nnx.Module):
         block, *own = self.heads[number - 1]
         hidden = block(features)
         if own:
-            return jnp.dot(hidden, own[0].kernel[...], preferred_element_type=jnp.float32)
+            return by_vocabulary(jnp.dot(hidden, own[0].kernel[...], preferred_element_type=jnp.float32))
         return model.unembed(hidden)
 
     def check_tree(self, tree: TreeConfig) -> None:

@@ -59,7 +59,8 @@ class VisionAdaptor(nnx.Module):
     def __init__(self, width: int, num_heads: int, num_queries: int, *, qkv_bias: bool = False, rngs: nnx.Rngs) -> None:
         if width % num_heads:
             raise ValueError(f"width ({width}) must be a multiple of num_heads ({num_heads})")
-        self.q = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, num_heads, width // num_heads)))
+        self.head_dim = width // num_heads
+        self.q = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, num_heads, self.head_dim)))
         self.k_proj = linear(width, width, bias=qkv_bias, rngs=rngs)
         self.v_proj = linear(width, width, bias=qkv_bias, rngs=rngs)
         self.o_proj = linear(width, width, bias=False, rngs=rngs)

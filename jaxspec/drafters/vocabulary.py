@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxspec.splitting import by_vocabulary
 from jaxspec.targets.contract import VisionLanguageModel
 
 BLOCK = 256
@@ -28,7 +29,7 @@ class DraftHead(nnx.Module):
 
     def __call__(self, features: jax.Array) -> jax.Array:
         """Logits f32 `[.., size]` of features `[.., width]`."""
-        return jnp.dot(features, self.kernel[...], preferred_element_type=jnp.float32)
+        return by_vocabulary(jnp.dot(features, self.kernel[...], preferred_element_type=jnp.float32))
 
 
 def most_frequent(answers: Iterable[np.ndarray], vocab_size: int, size: int) -> np.ndarray:

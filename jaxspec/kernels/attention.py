@@ -22,6 +22,7 @@ from jaxspec.cache import LayerKV
 from jaxspec.kernels import cached, library, plain
 from jaxspec.kernels.masks import Mask
 from jaxspec.kernels.segments import Keys, Segment
+from jaxspec.kernels.split import by_heads
 from jaxspec.sharding import ROWS
 
 Attend = Callable[[jax.Array, Sequence[Segment], float | None], jax.Array]
@@ -81,6 +82,7 @@ def known(name: str) -> str:
 
 
 @jax.named_scope("attention")
+@by_heads
 def attend(
     query: jax.Array, segments: Sequence[Segment], scale: float | None = None, implementation: str | None = None
 ) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.speculation.params import BatchSampling
+from jaxspec.speculation.vocabulary import largest_tokens, total
 
 FEW = 64
 """Up to so many tokens a top-k filter is looked up in a partial sort (Gemma3's k), beyond it is searched for."""
@@ -83,7 +84,7 @@ def top_k_floor(scaled: jax.Array, sampling: BatchSampling) -> jax.Array:
     few = min(FEW, size)
 
     def sorted_few() -> jax.Array:
-        values = largest(scaled, few)[0]  # [B, N, few]
+        values = largest_tokens(scaled, few)[0]  # [B, N, few]
         place = jnp.clip(top_k - 1, 0, few - 1)[..., None]
         return jnp.take_along_axis(values, jnp.broadcast_to(place, (*values.shape[:-1], 1)), axis=-1)[..., 0]
 
@@ -101,9 +102,9 @@ def top_k_floor(scaled: jax.Array, sampling: BatchSampling) -> jax.Array:
 
 def top_p_mass(weights: jax.Array, sampling: BatchSampling) -> jax.Array:
     """How much weight f32 `[B, N]` the tokens more probable than a kept one stay below; inf without the filter.
-    `weights` are `[B, N, V]`, 0 where top-k removes."""
+    `weights` are `[B, N, V]` in 0..1, 0 where top-k removes."""
     # A product that underflows must still ask for more than nothing, or no token would stay.
-    mass = jnp.maximum(sampling.top_p[:, None] * jnp.sum(weights, axis=-1), jnp.finfo(jnp.float32).tiny)
+    mass = jnp.maximum(sampling.top_p[:, None] * total(weights), jnp.finfo(jnp.float32).tiny)
     return jnp.where(uses_top_p(sampling)[:, None], mass, jnp.inf)
 
 
@@ -116,7 +117,7 @@ def _top_p_floor(scaled: jax.Array, top_k: jax.Array, sampling: BatchSampling) -
         mass = top_p_mass(weights, sampling)
 
         def mass_reached(value: jax.Array) -> jax.Array:  # [B, N] -> bool [B, N]
-            return jnp.sum(jnp.where(scaled >= value[..., None], weights, 0.0), axis=-1) >= mass
+            return total(jnp.where(scaled >= value[..., None], weights, 0.0)) >= mass
 
         return _largest_value(mass_reached, scaled.shape[:-1])
 
@@ -131,7 +132,7 @@ def draft_floor(scaled: jax.Array, sampling: BatchSampling) -> jax.Array:
     few = min(FEW, scaled.shape[-1])
 
     def nucleus() -> jax.Array:
-        values, _ = largest(scaled, few)  # [B, N, few]
+        values, _ = largest_tokens(scaled, few)  # [B, N, few]
         log_total = jax.nn.logsumexp(jnp.where(scaled >= top_k[..., None], scaled, -jnp.inf), axis=-1, keepdims=True)
         above = jnp.cumsum(jnp.exp(values - log_total), axis=-1)  # with the token itself
         kept = jnp.sum(above < sampling.top_p[:, None, None], axis=-1, keepdims=True)  # tokens before the last kept one
@@ -151,13 +152,6 @@ def min_p_floor(scaled: jax.Array, sampling: BatchSampling) -> jax.Array:
         return jnp.max(scaled, axis=-1) + jnp.log(sampling.min_p)[:, None]
 
     return _floor_of(uses_min_p(sampling), find, scaled.shape[:-1])
-
-
-def largest(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k` over the last axis of `x` `[.., V]`, which on TPU is a sort of everything for more than two axes.
-    The order of equal values is the backend's: no result may rest on it."""
-    values, places = jax.lax.top_k(x.reshape(-1, x.shape[-1]), count)
-    return values.reshape(*x.shape[:-1], count), places.reshape(*x.shape[:-1], count)
 
 
 def _largest_value(holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> jax.Array:

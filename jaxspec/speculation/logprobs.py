@@ -8,8 +8,8 @@ from typing import Generic
 import jax
 import jax.numpy as jnp
 
-from jaxspec.speculation.filters import largest
 from jaxspec.speculation.params import MAX_LOGPROBS
+from jaxspec.speculation.vocabulary import largest_tokens, values_at
 from jaxspec.targets.images import Array
 
 
@@ -37,8 +37,8 @@ def logprobs_of(logits: jax.Array, tokens: jax.Array) -> Logprobs[jax.Array]:
     """Those of tokens i32 `[B, P]`, chosen from logits `[B, P, V]`."""
     logits = logits.astype(jnp.float32)
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # [B, P, 1]
-    values, ids = largest(logits, min(MAX_LOGPROBS, logits.shape[-1]))
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+    values, ids = largest_tokens(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    chosen = values_at(logits, tokens[..., None])
     return Logprobs((chosen - total)[..., 0], ids.astype(jnp.int32), values - total)
 
 

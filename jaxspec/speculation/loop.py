@@ -26,7 +26,7 @@ from jaxspec.speculation.params import SamplingParams
 from jaxspec.speculation.penalties import penalised
 from jaxspec.speculation.prefill import Read, context_of, nothing_read, taps_of, with_room
 from jaxspec.speculation.sampling import Noise, allow, choose
-from jaxspec.speculation.state import STOP_TOKENS, DecodeState, Request
+from jaxspec.speculation.state import STOP_TOKENS, DecodeState, Request, placed
 from jaxspec.speculation.tree import NO_TOKEN, Tree, TreeConfig, path_tokens, root_only
 from jaxspec.targets.contract import VisionLanguageModel
 
@@ -258,7 +258,7 @@ def confirm(
         rounds=state.rounds + ~state.done,
         logprobs=jax.tree.map(lambda old, new: write_at(old, new, state.counts), state.logprobs, result.logprobs),
     )
-    return after, Taken(accepted.tokens, result.features, emit)
+    return placed(after), Taken(accepted.tokens, result.features, emit)
 
 
 class Taken(NamedTuple):
@@ -283,7 +283,7 @@ def taught(model: VisionLanguageModel, draft_model: DraftModel | None, state: De
         return state
     with jax.named_scope("draft_advance"):
         draft_state = draft_model.advance(model, state.draft_state, taken.tokens, taken.features, taken.count)
-    return dataclasses.replace(state, draft_state=draft_state)
+    return dataclasses.replace(state, draft_state=placed(draft_state))
 
 
 def verify(

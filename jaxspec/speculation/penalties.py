@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.speculation.vocabulary import values_at, with_values
+
 
 class Asked(Protocol):
     """What a request says of them: the fields of `SamplingParams` (params.py)."""
@@ -152,19 +154,18 @@ def _penalised(logits: jax.Array, penalties: Penalties, depths: jax.Array | int,
     )
     if path is None or not path.shape[-1]:
         return whole
-    batch, nodes = jnp.arange(path.shape[0])[:, None, None], jnp.arange(path.shape[1])[:, None]
+    batch = jnp.arange(path.shape[0])[:, None, None]
     tokens = jnp.maximum(path, 0)
     on_path = jnp.sum(path[..., None] == path[..., None, :], axis=-1, dtype=jnp.int32)  # [B, N, P]
     anew = _apply(
         penalties,
-        jnp.take_along_axis(logits, tokens, axis=-1),
+        values_at(logits, tokens),
         penalties.bias[batch, tokens],
         jnp.ones(path.shape, bool),
         penalties.counts[batch, tokens] + on_path,
         penalties.stops[batch, tokens] & early,
     )
-    places = jnp.where(path >= 0, path, logits.shape[-1])  # what lies behind the vocabulary is dropped
-    return whole.at[batch, nodes, places].set(anew, mode="drop")
+    return with_values(whole, jnp.where(path >= 0, path, logits.shape[-1]), anew)
 
 
 def _apply(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxspec.buckets import power_of_two, table_bucket
 from jaxspec.cache import Cache, write_at
 from jaxspec.drafters.contract import DrafterContext, DraftModel
+from jaxspec.splitting import kv_copies
 from jaxspec.targets.chunks import Chunk
 from jaxspec.targets.contract import VisionLanguageModel
 
@@ -104,7 +105,8 @@ def nothing_read(model: VisionLanguageModel, draft_model: DraftModel | None, bat
             input_ids=jnp.zeros((batch, capacity), jnp.int32),
             image_ids=jnp.full((batch, capacity), -1, jnp.int32),
         )
-    cache = Cache.empty(text.num_layers, batch, text.num_kv_heads, capacity, text.head_dim, dtype)
+    heads = text.num_kv_heads * kv_copies(text.num_heads, text.num_kv_heads)
+    cache = Cache.empty(text.num_layers, batch, heads, capacity, text.head_dim, dtype)
     return Read(cache, jnp.zeros((batch, width), dtype), inputs)
 
 

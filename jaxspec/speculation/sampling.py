@@ -27,14 +27,14 @@ import jax.numpy as jnp
 from jaxspec.speculation.filters import min_p_floor, scale, top_k_floor, top_p_mass, uses_min_p, uses_top_k, uses_top_p
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.threefry import random_bits
+from jaxspec.speculation.vocabulary import first_argmax, total, values_at
+from jaxspec.splitting import by_vocabulary
 
-BLOCK = 128
-"""Logits whose largest is found at once."""
 PARTS = 8
 """Top-p is asked about the nodes of a row in so many parts."""
 
 
-def gumbel_noise(seed: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
+def gumbel_noise(seed: jax.Array, positions: jax.Array, vocab_size: int, tokens: jax.Array | None = None) -> jax.Array:
     """The standard Gumbel noise of every (seed, position); a function of nothing else.
 
     A row's noise does not change with the batch around it, with the positions asked for together, with the mesh, or
@@ -48,12 +48,12 @@ def gumbel_noise(seed: jax.Array, positions: jax.Array, vocab_size: int) -> jax.
       seed: u32 [B].
       positions: i32 [B, T], absolute positions of the tokens that the noise chooses.
       vocab_size: V.
+      tokens: i32 [K] of them, where not all are asked for.
 
     Returns:
-      f32 [B, T, V].
+      f32 [B, T, V], or [B, T, K].
     """
-
-    bits = random_bits(seed, positions, vocab_size)
+    bits = by_vocabulary(random_bits(seed, positions, jnp.arange(vocab_size) if tokens is None else tokens))
     # Upper tail mass: small values, where float32 is dense, become the large noise that decides an argmax.
     tail = bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33
     return -jnp.log(-jnp.log1p(-jnp.minimum(tail, 1 - 2.0**-24)))
@@ -68,10 +68,11 @@ class Noise:
     first: jax.Array  # i32 [B], absolute position of the next token
     vocab_size: int = dataclasses.field(metadata={"static": True})
 
-    def levels(self, start: int, count: int) -> jax.Array:
-        """f32 `[B, count, V]` of the tokens `start`, `start + 1`, .. behind the next one."""
+    def levels(self, start: int, count: int, tokens: jax.Array | None = None) -> jax.Array:
+        """f32 `[B, count, V]` of the tokens `start`, `start + 1`, .. behind the next one; of a part of the vocabulary,
+        `tokens` i32 `[K]`, `[B, count, K]`."""
         positions = self.first[:, None] + start + jnp.arange(count)
-        return gumbel_noise(self.seed, positions, self.vocab_size)
+        return gumbel_noise(self.seed, positions, self.vocab_size, tokens)
 
 
 @jax.named_scope("choice")
@@ -101,23 +102,8 @@ def allow(logits: jax.Array, allowed: jax.Array) -> jax.Array:
     """Logits f32 `[B, N, V]` with -inf at tokens that are not `allowed` u32 `[B, N, W]`: bit t % 32 of word t // 32
     says whether token t is. Of each of the B x N one at least must be."""
     tokens = jnp.arange(logits.shape[-1])
-    bits = (jnp.take(allowed, tokens // 32, axis=-1) >> (tokens % 32).astype(jnp.uint32)) & 1
+    bits = by_vocabulary(jnp.take(allowed, tokens // 32, axis=-1)) >> (tokens % 32).astype(jnp.uint32) & 1
     return jnp.where(bits == 1, logits.astype(jnp.float32), -jnp.inf)
-
-
-def first_argmax(x: jax.Array) -> jax.Array:
-    """i32 `[..]`: the lowest index of the largest value of `x` f32 `[.., V]`; any index where there is a NaN.
-
-    The largest value of each block of 128 is a plain reduction, which XLA vectorises on CPU; its own argmax of a whole
-    vocabulary takes ten times as long.
-    """
-    missing = -x.shape[-1] % BLOCK
-    if missing:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], constant_values=-jnp.inf)
-    blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
-    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1).astype(jnp.int32)  # [..]
-    within = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    return block * BLOCK + jnp.argmax(within, axis=-1).astype(jnp.int32)
 
 
 def _choose_sampled(logits: jax.Array, noise: jax.Array, sampling: BatchSampling) -> jax.Array:
@@ -165,7 +151,7 @@ def _choose_nucleus(logits: jax.Array, noise: jax.Array, sampling: BatchSampling
     scaled = scale(logits, sampling)
     token = first_argmax(jnp.where(scaled >= floor[..., None], _scores(logits, noise, sampling), -jnp.inf))
     peak = scale(jnp.max(logits, axis=-1, keepdims=True), sampling)[..., 0]
-    value = scale(jnp.take_along_axis(logits, token[..., None], axis=-1), sampling)[..., 0]
+    value = scale(values_at(logits, token[..., None]), sampling)[..., 0]
     noise = jnp.broadcast_to(noise, logits.shape)
 
     def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -176,10 +162,10 @@ def _choose_nucleus(logits: jax.Array, noise: jax.Array, sampling: BatchSampling
             return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1)
 
         scaled = scale(of_some(logits), sampling)  # [B, n, V]
-        value = jnp.take_along_axis(scaled, of_some(token)[..., None], axis=-1)  # [B, n, 1]
+        value = values_at(scaled, of_some(token)[..., None])  # [B, n, 1]
         weights = jnp.exp(scaled - of_some(peak)[..., None])
         mass = top_p_mass(jnp.where(scaled >= of_some(top_k)[..., None], weights, 0.0), sampling)
-        removed = jnp.sum(jnp.where(scaled > value, weights, 0.0), axis=-1) >= mass
+        removed = total(jnp.where(scaled > value, weights, 0.0)) >= mass
         kept = (scaled >= of_some(floor)[..., None]) & (scaled > value)
         best = first_argmax(jnp.where(kept, scaled + of_some(noise), -jnp.inf))
         rows, columns = jnp.arange(batch)[:, None], jnp.where(some > 0, places, nodes)

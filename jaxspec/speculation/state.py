@@ -11,18 +11,20 @@ requests alone, so a row that `begin` (loop.py) has made elsewhere fits any slot
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.cache import Cache
+from jaxspec.cache import Cache, LayerKV
 from jaxspec.speculation.logprobs import Logprobs
 from jaxspec.speculation.params import BatchSampling, SamplingParams
 from jaxspec.speculation.penalties import Penalties
+from jaxspec.splitting import DATA, TENSOR, by_rows, constrained
 from jaxspec.targets.images import Array
 
+Rows = TypeVar("Rows")
 STOP_TOKENS = 8
 """Stop tokens that a state has room for, or a multiple: a few more rarely mean another program."""
 
@@ -114,6 +116,18 @@ class DecodeState:
         before_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1) + 1, tokens.shape[1])
         limit = self.request.max_new_tokens - self.counts
         return jnp.where(self.done, 0, jnp.minimum(jnp.minimum(length, before_stop), limit))
+
+
+def placed(tree: Rows) -> Rows:
+    """A state, or anything whose every leaf leads with the batch, as the mesh in use splits it: rows, and the heads of
+    caches. Whoever hands a state on places it, so that every program finds it as it has been compiled for."""
+
+    def part(x: jax.Array | LayerKV) -> jax.Array | LayerKV:
+        if isinstance(x, LayerKV):
+            return LayerKV(*(constrained(each, DATA, TENSOR) for each in x))
+        return by_rows(x)
+
+    return jax.tree.map(part, tree, is_leaf=lambda x: isinstance(x, LayerKV))
 
 
 def insert(state: DecodeState, slots: jax.Array, rows: DecodeState) -> DecodeState:

@@ -28,11 +28,11 @@ def threefry(key: tuple[jax.Array, jax.Array], counter: tuple[jax.Array, jax.Arr
     return first, second
 
 
-def random_bits(seed: jax.Array, positions: jax.Array, count: int) -> jax.Array:
-    """U32 `[B, T, count]`: `jax.random.bits(jax.random.fold_in(jax.random.key(seed), position), (count,))` of every
-    seed u32 `[B]` and position i32 `[B, T]`."""
+def random_bits(seed: jax.Array, positions: jax.Array, places: jax.Array) -> jax.Array:
+    """U32 `[B, T, K]`: what `jax.random.bits(jax.random.fold_in(jax.random.key(seed), position), (count,))` has at
+    `places` i32 `[K]`, whatever the count, of every seed u32 `[B]` and position i32 `[B, T]`."""
     zero = jnp.zeros((), jnp.uint32)
     first, second = threefry((zero, seed[:, None]), (zero, positions.astype(jnp.uint32)))  # [B, T]
-    counters = zero, jnp.arange(count, dtype=jnp.uint32)
+    counters = zero, places.astype(jnp.uint32)
     first, second = threefry((first[..., None], second[..., None]), counters)
     return first ^ second

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.checks import real_number, whole_number
-from jaxspec.speculation.filters import draft_floor, largest, scale
+from jaxspec.speculation.filters import draft_floor, scale
 from jaxspec.speculation.params import BatchSampling
 from jaxspec.speculation.penalties import penalised
 from jaxspec.speculation.sampling import Noise
+from jaxspec.speculation.vocabulary import largest, largest_tokens
 
 Carry = TypeVar("Carry")
 
@@ -145,9 +146,7 @@ def draft_children(
     def sampled(logits: jax.Array) -> jax.Array:
         scaled = scores = scale(logits, sampling)
         if config.noise_weight:
-            drawn = noise.levels(level, 1)  # [B, 1, V]
-            drawn = drawn if vocabulary is None else jnp.take(drawn, vocabulary, axis=-1)
-            scores = scaled + config.noise_weight * drawn
+            scores = scaled + config.noise_weight * noise.levels(level, 1, vocabulary)
         scores = jnp.where(scaled >= draft_floor(scaled, sampling)[..., None], scores, -jnp.inf)
         return jnp.where((sampling.temperature > 0)[:, None, None], scores, scaled)
 
@@ -156,7 +155,7 @@ def draft_children(
         own = sampling.penalties if vocabulary is None else sampling.penalties.among(vocabulary)
         logits = penalised(logits, own, level)
     scores = jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, greedy, logits)
-    best, places = largest(scores, config.top_k)
+    best, places = largest_tokens(scores, config.top_k)
     best = best - jax.nn.logsumexp(scores, axis=-1, keepdims=True)
     # A child must never score higher than its parent, whatever rounding and odd logits do.
     best = jnp.minimum(jnp.nan_to_num(best, nan=-jnp.inf, posinf=0.0, neginf=-jnp.inf), 0.0)

@@ -72,7 +72,7 @@ def layer_norm(config: ClipVisionConfig, rngs: nnx.Rngs) -> LayerNorm:
 class ClipAttention(nnx.Module):
     def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
-        self.num_heads = config.num_heads
+        self.num_heads, self.head_dim = config.num_heads, config.hidden_size // config.num_heads
         self.q_proj = linear(width, width, bias=True, rngs=rngs)
         self.k_proj = linear(width, width, bias=True, rngs=rngs)
         self.v_proj = linear(width, width, bias=True, rngs=rngs)

@@ -16,6 +16,7 @@ from jaxspec.checkpoints.configs import check_sizes, one_sentence
 from jaxspec.checkpoints.foreign import draft_head, foreign_files, refuse_quantised
 from jaxspec.checkpoints.names import NameTable, abstract, fill, to_tensors
 from jaxspec.checkpoints.tensors import SINGLE, read_folder, read_json, write_file
+from jaxspec.sharding import check_heads
 from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.gemma3 import Gemma3, Gemma3Adapter, Gemma3Config
@@ -131,8 +132,10 @@ def config_from(folder: Path) -> tuple[Family, Any]:
 def load_model(
     folder: Path, dtype: DTypeLike = jnp.float32, mesh: jax.sharding.Mesh | None = None
 ) -> VisionLanguageModel:
-    """The model of a Hugging Face folder with parameters in `dtype`, sharded where there is a mesh."""
+    """The model of a Hugging Face folder with parameters in `dtype`, sharded where there is a mesh. Raises ValueError
+    also where `tensor` divides no heads (`check_heads`)."""
     family, config = config_from(folder)
+    check_heads(config.text.num_heads, mesh)
     tensors = read_folder(folder)
     if head := draft_head(tensors):
         raise ValueError(f"{folder} holds {head}, a drafter and no target")

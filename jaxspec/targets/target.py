@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.checkpoints.tensors import read_folder
 from jaxspec.quiet import quiet
+from jaxspec.sharding import checked_mesh
+from jaxspec.splitting import mesh_of
 from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
 from jaxspec.targets.generation import GenerationDefaults, stop_tokens
@@ -48,6 +51,11 @@ class Target:
     @property
     def config(self) -> TargetConfig:
         return self.model.config
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The mesh that its parameters lie on, if it is on several devices."""
+        return mesh_of(nnx.state(self.model))
 
     @property
     def tokenizer(self) -> Any:
@@ -102,18 +110,19 @@ def full_logits(
 def load_target(path_or_repo_id: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Target:
     """A target from a Hugging Face folder, or from the hub by repo id.
 
-    `dtype` is that of parameters and computation (logits are always float32). With a `mesh` the parameters are sharded
-    over its `fsdp` and `tensor` axes (jaxspec.sharding).
+    `dtype` is that of parameters and computation (logits are always float32). With a `mesh`
+    (`jaxspec.sharding.decoding_mesh`) the parameters are split over its `fsdp` and `tensor` axes, and whatever decodes
+    with the target does so on all of its devices.
 
     Raises FileNotFoundError where there is no such folder, ValueError for an unsupported model_type, quantised weights,
-    adapters and other formats (by name), tensors that do not fit the config (listed at once) or are not finite in
-    `dtype`, and a processor that does not fit it. The folder's sampling defaults are kept in `generation_defaults`, for
-    a `Generator` to apply; warns once of those that it has no parameter for.
+    adapters and other formats (by name), a mesh with other axes or whose `tensor` does not divide the heads, tensors
+    that do not fit the config (listed at once) or are not finite in `dtype`, and a processor that does not fit it. The
+    folder's sampling defaults are kept in `generation_defaults`, for a `Generator` to apply; warns once of those that
+    it has no parameter for.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if not isinstance(mesh, jax.sharding.Mesh | None):
-        raise ValueError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
+    mesh = checked_mesh(mesh)
     path = resolve_folder(path_or_repo_id)
     hf_config = read_config(path)
     defaults = GenerationDefaults.read(path)

@@ -25,13 +25,16 @@ class Quick(RayServe):
 
 
 def main() -> None:
-    options = Quick(ModelOptions(max_length=256), max_num_seqs=2, tensor_parallel_size=2)
-    with options.load_replica_engine() as engine:
+    options = Quick(ModelOptions(max_length=256, tensor=2), max_num_seqs=2)
+    with options.load_engine() as engine:
         streams = [
             engine.submit(encode_prompt(engine.target, messages), sampling, TOKENS) for messages, sampling in ASKED
         ]
         answers = [stream.result().text for stream in streams]
-        split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(nnx.state(engine.target.model)))
+        split = [
+            sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(nnx.state(model)))
+            for model in (engine.target.model, engine.drafter.model)
+        ]
     target = load_target("demo")
     generator = Generator(target, load_drafter("demo:vispec", target), max_length=256)
     expected = [generator.generate(messages, (), sampling, TOKENS).text for messages, sampling in ASKED]

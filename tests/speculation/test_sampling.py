@@ -260,7 +260,7 @@ def test_noise_depends_on_seed_and_position_only():
 def test_bits_are_those_of_jax_random(count):
     seeds = np.array([0, 7, 2**31, 2**32 - 1], np.uint32)
     positions = np.array([[0, 1], [5, 900], [2**20, 2**31 - 1], [3, 3]], np.int32)
-    ours = np.asarray(jax.jit(random_bits, static_argnums=2)(seeds, positions, count))
+    ours = np.asarray(jax.jit(random_bits)(seeds, positions, np.arange(count)))
     for row, seed in enumerate(seeds):
         key = jax.random.key(seed, impl="threefry2x32")
         for column, position in enumerate(positions[row]):
