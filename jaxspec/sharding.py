@@ -1,6 +1,7 @@
 """How parameters and batches lie on a mesh with (some of) the axes `data`, `fsdp`, `tensor`.
 
-One rule per kind of matrix; an axis the mesh lacks, or that does not divide the dimension, is left out.
+One rule per kind of matrix; an axis the mesh lacks, or that does not divide the dimension, is left out. The scales of
+an int8 matrix follow its rule: along its inputs they have size 1, so what remains is the axis of its outputs.
 """
 
 import re
@@ -9,6 +10,8 @@ from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxspec.quantization import SUFFIX
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
@@ -28,7 +31,7 @@ RULES = (
 def parameter_sharding(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedSharding:
     """The sharding of the parameter at a dotted path."""
     for pattern, axes in RULES:
-        if re.fullmatch(pattern, path):
+        if re.fullmatch(pattern, path.removesuffix(SUFFIX)):
             spec = [
                 axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
                 for axis, size in zip(axes, shape, strict=True)

@@ -32,9 +32,10 @@ NOISE = "noise_weight"  # ours
 
 
 def load_drafter_folder(
-    folder: Path, model: VisionLanguageModel | None, dtype: DTypeLike = jnp.float32
+    folder: Path, model: VisionLanguageModel | None, dtype: DTypeLike = jnp.float32, quantize: str | None = None
 ) -> tuple[DraftModel, TreeConfig]:
-    """The draft model of a folder and its tree. Raises FileNotFoundError or ValueError, naming what does not fit.
+    """The draft model of a folder and its tree; with `quantize` its matrices are int8 (jaxspec.quantization). Raises
+    FileNotFoundError or ValueError, naming what does not fit.
 
     Without the target's `model` (None) only the folder itself is checked.
     """
@@ -54,7 +55,7 @@ def load_drafter_folder(
         check_embedding(embedding, model, folder)
     config, tensors = settle_tying(config, tensors, method.names)
     draft_model = abstract(lambda rngs: method.module(config, rngs=rngs))
-    return fill(draft_model, tensors, method.names, str(folder), dtype), tree
+    return fill(draft_model, tensors, method.names, str(folder), dtype, quantize=quantize), tree
 
 
 def save_drafter_folder(

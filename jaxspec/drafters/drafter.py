@@ -9,6 +9,7 @@ from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.drafters.checkpoint import load_drafter_folder, read_drafter_folder
 from jaxspec.drafters.contract import DraftModel
 from jaxspec.drafters.registry import METHODS
+from jaxspec.quantization import check_scheme
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.target import Target
 
@@ -24,17 +25,24 @@ class Drafter:
     """The `jaxspec` entry of config.json: how the drafter was trained, what it accepted; {} if published elsewhere."""
     target_fingerprint: str | None = None
     """`Target.fingerprint()` of the target that it was loaded for; None where any target will do, or nobody knows."""
+    quantize: str | None = None
+    """How its matrices are quantised."""
 
 
-def load_drafter(path_or_repo_id: str | Path, target: Target) -> Drafter:
+def load_drafter(path_or_repo_id: str | Path, target: Target, quantize: str | None = None) -> Drafter:
     """A drafter for a loaded target, from a folder or from the hub; parameters in the target's dtype. A method without
     parameters ("lookup") is loaded by its name, unless a folder has that name.
+
+    `quantize="int8"` makes all its matrices int8 while they are read (docs/QUANTIZATION.md): drafts may be accepted
+    less often, answers cannot change. Where the drafter uses the target's embedding and LM head, these are as the
+    target's are.
 
     Raises FileNotFoundError, or ValueError where it was made for another target, its tensors do not fit or are not
     finite, or the folder holds something else (EAGLE-3, an adapter, other formats), by name.
     """
     if not isinstance(target, Target):
         raise ValueError(f"target must be a Target, from load_target; got {type(target).__name__}")
+    check_scheme(quantize)
     method = METHODS.get(str(path_or_repo_id))
     if method and method.without_folder is not None and not Path(path_or_repo_id).is_dir():
         model = method.module(method.without_folder, rngs=nnx.Rngs(0))
@@ -46,5 +54,5 @@ def load_drafter(path_or_repo_id: str | Path, target: Target) -> Drafter:
     if recorded is not None and own is not None and recorded != own:
         raise ValueError(f"drafter {folder} was trained for the target {recorded}, not for {own}")
     METHODS[name].check_folder(folder, target.tokenizer)
-    model, tree = load_drafter_folder(folder, target.model, target.model.dtype)
-    return Drafter(model, tree, name, about, own)
+    model, tree = load_drafter_folder(folder, target.model, target.model.dtype, quantize)
+    return Drafter(model, tree, name, about, own, quantize)

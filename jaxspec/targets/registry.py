@@ -16,6 +16,7 @@ from jaxspec.checkpoints.configs import check_sizes, one_sentence
 from jaxspec.checkpoints.foreign import draft_head, foreign_files, refuse_quantised
 from jaxspec.checkpoints.names import NameTable, abstract, fill, to_tensors
 from jaxspec.checkpoints.tensors import SINGLE, read_folder, read_json, write_file
+from jaxspec.quantization import TARGET_PART
 from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.contract import VisionLanguageModel
 from jaxspec.targets.gemma3 import Gemma3, Gemma3Adapter, Gemma3Config
@@ -129,16 +130,20 @@ def config_from(folder: Path) -> tuple[Family, Any]:
 
 
 def load_model(
-    folder: Path, dtype: DTypeLike = jnp.float32, mesh: jax.sharding.Mesh | None = None
+    folder: Path,
+    dtype: DTypeLike = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    quantize: str | None = None,
 ) -> VisionLanguageModel:
-    """The model of a Hugging Face folder with parameters in `dtype`, sharded where there is a mesh."""
+    """The model of a Hugging Face folder with parameters in `dtype`, sharded where there is a mesh; with `quantize` the
+    matrices of its text model are int8 (jaxspec.quantization)."""
     family, config = config_from(folder)
     tensors = read_folder(folder)
     if head := draft_head(tensors):
         raise ValueError(f"{folder} holds {head}, a drafter and no target")
     config, tensors = settle_tying(config, tensors, family.names)
     model = abstract(lambda rngs: family.model(config, rngs=rngs))
-    return fill(model, tensors, family.names, str(folder), dtype, mesh)
+    return fill(model, tensors, family.names, str(folder), dtype, mesh, quantize, TARGET_PART)
 
 
 def settle_tying(config: Any, tensors: dict[str, np.ndarray], names: NameTable) -> tuple[Any, dict[str, np.ndarray]]:

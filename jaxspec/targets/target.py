@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.checkpoints.tensors import read_folder
+from jaxspec.quantization import check_scheme
 from jaxspec.quiet import quiet
 from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.contract import TargetConfig, VisionLanguageModel
@@ -26,7 +27,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 class Target:
     """Made by `load_target`. `model` holds the parameters and `adapter` is its family's host half; everything else is
-    about the folder it came from."""
+    about the folder it came from and how it was read."""
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class Target:
         path: Path | None,
         stop_token_ids: tuple[int, ...],
         generation_defaults: GenerationDefaults = GenerationDefaults(),
+        quantize: str | None = None,
     ) -> None:
         self.model = model
         self.adapter = adapter
@@ -43,6 +45,7 @@ class Target:
         self.path = path
         self.stop_token_ids = stop_token_ids
         self.generation_defaults = generation_defaults
+        self.quantize = quantize
         self._fingerprint: str | None = None
 
     @property
@@ -99,25 +102,32 @@ def full_logits(
     return model.unembed(model.prefill(model.embed(input_ids, images), lengths, image_ids, position_ids)[0])
 
 
-def load_target(path_or_repo_id: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Target:
+def load_target(
+    path_or_repo_id: str | Path,
+    dtype: str = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    quantize: str | None = None,
+) -> Target:
     """A target from a Hugging Face folder, or from the hub by repo id.
 
     `dtype` is that of parameters and computation (logits are always float32). With a `mesh` the parameters are sharded
-    over its `fsdp` and `tensor` axes (jaxspec.sharding).
+    over its `fsdp` and `tensor` axes (jaxspec.sharding). `quantize="int8"` makes the text model's matrices int8 while
+    they are read, with a float scale for each output channel (docs/QUANTIZATION.md): half the memory of bfloat16.
 
-    Raises FileNotFoundError where there is no such folder, ValueError for an unsupported model_type, quantised weights,
-    adapters and other formats (by name), tensors that do not fit the config (listed at once) or are not finite in
-    `dtype`, and a processor that does not fit it. The folder's sampling defaults are kept in `generation_defaults`, for
-    a `Generator` to apply; warns once of those that it has no parameter for.
+    Raises FileNotFoundError where there is no such folder, ValueError for an unsupported model_type, weights that are
+    quantised in the files, adapters and other formats (by name), tensors that do not fit the config (listed at once) or
+    are not finite in `dtype`, and a processor that does not fit it. The folder's sampling defaults are kept in
+    `generation_defaults`, for a `Generator` to apply; warns once of those that it has no parameter for.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_scheme(quantize)
     if not isinstance(mesh, jax.sharding.Mesh | None):
         raise ValueError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
     path = resolve_folder(path_or_repo_id)
     hf_config = read_config(path)
     defaults = GenerationDefaults.read(path)
-    model = load_model(path, jnp.dtype(dtype), mesh)
+    model = load_model(path, jnp.dtype(dtype), mesh, quantize)
     with quiet("transformers"):  # it warns that torchvision is missing; its PIL image processors are the ones we want
         family = family_of(hf_config)
         processor = read_processor(family.load_processor, path, family.images)
@@ -126,4 +136,4 @@ def load_target(path_or_repo_id: str | Path, dtype: str = "float32", mesh: jax.s
     stop_token_ids = stop_tokens(path, hf_config, processor.tokenizer)
     if warning := defaults.warning():
         warnings.warn(warning, stacklevel=2)
-    return Target(model, adapter, processor, path, stop_token_ids, defaults)
+    return Target(model, adapter, processor, path, stop_token_ids, defaults, quantize)
