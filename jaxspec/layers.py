@@ -6,7 +6,7 @@ models, whose `TextConfig` says what their layers have, and with `input_norm=Fal
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import nnx
 from jaxspec.cache import Cache, LayerKV
 from jaxspec.kernels.attention import Segment, attend
 from jaxspec.kernels.masks import Mask
+from jaxspec.quantization import product
 from jaxspec.rope import RopeConfig, apply_rope, rope_tables
 from jaxspec.splitting import DATA, TENSOR, by_rows, by_vocabulary, constrained, kv_copies, summed
 
@@ -117,7 +118,10 @@ class RMSNorm(nnx.Module):
 
 class Embed(nnx.Module):
     """A table of vectors, in whatever dtype it is filled with. (`nnx.Embed` keeps the one that it was built in: built
-    abstractly in float32, it makes float32 of a bfloat16 table at every call.)"""
+    abstractly in float32, it makes float32 of a bfloat16 table at every call.) One that `unembeds` is the LM head, too,
+    and may be int8 (jaxspec.quantization)."""
+
+    embedding_scale: nnx.Param | None = None  # f32 [V, 1]
 
     def __init__(
         self,
@@ -125,20 +129,49 @@ class Embed(nnx.Module):
         features: int,
         *,
         embedding_init: nnx.Initializer = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0),
+        unembeds: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         self.embedding = nnx.Param(embedding_init(rngs.params(), (num_embeddings, features)))
+        self.unembeds = unembeds
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """Vectors `[.., D]` of integer ids `[..]`."""
-        return jnp.take(self.embedding[...], ids, axis=0)
+        """Vectors `[.., D]` of integer ids `[..]`, float32 where the table is int8."""
+        vectors = jnp.take(self.embedding[...], ids, axis=0)
+        return vectors if self.embedding_scale is None else vectors * jnp.take(self.embedding_scale[...], ids, axis=0)
+
+    @property
+    def table(self) -> jax.Array:
+        """All vectors `[V, D]`, float32 where they are int8."""
+        return self.embedding[...] if self.embedding_scale is None else self.embedding[...] * self.embedding_scale[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """f32 `[.., V]` of `[.., D]`."""
+        return product(hidden, self.embedding[...].T, self.embedding_scale)
 
 
-def linear(features_in: int, features_out: int, *, bias: bool, rngs: nnx.Rngs, zero: bool = False) -> nnx.Linear:
+class Linear(nnx.Linear):
+    """Flax's, whose kernel may be int8 (jaxspec.quantization)."""
+
+    kernel_scale: nnx.Param | None = None  # f32 [1, features out]
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """`[.., features out]` of `[.., features in]`."""
+        if self.kernel_scale is None:
+            return super().__call__(inputs, out_sharding)
+        outputs = product(inputs, self.kernel[...], self.kernel_scale).astype(inputs.dtype)
+        return outputs if self.bias is None else outputs + self.bias[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """f32 of an LM head, which has no bias."""
+        return product(hidden, self.kernel[...], self.kernel_scale)
+
+
+def linear(features_in: int, features_out: int, *, bias: bool, rngs: nnx.Rngs, zero: bool = False) -> Linear:
     """A linear layer, initialised at fan-in scale, or at zero where its output is added to a residual stream (a fresh
     layer is then the identity, which small models trained from scratch learn faster from)."""
     init = nnx.initializers.zeros if zero else nnx.initializers.lecun_normal()
-    return nnx.Linear(features_in, features_out, use_bias=bias, kernel_init=init, rngs=rngs)
+    return Linear(features_in, features_out, use_bias=bias, kernel_init=init, rngs=rngs)
 
 
 class SelfAttention(nnx.Module):
@@ -285,10 +318,10 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         init = nnx.initializers.normal(0.3)
-        self.embed_tokens = Embed(config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs)
+        tied, sizes = config.tie_word_embeddings, (config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embed(*sizes, embedding_init=init, unembeds=tied, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = text_norm(config, config.hidden_size, rngs)
-        tied = config.tie_word_embeddings
         self.lm_head = None if tied else linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
 
     def __call__(
@@ -335,15 +368,21 @@ class LanguageModel(nnx.Module):
         features = [*(states[layer] for layer in tap_layers), self.norm(states[-1])]
         return jnp.concatenate(features, axis=-1), tuple(new_kv)
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of activations, and of parameters that are not int8."""
+        return self.norm.scale.dtype
+
     def embed(self, input_ids: jax.Array) -> jax.Array:
         """Embeddings `[.., D]` of ids `[..]`."""
         embeds = by_rows(self.embed_tokens(input_ids))
+        if self.embed_tokens.embedding_scale is not None:
+            embeds = embeds.astype(self.dtype)
         scale = self.config.embedding_scale
         return embeds if scale == 1.0 else embeds * jnp.asarray(scale, embeds.dtype)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits f32 `[..., V]` of features `[..., D]`, or of the last D of more."""
         hidden = hidden[..., -self.config.hidden_size :]
-        kernel = self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
         with jax.named_scope("logits"):
-            return by_vocabulary(jnp.dot(hidden, kernel, preferred_element_type=jnp.float32))
+            return by_vocabulary((self.embed_tokens if self.lm_head is None else self.lm_head).logits(hidden))

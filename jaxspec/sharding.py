@@ -1,7 +1,8 @@
 """Meshes, and how parameters and batches lie on one with (some of) the axes `data`, `fsdp`, `tensor`.
 
 One rule per kind of matrix; an axis the mesh lacks, or that does not divide the dimension, is left out. What attention
-reads or writes is divided by heads: a device has whole ones. Activations: splitting.py.
+reads or writes is divided by heads: a device has whole ones. The scales of an int8 matrix follow its rule: along its
+inputs they have size 1, so what remains is the axis of its outputs. Activations: splitting.py.
 """
 
 import re
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.checks import whole_number
+from jaxspec.quantization import SUFFIX
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
@@ -36,6 +38,7 @@ def parameter_sharding(
 ) -> NamedSharding:
     """The sharding of the parameter at a dotted path. `head_dims` are those of its model (`head_dims_of`); without them
     the matrices of attention are divided like any other."""
+    path = path.removesuffix(SUFFIX)
     attention = re.fullmatch(OF_HEADS, path)
     unit = (head_dims or {}).get(attention["module"], 1) if attention else 1
     for pattern, axes in RULES:

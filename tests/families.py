@@ -134,8 +134,11 @@ FAMILIES = {
 }
 
 
-def family_target(name: str) -> Target:
+def family_target(name: str, **options) -> Target:
+    """The family's target, with `options` of its transformers config changed."""
     hf_config, processor = FAMILIES[name]()
+    for key, value in options.items():
+        setattr(hf_config, key, value)
     family = family_of(hf_config)
     config = family.config_from_hf(hf_config)
     graph, state = nnx.split(abstract(lambda rngs: family.model(config, rngs=rngs)))
@@ -153,6 +156,7 @@ def family_target(name: str) -> Target:
     for layer in language.layers:  # what is said depends on all that was said before
         layer.self_attn.q_proj.kernel[...] *= 3.0
         layer.self_attn.o_proj.kernel[...] *= 4.0
-    language.lm_head.kernel[...][:, PREFERRED] *= 4.0
+    if language.lm_head is not None:
+        language.lm_head.kernel[...][:, PREFERRED] *= 4.0
     model = jax.tree.map(jax.numpy.asarray, model)
     return Target(model, family.adapter(config), processor, None, (processor.tokenizer.eos_token_id,))

@@ -272,6 +272,7 @@ def settings_of(benchmark: SpeedBenchmark) -> dict:
             name: {
                 "method": drafter.method,
                 "tree": dataclasses.asdict(tree),
+                "quantize": drafter.quantize,
                 "recorded_mean_acceptance_length": drafter.about.get("mean_acceptance_length"),
                 "trained": {field: drafter.about.get(field) for field in ("recipe", "recipe_hash", "step", "seed")},
             }

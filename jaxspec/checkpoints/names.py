@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from jaxspec.checkpoints.finite import cast, is_finite, why_not_finite
 from jaxspec.checkpoints.foreign import counted, foreign_tensors
+from jaxspec.quantization import INPUT_AXES, SUFFIX, is_quantized, matrices, quantized, to_int8
 from jaxspec.sharding import head_dims_of, parameter_sharding
 
 Module = TypeVar("Module")
@@ -160,24 +161,42 @@ def fill(
     source: str,
     dtype: DTypeLike | None,
     mesh: jax.sharding.Mesh | None = None,
+    quantize: str | None = None,
+    part: str | None = None,
 ) -> Module:
     """A module with the same structure (built abstractly) whose parameters are the published tensors in `dtype`
     (integers keep theirs).
 
-    With a mesh every shard is read on its own: the host holds one at a time. Raises ValueError as `match` does, and for
-    values that are not finite in `dtype`, naming their tensors.
+    With a mesh every shard is read on its own: the host holds one at a time. With `quantize` the matrices below the
+    attribute `part` (all of them where none is named) become int8 as they are read, so that one of them at a time is
+    there in the type of its file. Raises ValueError as `match` does, and for values that are not finite in `dtype`,
+    naming their tensors.
     """
+    as_int8 = {path for path, _, _ in matrices(module, part)} if quantize else set()
     values, spoiled, head_dims = [], [], head_dims_of(module)
     for path, leaf, array in match(module, tensors, table, source):
-        wanted = settled(leaf.dtype, dtype)
-        value, finite = place(array, dotted_path(path), wanted, mesh, head_dims)
+        dotted, wanted = dotted_path(path), settled(leaf.dtype, dtype)
+        if path in as_int8:
+            wanted = array.dtype if array.dtype.itemsize <= 4 else np.float32
+        value, finite = place(array, dotted, wanted, mesh, head_dims)
         if not finite:
-            spoiled.append(f"{table.published(dotted_path(path))} ({why_not_finite(array, wanted)})")
+            spoiled.append(f"{table.published(dotted)} ({why_not_finite(array, wanted)})")
+        if path in as_int8:
+            *owner, name = path
+            value, scale = to_int8(value, INPUT_AXES[name])
+            if mesh is not None:
+                value, scale = (
+                    jax.device_put(each, parameter_sharding(mesh, dotted + suffix, each.shape, head_dims))
+                    for each, suffix in ((value, ""), (scale, SUFFIX))
+                )
+            jax.block_until_ready(value)  # before the next one is read
+            values.append(((*owner, name + SUFFIX), leaf.replace(scale)))
         values.append((path, leaf.replace(value)))
     if spoiled:
         name = jnp.dtype(dtype).name
         raise ValueError(f"{source} holds weights that are not finite in {name}: {counted(spoiled, 5)}")
-    return nnx.merge(nnx.graphdef(module), nnx.from_flat_state(values))
+    graph = nnx.graphdef(quantized(module, part) if quantize else module)
+    return nnx.merge(graph, nnx.from_flat_state(values))
 
 
 def settled(own: DTypeLike, wanted: DTypeLike | None) -> DTypeLike:
@@ -219,7 +238,10 @@ def published_shape(path: str, shape: Iterable[int]) -> tuple[int, ...]:
 
 
 def to_tensors(module: object, table: NameTable, dtype: DTypeLike | None = None) -> dict[str, np.ndarray]:
-    """Published tensors of a module, the inverse of `fill`."""
+    """Published tensors of a module, the inverse of `fill`. Raises ValueError where it is quantised: what is published
+    are float weights, of which any reader makes int8 ones."""
+    if is_quantized(module):
+        raise ValueError("a quantised model cannot be saved; save the one with float weights that it was made from")
     tensors = {}
     for path, leaf in parameter_paths(module).items():
         array = np.asarray(jax.device_get(leaf[...]))

@@ -92,7 +92,7 @@ class Bench:
             target = self.model.load()
             drafters = {}
             for given in self.drafters:
-                drafter = load_named_drafter(given, target)
+                drafter = load_named_drafter(given, target, self.model.quantize_drafter)
                 name = name_of(given)
                 if name in drafters:
                     raise ValueError(f"two drafters are called {name}; their folders need different names")
@@ -124,7 +124,7 @@ class Bench:
         show_applied(target.generation_defaults, benchmark.from_folder)
         progress = partial(ProgressLines, console)
         results = {
-            "environment": environment(target, self.model.dtype, self.model.target, arguments),
+            "environment": environment(target, self.model.precision, self.model.target, arguments),
             "settings": settings_of(benchmark) | {"concurrency": self.concurrency},
             "transformers": about_transformers,
             "speed": benchmark.run(progress),

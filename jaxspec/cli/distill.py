@@ -59,10 +59,14 @@ class Distill:
             raise ValueError(f"process_index must lie in 0..{self.process_count - 1}, got {self.process_index}")
         if self.drafter is None and self.tree.given:
             raise ValueError("a tree needs a drafter: give --drafter")
+        if self.drafter is None and self.model.quantize_drafter:
+            raise ValueError("quantize-drafter needs a drafter: give --drafter")
         source = open_prompts(self.data, self.split, self.image_folder)
         with waiting(console, "loading ..."):
             target = self.model.load()
-            drafter = None if self.drafter is None else load_named_drafter(self.drafter, target)
+            drafter = None
+            if self.drafter is not None:
+                drafter = load_named_drafter(self.drafter, target, self.model.quantize_drafter)
             tree = None if drafter is None else self.tree.applied(drafter.tree)
             model = {"max_length": self.model.max_length, "generation_config": self.model.generation_config}
             options = engine_settings(self.settings, len(source), self.batch_size, **model)
@@ -83,6 +87,7 @@ class Distill:
                 "count": len(distiller.records),
                 "target_fingerprint": about["target_fingerprint"],
                 "dtype": self.model.dtype,
+                "quantize": self.model.quantize,
                 "max_length": engine.max_length,
                 "generation_config": distiller.from_folder or None,
             }

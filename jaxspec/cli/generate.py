@@ -98,6 +98,8 @@ class Generate:
         name = ("vispec" if self.model.embedded else None) if self.drafter is None else self.drafter
         if name is None and self.tree.given:
             raise ValueError("a tree needs a drafter: give --drafter")
+        if name is None and self.model.quantize_drafter:
+            raise ValueError("quantize-drafter needs a drafter: give --drafter")
         paths = self.image or self.default_images()
         pictures = [open_image(path, f"image {index}") for index, path in enumerate(paths, 1)]
         images = (*pictures, *map(Video.open, self.video))
@@ -105,7 +107,7 @@ class Generate:
         question = Question(default if self.prompt is None else self.prompt, images)
         with waiting(console, "loading ..."):
             target = self.model.load()
-            drafter = load_named_drafter(name, target) if name is not None else None
+            drafter = load_named_drafter(name, target, self.model.quantize_drafter) if name is not None else None
             options: dict[str, Any] = {
                 "max_length": self.model.max_length,
                 "generation_config": self.model.generation_config,

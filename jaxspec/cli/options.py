@@ -12,6 +12,7 @@ from jaxspec.checkpoints.hub import EMBEDDED
 from jaxspec.checks import whole_number
 from jaxspec.demo import EMBEDDED_DRAFTERS
 from jaxspec.drafters.drafter import Drafter, load_drafter
+from jaxspec.quantization import check_scheme
 from jaxspec.sharding import decoding_mesh
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.target import Target, load_target
@@ -75,6 +76,13 @@ class ModelOptions:
     heads. Further devices stay idle."""
     dtype: str = "float32"
     """Of parameters and computation: float32, bfloat16 or float16."""
+    quantize: Annotated[str | None, tyro.conf.arg(aliases=("--quantization",), metavar="int8")] = None
+    """int8 keeps the matrices of the target's text model as 8-bit integers, made while they are read: half the memory
+    of bfloat16. Speculation changes no answer of that target; the float target's own answers may differ from them."""
+    quantize_drafter: Annotated[
+        str | None, tyro.conf.arg(aliases=("--speculative-draft-model-quantization",), metavar="int8")
+    ] = None
+    """int8 keeps the drafter's matrices as 8-bit integers: no answer changes."""
     max_length: Annotated[int | None, tyro.conf.arg(aliases=("--max-model-len",), metavar="INT")] = None
     """Most tokens of prompt and answer together; by default all of the target's positions up to 4096."""
     generation_config: bool = True
@@ -84,9 +92,15 @@ class ModelOptions:
 
     def load(self) -> Target:
         """Raises ValueError as `load_target`, and where there are fewer devices than `tensor`."""
+        check_scheme(self.quantize_drafter, "quantize_drafter")
         use_compilation_cache(self.compilation_cache)
         mesh = None if whole_number("tensor", self.tensor, 1) == 1 else decoding_mesh(self.tensor)
-        return load_target(self.target, dtype=self.dtype, mesh=mesh)
+        return load_target(self.target, dtype=self.dtype, mesh=mesh, quantize=self.quantize)
+
+    @property
+    def precision(self) -> str:
+        """How the target computes, in words."""
+        return self.dtype if self.quantize is None else f"{self.dtype} with {self.quantize} weights"
 
     @property
     def embedded(self) -> bool:
@@ -94,10 +108,10 @@ class ModelOptions:
         return self.target == EMBEDDED
 
 
-def load_named_drafter(name: str, target: Target) -> Drafter:
+def load_named_drafter(name: str, target: Target, quantize: str | None = None) -> Drafter:
     """As `load_drafter`; a method of the embedded model is short for demo:METHOD, unless a folder has that name."""
     short = name in EMBEDDED_DRAFTERS and not Path(name).is_dir()
-    return load_drafter(f"{EMBEDDED}:{name}" if short else name, target)
+    return load_drafter(f"{EMBEDDED}:{name}" if short else name, target, quantize=quantize)
 
 
 def use_compilation_cache(folder: str | None) -> None:

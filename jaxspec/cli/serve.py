@@ -18,7 +18,7 @@ from jaxspec.cli.options import ModelOptions, TreeOptions
 from jaxspec.cli.output import show_warning, waiting
 from jaxspec.programs import CHUNK
 from jaxspec.serving.requests import MIB, EngineSettings
-from jaxspec.serving.speculative import SpeculativeConfig
+from jaxspec.serving.speculative import NONE, SpeculativeConfig
 from jaxspec.stopping import Broken
 
 if TYPE_CHECKING:
@@ -139,6 +139,8 @@ class Serve:
         """Raises ValueError for what cannot be, before anything is loaded."""
         self.engine_settings(self.speculative.adaptive)
         whole_number("tensor", self.model.tensor, 1)
+        if self.model.quantize_drafter and self.speculative.method == NONE:
+            raise ValueError("quantize-drafter needs a drafter: give --speculative-config")
         if not self.shutdown_timeout >= 0:
             raise ValueError(f"shutdown_timeout must be at least 0, got {self.shutdown_timeout}")
 
@@ -157,7 +159,7 @@ class Serve:
 
         speculative = self.speculative
         target = self.model.load()
-        drafter, tree = speculative.load(target, self.model.embedded)
+        drafter, tree = speculative.load(target, self.model.embedded, self.model.quantize_drafter)
         return Engine(target, drafter, tree, self.engine_settings(speculative.adaptive))
 
     def http_settings(self) -> "HttpSettings":
@@ -240,7 +242,7 @@ class Serve:
         domains = ", ".join(settings.allowed_media_domains)
         about = Table.grid(padding=(0, 2))
         for name, value in (
-            ("model", f"{settings.served_model_name} ({self.model.target}, {self.model.dtype})"),
+            ("model", f"{settings.served_model_name} ({self.model.target}, {self.model.precision})"),
             ("drafter", drafter),
             ("requests", f"{self.max_num_seqs} at once, {self.max_queued_requests} may wait"),
             ("length", f"{engine.max_length} tokens of prompt and answer"),

@@ -9,7 +9,7 @@ where everything came from, and `parts/` what was refused.
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +218,25 @@ class AnswerSource:
         self.has_images = None if "with_images" not in self.about else self.about["with_images"] > 0
         self.records = stored_records(tfds.builder_from_directory(str(folder)), "train")
         self.pictures = Pictures(image_folder or self.about["image_folder"])
+
+    @classmethod
+    def of_target(
+        cls,
+        folder: str | os.PathLike[str],
+        fingerprint: str | None,
+        image_folder: str | os.PathLike[str] | None = None,
+    ) -> "AnswerSource":
+        """The set in `folder`. Raises ValueError, too, where its answers are not those of the target with that
+        `fingerprint` (`Target.fingerprint()`)."""
+        answers = cls(folder, image_folder)
+        theirs = answers.about["target_fingerprint"]
+        if theirs != fingerprint:
+            raise ValueError(f"the answers in {folder} are those of the target {theirs}, not of {fingerprint}")
+        return answers
+
+    def said(self) -> Iterator[np.ndarray]:
+        """The tokens of every answer, i32 [n] each."""
+        return (self.records[index]["answer_ids"] for index in range(len(self.records)))
 
     def __len__(self) -> int:
         return len(self.records)

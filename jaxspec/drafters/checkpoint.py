@@ -33,10 +33,14 @@ NOISE = "noise_weight"  # ours
 
 
 def load_drafter_folder(
-    folder: Path, model: VisionLanguageModel | None, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
+    folder: Path,
+    model: VisionLanguageModel | None,
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    quantize: str | None = None,
 ) -> tuple[DraftModel, TreeConfig]:
-    """The draft model of a folder, on a mesh where there is one, and its tree. Raises FileNotFoundError or ValueError,
-    naming what does not fit.
+    """The draft model of a folder, on a mesh where there is one, and its tree; with `quantize` its matrices are int8
+    (jaxspec.quantization). Raises FileNotFoundError or ValueError, naming what does not fit.
 
     Without the target's `model` (None) only the folder itself is checked.
     """
@@ -56,7 +60,7 @@ def load_drafter_folder(
         check_embedding(embedding, model, folder)
     config, tensors = settle_tying(config, tensors, method.names)
     draft_model = abstract(lambda rngs: method.module(config, rngs=rngs))
-    return fill(draft_model, tensors, method.names, str(folder), dtype, mesh), tree
+    return fill(draft_model, tensors, method.names, str(folder), dtype, mesh, quantize=quantize), tree
 
 
 def save_drafter_folder(

@@ -29,7 +29,7 @@ from flax import nnx
 
 from jaxspec.drafters.sequence import ImageSpans, entry_order, take_entries
 from jaxspec.drafters.vispec import VisionAdaptor
-from jaxspec.layers import linear
+from jaxspec.layers import Linear, linear
 
 PRIMITIVES = ("pruning", "pooling", "convolution", "resampler", "text_only")
 MODES: dict[str, tuple[str, ...]] = {
@@ -204,8 +204,8 @@ class Convolution(nnx.Module):
             del key
             return jnp.tile(jnp.eye(width, dtype=dtype), (ratio, 1)) / ratio
 
-        self.embeds = nnx.Linear(ratio * width, width, kernel_init=average, rngs=rngs)
-        self.features = nnx.Linear(ratio * width, width, kernel_init=average, rngs=rngs)
+        self.embeds = Linear(ratio * width, width, kernel_init=average, rngs=rngs)
+        self.features = Linear(ratio * width, width, kernel_init=average, rngs=rngs)
 
     def __call__(self, runs: "Runs", embeds: jax.Array, features: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Both `[B, G, D]`; a run that is short is filled with zeros."""

@@ -8,17 +8,18 @@ every image token.
 """
 
 import dataclasses
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxspec.cache import Cache, LayerKV
 from jaxspec.checkpoints.configs import llama_text_config, published_rope, published_text_fields
 from jaxspec.drafters.contract import DrafterContext, Method, size_misfits
 from jaxspec.drafters.sequence import HeadInputs
-from jaxspec.drafters.vocabulary import DraftHead
+from jaxspec.drafters.vocabulary import DraftHead, take_from_target
 from jaxspec.kernels.masks import Mask
 from jaxspec.layers import DecoderLayer, TextConfig, Uncommitted, linear, segments_before
 from jaxspec.rope import rope_tables
@@ -82,6 +83,22 @@ class EagleHead(nnx.Module, Generic[Config]):
         """Raises ValueError where the head drafts fewer tokens than a node has children."""
         if self.config.draft_vocab_size is not None:
             tree.check_vocabulary(self.config.draft_vocab_size)
+
+    def narrowed(self, model: VisionLanguageModel, ids: np.ndarray) -> Self:
+        """The head drafting only the tokens `ids` i32 `[Vd]`, with the target's LM head of these as its own (FR-Spec,
+        arXiv 2502.14856). Nothing is trained; all other parameters are this head's.
+
+        Raises ValueError for a head with a draft vocabulary of its own.
+        """
+        if self.config.draft_vocab_size is not None:
+            raise ValueError(f"the drafter has a draft vocabulary already, of {self.config.draft_vocab_size} tokens")
+        head = nnx.merge(*nnx.split(self))
+        head.config = dataclasses.replace(self.config, draft_vocab_size=len(ids))
+        head.draft_head = DraftHead(self.config.text.hidden_size, len(ids), rngs=nnx.Rngs(0))
+        take_from_target(head.draft_head, model, ids)
+        dtype = self.layers[0].post_attention_layernorm.scale.dtype
+        head.draft_head.kernel = nnx.Param(head.draft_head.kernel[...].astype(dtype))
+        return head
 
     # -- the head ------------------------------------------------------------------------------------------------
 

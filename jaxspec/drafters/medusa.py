@@ -69,7 +69,7 @@ class MedusaHeads(nnx.Module):
         block, *own = self.heads[number - 1]
         hidden = block(features)
         if own:
-            return by_vocabulary(jnp.dot(hidden, own[0].kernel[...], preferred_element_type=jnp.float32))
+            return by_vocabulary(own[0].logits(hidden))
         return model.unembed(hidden)
 
     def check_tree(self, tree: TreeConfig) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxspec.quantization import product
 from jaxspec.splitting import by_vocabulary
 from jaxspec.targets.contract import VisionLanguageModel
 
@@ -21,7 +22,9 @@ BLOCK = 256
 
 
 class DraftHead(nnx.Module):
-    """Logits of `size` tokens from features of `width`."""
+    """Logits of `size` tokens from features of `width`. The kernel may be int8 (jaxspec.quantization)."""
+
+    kernel_scale: nnx.Param | None = None  # f32 [1, size]
 
     def __init__(self, width: int, size: int, *, rngs: nnx.Rngs) -> None:
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (width, size)))
@@ -29,7 +32,7 @@ class DraftHead(nnx.Module):
 
     def __call__(self, features: jax.Array) -> jax.Array:
         """Logits f32 `[.., size]` of features `[.., width]`."""
-        return by_vocabulary(jnp.dot(features, self.kernel[...], preferred_element_type=jnp.float32))
+        return by_vocabulary(product(features, self.kernel[...], self.kernel_scale))
 
 
 def most_frequent(answers: Iterable[np.ndarray], vocab_size: int, size: int) -> np.ndarray:
@@ -44,6 +47,12 @@ def most_frequent(answers: Iterable[np.ndarray], vocab_size: int, size: int) -> 
     for tokens in answers:
         counts += np.bincount(tokens, minlength=vocab_size)
     return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)
+
+
+def covered(answers: Iterable[np.ndarray], ids: np.ndarray) -> float:
+    """The share of the tokens in `answers` that are among `ids`."""
+    found = [np.isin(tokens, ids) for tokens in answers]
+    return float(np.concatenate(found).mean()) if found else float("nan")
 
 
 def take_from_target(head: DraftHead, model: VisionLanguageModel, ids: np.ndarray) -> None:

@@ -102,9 +102,12 @@ class SpeculativeConfig:
                 raise ValueError(f"{said}; give it once")
         return dataclasses.replace(self, tree={**self.tree, **fields})
 
-    def load(self, target: Target, embedded: bool) -> tuple[Drafter | None, TreeConfig | None]:
+    def load(
+        self, target: Target, embedded: bool, quantize: str | None = None
+    ) -> tuple[Drafter | None, TreeConfig | None]:
         """The drafter with its tree, for a loaded target; (None, None) for autoregressive decoding. `embedded`: whether
-        the target is the one that ships with the package, which has drafters by the method's name.
+        the target is the one that ships with the package, which has drafters by the method's name. `quantize` is as of
+        `load_drafter`.
 
         Raises ValueError or FileNotFoundError where there is no such drafter, it is of another method or target, or it
         cannot draft such a tree.
@@ -120,7 +123,7 @@ class SpeculativeConfig:
                 if name not in EMBEDDED_DRAFTERS:
                     raise ValueError(f'speculative-config: the embedded target has no "{name}" drafter')
                 name = f"{EMBEDDED}:{name}"
-        drafter = load_drafter(name, target)
+        drafter = load_drafter(name, target, quantize=quantize)
         if self.method is not None and drafter.method != self.method:
             raise ValueError(f'speculative-config: {name} is a "{drafter.method}" drafter, not a "{self.method}" one')
         try:

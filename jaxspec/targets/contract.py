@@ -48,7 +48,7 @@ class VisionLanguageModel(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        return self.language_model.embed_tokens.embedding.dtype
+        return self.language_model.dtype
 
     @property
     def vocab_size(self) -> int:
@@ -58,7 +58,7 @@ class VisionLanguageModel(nnx.Module):
     @property
     def embedding(self) -> jax.Array:
         """The table of token embeddings `[V, D]` in the model's dtype, as it is stored: `embed` may scale it."""
-        return self.language_model.embed_tokens.embedding[...]
+        return self.language_model.embed_tokens.table.astype(self.dtype)
 
     def encode_vision(self, pixels: Any) -> jax.Array:
         """What the tower sees in `pixels`, as `PromptAdapter.collate` makes them: `[R, Dv]` in the model's dtype, one

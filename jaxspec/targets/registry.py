@@ -16,6 +16,7 @@ from jaxspec.checkpoints.configs import check_sizes, one_sentence
 from jaxspec.checkpoints.foreign import draft_head, foreign_files, refuse_quantised
 from jaxspec.checkpoints.names import NameTable, abstract, fill, to_tensors
 from jaxspec.checkpoints.tensors import SINGLE, read_folder, read_json, write_file
+from jaxspec.quantization import TARGET_PART
 from jaxspec.sharding import check_heads
 from jaxspec.targets.adapter import PromptAdapter
 from jaxspec.targets.contract import VisionLanguageModel
@@ -130,10 +131,14 @@ def config_from(folder: Path) -> tuple[Family, Any]:
 
 
 def load_model(
-    folder: Path, dtype: DTypeLike = jnp.float32, mesh: jax.sharding.Mesh | None = None
+    folder: Path,
+    dtype: DTypeLike = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    quantize: str | None = None,
 ) -> VisionLanguageModel:
-    """The model of a Hugging Face folder with parameters in `dtype`, sharded where there is a mesh. Raises ValueError
-    also where `tensor` divides no heads (`check_heads`)."""
+    """The model of a Hugging Face folder with parameters in `dtype`, sharded where there is a mesh; with `quantize` the
+    matrices of its text model are int8 (jaxspec.quantization). Raises ValueError also where `tensor` divides no heads
+    (`check_heads`)."""
     family, config = config_from(folder)
     check_heads(config.text.num_heads, mesh)
     tensors = read_folder(folder)
@@ -141,7 +146,7 @@ def load_model(
         raise ValueError(f"{folder} holds {head}, a drafter and no target")
     config, tensors = settle_tying(config, tensors, family.names)
     model = abstract(lambda rngs: family.model(config, rngs=rngs))
-    return fill(model, tensors, family.names, str(folder), dtype, mesh)
+    return fill(model, tensors, family.names, str(folder), dtype, mesh, quantize, TARGET_PART)
 
 
 def settle_tying(config: Any, tensors: dict[str, np.ndarray], names: NameTable) -> tuple[Any, dict[str, np.ndarray]]:

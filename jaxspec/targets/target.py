@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxspec.checkpoints.hub import resolve_folder
 from jaxspec.checkpoints.tensors import read_folder
+from jaxspec.quantization import check_scheme
 from jaxspec.quiet import quiet
 from jaxspec.sharding import checked_mesh
 from jaxspec.splitting import mesh_of
@@ -29,7 +30,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 class Target:
     """Made by `load_target`. `model` holds the parameters and `adapter` is its family's host half; everything else is
-    about the folder it came from."""
+    about the folder it came from and how it was read."""
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class Target:
         path: Path | None,
         stop_token_ids: tuple[int, ...],
         generation_defaults: GenerationDefaults = GenerationDefaults(),
+        quantize: str | None = None,
     ) -> None:
         self.model = model
         self.adapter = adapter
@@ -46,6 +48,7 @@ class Target:
         self.path = path
         self.stop_token_ids = stop_token_ids
         self.generation_defaults = generation_defaults
+        self.quantize = quantize
         self._fingerprint: str | None = None
 
     @property
@@ -107,26 +110,33 @@ def full_logits(
     return model.unembed(model.prefill(model.embed(input_ids, images), lengths, image_ids, position_ids)[0])
 
 
-def load_target(path_or_repo_id: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Target:
+def load_target(
+    path_or_repo_id: str | Path,
+    dtype: str = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    quantize: str | None = None,
+) -> Target:
     """A target from a Hugging Face folder, or from the hub by repo id.
 
     `dtype` is that of parameters and computation (logits are always float32). With a `mesh`
     (`jaxspec.sharding.decoding_mesh`) the parameters are split over its `fsdp` and `tensor` axes, and whatever decodes
-    with the target does so on all of its devices.
+    with the target does so on all of its devices. `quantize="int8"` makes the text model's matrices int8 while they are
+    read, with a float scale for each output channel (docs/QUANTIZATION.md): half the memory of bfloat16.
 
-    Raises FileNotFoundError where there is no such folder, ValueError for an unsupported model_type, quantised weights,
-    adapters and other formats (by name), a mesh with other axes or whose `tensor` does not divide the heads, tensors
-    that do not fit the config (listed at once) or are not finite in `dtype`, and a processor that does not fit it. The
-    folder's sampling defaults are kept in `generation_defaults`, for a `Generator` to apply; warns once of those that
-    it has no parameter for.
+    Raises FileNotFoundError where there is no such folder, ValueError for an unsupported model_type, weights that are
+    quantised in the files, adapters and other formats (by name), a mesh with other axes or whose `tensor` does not
+    divide the heads, tensors that do not fit the config (listed at once) or are not finite in `dtype`, and a processor
+    that does not fit it. The folder's sampling defaults are kept in `generation_defaults`, for a `Generator` to apply;
+    warns once of those that it has no parameter for.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_scheme(quantize)
     mesh = checked_mesh(mesh)
     path = resolve_folder(path_or_repo_id)
     hf_config = read_config(path)
     defaults = GenerationDefaults.read(path)
-    model = load_model(path, jnp.dtype(dtype), mesh)
+    model = load_model(path, jnp.dtype(dtype), mesh, quantize)
     with quiet("transformers"):  # it warns that torchvision is missing; its PIL image processors are the ones we want
         family = family_of(hf_config)
         processor = read_processor(family.load_processor, path, family.images)
@@ -135,4 +145,4 @@ def load_target(path_or_repo_id: str | Path, dtype: str = "float32", mesh: jax.s
     stop_token_ids = stop_tokens(path, hf_config, processor.tokenizer)
     if warning := defaults.warning():
         warnings.warn(warning, stacklevel=2)
-    return Target(model, adapter, processor, path, stop_token_ids, defaults)
+    return Target(model, adapter, processor, path, stop_token_ids, defaults, quantize)

@@ -32,7 +32,10 @@ from jaxspec.training.acceptance import Measurement, measured_acceptance
 from jaxspec.training.held_out import Span, first_questions, held_out_of, pipelines
 from jaxspec.training.recipe import Recipe, Task, check_same, recipe_hash
 
-COMMON = ("target", "target_dtype", "answers_dir", "conversations", "image_folder", "max_records", "validation_records")
+COMMON = (
+    *("target", "target_dtype", "quantize", "answers_dir", "conversations", "image_folder", "max_records"),
+    "validation_records",
+)
 """Fields that drafters trained together share, beside those of every recipe."""
 
 
@@ -51,6 +54,8 @@ class DrafterRecipe(Recipe):
     target: str = "demo"
     target_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen target, and of the drafter where acceptance is measured; what learns is float32."""
+    quantize: Literal["int8"] | None = None
+    """The frozen target's matrices as int8: half the memory of bfloat16 (docs/QUANTIZATION.md)."""
     answers_dir: str = "runs/demo_answers"
     """The target's own answers, made by `python -m jaxspec distill`."""
     conversations: str | None = None
@@ -183,7 +188,7 @@ def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None, an
 
 def load_teacher(recipe: DrafterRecipe) -> jaxspec.Target:
     """The recipe's target, on all devices."""
-    return jaxspec.load_target(recipe.target, recipe.target_dtype, recipe.mesh())
+    return jaxspec.load_target(recipe.target, recipe.target_dtype, recipe.mesh(), recipe.quantize)
 
 
 def drafter_tasks(recipes: Sequence[DrafterRecipe]) -> list[Task]:
@@ -237,11 +242,7 @@ def records_and_encoder(
 
 def open_answers(recipe: DrafterRecipe, target: jaxspec.Target) -> AnswerSource:
     """The target's own answers. Raises ValueError for those of another one."""
-    answers = AnswerSource(recipe.answers_dir, recipe.image_folder)
-    theirs, ours = answers.about["target_fingerprint"], target.fingerprint()
-    if theirs != ours:
-        raise ValueError(f"the answers in {recipe.answers_dir} are those of the target {theirs}, not of {ours}")
-    return answers
+    return AnswerSource.of_target(recipe.answers_dir, target.fingerprint(), recipe.image_folder)
 
 
 def check_records(

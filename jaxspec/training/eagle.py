@@ -79,8 +79,7 @@ class EagleRecipe(DrafterRecipe):
         config = self.head_config(dataclasses.replace(target.config.text.plain(), tie_word_embeddings=False))
         head = cast(EagleHead, METHODS[self.method].module(config, rngs=nnx.Rngs(self.seed)))
         if self.draft_vocab_size is not None:
-            answers = open_answers(self, target).records
-            said = (answers[index]["answer_ids"] for index in range(len(answers)))
+            said = open_answers(self, target).said()
             ids = most_frequent(said, target.model.vocab_size, self.draft_vocab_size)
             take_from_target(head.draft_head, target.model, ids)
         if self.init_from is not None:

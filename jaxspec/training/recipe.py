@@ -178,7 +178,7 @@ def is_vision(path: Sequence[Any]) -> bool:
     return any(str(getattr(key, "key", "")) in names for key in path)
 
 
-LATER = {"accumulate": 1, "target_dtype": "float32", "noise_weight": 1.0}
+LATER = {"accumulate": 1, "target_dtype": "float32", "noise_weight": 1.0, "quantize": None}
 """Fields that recipes did not have from the beginning, with what was done without them: hashes made then stay true."""
 
 EMBEDDED_TARGET = {"demo": "runs/demo_target/export"}

@@ -58,19 +58,41 @@ def test_any_type_in_the_chosen_one_out(mixed, dtype, on_mesh):
         np.testing.assert_array_equal(np.asarray(leaf[...]), expected, err_msg=path)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_host_holds_about_one_shard(tmp_path):
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """(a small folder, one with matrices of up to 66 MB)."""
+    folder = tmp_path_factory.mktemp("large")
     text = {"vocab_size": 16000, "hidden_size": 1024, "intermediate_size": 2816}
     text |= {"num_attention_heads": 8, "num_key_value_heads": 8}
-    folder = split_file(write_llava(tmp_path / "llava", llava_config(text=text)), parts=3)
-    command = [sys.executable, ROOT / "tests" / "loading_memory.py", write_llava(tmp_path / "small"), folder]
+    return write_llava(folder / "small"), split_file(write_llava(folder / "llava", llava_config(text=text)), parts=3)
+
+
+def memory_of_loading(*arguments) -> dict:
+    command = [sys.executable, ROOT / "tests" / "loading_memory.py", *arguments]
     # Freed memory goes back to the system at once.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_host_holds_about_one_shard(large):
+    found = memory_of_loading(*large)
     assert found["samples"] > 30 and found["model"] > 200e6
     shard = found["largest_shard"]
     assert found["largest_tensor"] == 4 * shard and found["model"] > 14 * shard
     # The shard on the host and its copy on the way to a device. With `make_array_from_callback` it is 16 shards.
     assert 0.5 * shard < found["surplus"] < 3 * shard, found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_int8_is_made_matrix_by_matrix(large):
+    """Of the float model there is one matrix at a time, on the devices as on the host."""
+    found = memory_of_loading(*large, "int8")
+    copies = 2  # the axis `data` of the mesh
+    matrix = found["largest_tensor"]
+    assert found["samples"] > 30 and matrix == 4 * 16000 * 1024 and found["model"] < 125e6
+    assert found["in_arrays"] < copies * (found["model"] + 1.1 * matrix) < copies * 200e6
+    # Beside the arrays each device has room for its shard once more, while that becomes int8.
+    assert found["surplus"] < copies * 1.3 * matrix, found

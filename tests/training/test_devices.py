@@ -133,3 +133,19 @@ def test_every_head_learns_from_a_bfloat16_target(folder, recipe, changes):
     assert {leaf.dtype for leaf in params} == {np.dtype(np.float32)}
     target = jaxspec.load_target(folder / "target", "bfloat16")
     assert jaxspec.load_drafter(folder / recipe.__name__ / "export", target).about["rounds"] > 0
+
+
+def test_heads_learn_from_an_int8_target(folder, one):
+    """On one device and on eight; the head and its optimizer stay float32, and it drafts for that target."""
+    run(ViSpecRecipe(**fields(folder, "int8"), quantize="int8"))
+    check_equal(folder, "int8", one, 0.1)
+    done = train_on_8(folder, "int8_eight", "--fsdp", "2", "--tensor", "2", "--quantize", "int8")
+    assert done.returncode == 0, done.stderr
+    check_equal(folder, "int8_eight", "int8", 1e-3)
+    narrow = {"draft_vocab_size": 64, "mtp_steps": 1, "acceptance_weight": 1.0, "steps": 1}
+    run(EagleRecipe(**fields(folder, "int8_narrow") | narrow, quantize="int8"))
+    target = jaxspec.load_target(folder / "target", quantize="int8")
+    for name in ("int8", "int8_narrow"):
+        params = jax.tree.leaves(state_of(folder, name)["params"])
+        assert {leaf.dtype for leaf in params} == {np.dtype(np.float32)}
+        assert jaxspec.load_drafter(folder / name / "export", target).about["rounds"] > 0
