@@ -1,172 +1,182 @@
-"""Times of one round at published shapes, with random weights: what the implementation keeps of what a drafter earns.
+"""Everything that a lent GPU should tell, in one command of at most 9 minutes.
 
-    python benchmarks/gpu.py --output docs/results/h200                # 7B shapes on an accelerator, bfloat16
-    python benchmarks/gpu.py --shapes tiny --dtype float32 --output runs/gpu    # the same code on any machine
+    python benchmarks/gpu.py                 # a GPU, 9 minutes, docs/results/gpu-CARD
+    python benchmarks/gpu.py --tiny          # the same code with toys on a CPU: a rehearsal of a minute or two
+    python benchmarks/gpu.py --table docs/results/gpu-CARD    # README.md there, once more, of the numbers beside it
 
-A drafter that earns `a` tokens a round speeds decoding up by `a * t_step / t_round`, so `efficiency` (speed-up divided
-by mean acceptance length) is `t_step / t_round`, whatever the weights: times of an autoregressive step and of a round
-of proposing, verifying and committing say it all. `bandwidth_share` compares the step with the time in which the
-device's memory yields every weight once. Medians over runs that take turns.
+Parts run one after another in the order of their value, each in a process of its own, so that one which fails, hangs or
+fills the card's memory takes nothing from the others. What a part finds is on disk at once (`PART.json`). A part starts
+if its estimated cost leaves time for it and may take what the later ones do not need; what there was no time for is
+named in its file. Programs are kept in `--cache`: carried along to the next card of the same kind, they need not be
+compiled again.
+
+Only the standard library is needed here; each part needs what it measures.
 """
 
-import dataclasses
+import argparse
+import contextlib
 import json
-import statistics
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 import time
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import tyro
-from flax import nnx
-
-from jaxspec.checkpoints.names import abstract
-from jaxspec.drafters.eagle import EagleConfig
-from jaxspec.drafters.registry import METHODS
-from jaxspec.drafters.vispec import ViSpecConfig
-from jaxspec.layers import TextConfig
-from jaxspec.programs import Programs
-from jaxspec.rope import RopeConfig
-from jaxspec.speculation.params import SamplingParams
-from jaxspec.speculation.state import Request
-from jaxspec.speculation.tree import TreeConfig
-from jaxspec.targets.clip import ClipVisionConfig
-from jaxspec.targets.llava import Llava, LlavaAdapter, LlavaConfig
-from jaxspec.targets.prompts import EncodedPrompt
-
-CLIP = ClipVisionConfig(1024, 4096, 24, 16, 336, 14)
-SMALL_CLIP = ClipVisionConfig(32, 64, 2, 2, 28, 14)
-SHAPES = {  # config.json of llava-hf/llava-1.5-7b-hf; the text model of Qwen2.5-VL-7B-Instruct; a toy
-    "llava-7b": LlavaConfig(TextConfig(32064, 4096, 11008, 32, 32, 32, 128), CLIP, 32000),
-    "qwen-7b-text": LlavaConfig(
-        TextConfig(152064, 3584, 18944, 28, 28, 4, 128, rope=RopeConfig(1e6), qkv_bias=True), CLIP, 151655
-    ),
-    "tiny": LlavaConfig(TextConfig(320, 64, 128, 2, 4, 2, 16), SMALL_CLIP, 319),
+ROOT = Path(__file__).resolve().parents[1]
+COSTS = {
+    "ceilings": 20,
+    "llava-7b": 110,
+    "equality": 75,
+    "embedded": 60,
+    "training": 45,
+    "transformers": 45,
+    "qwen-7b": 70,
 }
-HEADS = {
-    "eagle2": ("eagle2", lambda text: EagleConfig(text, qkv_bias=text.qkv_bias)),
-    "vispec": ("vispec", lambda text: ViSpecConfig(text, qkv_bias=text.qkv_bias)),
-    "vispec-eighth": (
-        "vispec",
-        lambda text: ViSpecConfig(text, qkv_bias=text.qkv_bias, draft_vocab_size=text.vocab_size // 8),
-    ),
+"""Part -> seconds in which it tells what is most worth knowing: an estimate, compiling included."""
+GRACE = 8
+"""Seconds that a part has to come to an end by itself after its time."""
+RESERVE = 6
+"""Seconds for the table at the end."""
+NO_GPU = 3
+"""Exit status of a part that finds none."""
+ENVIRONMENT = {
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # 73 GiB of an H100's 79.6
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-"""Name -> method and config; "vispec-eighth" drafts an eighth of the vocabulary."""
-TREES = {"published": None, "3/8/30": TreeConfig(3, 8, 30), "chain of 5": TreeConfig.chain(5)}
-MEMORY = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "TPU v5e": 8.2e11, "TPU v5p": 2.77e12, "TPU v6e": 1.64e12}
-"""Bytes a second, from the makers' data sheets."""
+OF_TOYS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+"""For a rehearsal, nearly all of which is compiling."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Rounds:
-    """What to time."""
-
-    output: Path
-    shapes: tuple[Literal["llava-7b", "qwen-7b-text", "tiny"], ...] = ("llava-7b", "qwen-7b-text")
-    heads: tuple[Literal["eagle2", "vispec", "vispec-eighth"], ...] = ("eagle2", "vispec", "vispec-eighth")
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    batch_sizes: tuple[int, ...] = (1, 8)
-    rounds: int = 64
-    """In one timed run."""
-    runs: int = 5
-
-    def write(self) -> None:
-        rows = [row for shape in self.shapes for batch in self.batch_sizes for row in self.measure(shape, batch)]
-        device = jax.devices()[0]
-        about = {"device": device.device_kind, "jax": jax.__version__, **dataclasses.asdict(self), "rows": rows}
-        self.output.mkdir(parents=True, exist_ok=True)
-        temporary = self.output / "rounds.json.tmp"
-        temporary.write_text(json.dumps(about, indent=2, default=str) + "\n")
-        temporary.replace(self.output / "rounds.json")
-
-    def measure(self, shape: str, batch: int):
-        """A row per arm."""
-        config = SHAPES[shape]
-        model = random_module(partial(Llava, config), self.dtype)
-        arms = {"autoregressive": (None, TreeConfig.autoregressive())}
-        for name in self.heads:
-            method, config_of = HEADS[name]
-            head = config_of(config.text.plain())
-            draft_model = random_module(partial(METHODS[method].module, head), self.dtype)
-            for label, tree in TREES.items():
-                arms[f"{name}, {label}"] = draft_model, tree or METHODS[method].tree
-        runners = {name: Runner(config, model, *arm, batch, self.rounds) for name, arm in arms.items()}
-        times = {name: [] for name in runners}
-        for _ in range(self.runs):
-            for name, runner in runners.items():
-                times[name].append(runner())
-        prefill, step = (statistics.median(pair[i] for pair in times["autoregressive"]) for i in (0, 1))
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model.language_model)))
-        speed = next((value for kind, value in MEMORY.items() if kind in jax.devices()[0].device_kind), None)
-        for name, (_, tree) in arms.items():
-            seconds = statistics.median(pair[1] for pair in times[name])
-            yield {
-                "shape": shape, "batch": batch, "arm": name, "nodes": tree.total_tokens,
-                "round_ms": 1e3 * seconds, "efficiency": step / seconds, "prefill_ms": 1e3 * prefill,
-                "bandwidth_share": None if speed is None else weights / speed / step,
-            }  # fmt: skip
-            share = "" if speed is None else f", {weights / speed / step:.2f} of memory speed in a step"
-            print(
-                f"{shape} batch {batch} {name}: {1e3 * seconds:.2f} ms, efficiency {step / seconds:.2f}{share}",
-                flush=True,
-            )
+def main(argv: Sequence[str] | None = None) -> int:
+    given = parsed(argv)
+    if given.table is not None:
+        return table(given.table)
+    if not given.tiny and shutil.which("nvidia-smi") is None and given.output is None:
+        return no_gpu()
+    output = given.output or (Path("runs/gpu-tiny") if given.tiny else ROOT / "docs/results" / f"gpu-{card()}")
+    output.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # which ends the part that runs, too
+    ends = time.monotonic() + 60 * given.minutes - RESERVE
+    parts = [name for name in COSTS if name in given.parts]
+    for number, name in enumerate(parts):
+        later = sum(cost(each, given.tiny) for each in parts[number + 1 :])
+        left = ends - time.monotonic()
+        if left < cost(name, given.tiny):
+            why = f"it takes about {cost(name, given.tiny):.0f} s, {max(left, 0):.0f} were left"
+            tell(output, name, "left out", why)
+            continue
+        if run(name, max(cost(name, given.tiny), left - later), output, given) == NO_GPU:
+            (output / f"{name}.json").unlink(missing_ok=True)
+            return no_gpu()
+    return table(output)
 
 
-class Runner:
-    """Prefill once more and decode `rounds` rounds; seconds of the prefill and of one round."""
-
-    def __init__(self, config: LlavaConfig, model, draft_model, tree: TreeConfig, batch: int, rounds: int):
-        rng = np.random.default_rng(0)
-        ids = rng.integers(0, config.image_token_id, 32 + config.tokens_per_image + 16)
-        ids[32 : 32 + config.tokens_per_image] = config.image_token_id
-        pixels = rng.standard_normal((1, 3, config.vision.image_size, config.vision.image_size), np.float32)
-        adapter = LlavaAdapter(config)
-        images = adapter.lay_out({"pixel_values": pixels})
-        self.prompts = [EncodedPrompt(ids, images)] * batch
-        limit = rounds * (tree.max_depth + 1) + 1
-        params, lengths = [SamplingParams()] * batch, [limit] * batch
-        self.request = Request.of(params, [ids] * batch, lengths, (), config.text.vocab_size)
-        self.rounds, self.capacity = rounds, len(ids) + limit
-        self.programs = Programs(model, adapter, draft_model, tree)
-        self.params = self.programs.params_of(model, draft_model)
-        self()
-
-    def __call__(self) -> tuple[float, float]:
-        programs, params = self.programs, self.params
-        started = time.perf_counter()
-        read = programs.read(params, self.prompts, self.capacity)
-        state = jax.block_until_ready(programs.begin(params, read, self.request, self.prompts, self.capacity))
-        prefilled = time.perf_counter()
-        state = jax.block_until_ready(programs.decode(params, state, jnp.int32(self.rounds)))
-        ended = time.perf_counter()
-        done = int(np.asarray(state.rounds).min())
-        if done != self.rounds:
-            raise RuntimeError(f"{done} rounds were run instead of {self.rounds}")
-        return prefilled - started, (ended - prefilled) / self.rounds
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    about, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=about, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, help="folder of the results (default: docs/results/gpu-CARD)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="that all of it may take (default: 9)")
+    names = ", ".join(COSTS)
+    parser.add_argument("--parts", nargs="+", metavar="PART", default=list(COSTS), help=f"of {names} (default: all)")
+    parser.add_argument("--no-profile", action="store_true", help="do not record where a step and a round spend time")
+    parser.add_argument("--cache", type=Path, default=Path("runs/gpu-cache"), help="folder of compiled programs")
+    parser.add_argument("--tiny", action="store_true", help="toys, on whatever there is")
+    parser.add_argument("--table", type=Path, metavar="FOLDER", help="only write FOLDER/README.md")
+    given = parser.parse_args(argv)
+    if not given.minutes > 0:
+        parser.error(f"--minutes must be above 0, got {given.minutes:g}")
+    if unknown := [name for name in given.parts if name not in COSTS]:
+        parser.error(f"--parts must be among {names}, got {unknown[0]}")
+    if given.table is not None and not given.table.is_dir():
+        parser.error(f"--table needs a folder of results, {given.table} is none")
+    return given
 
 
-def random_module(build, dtype: str) -> nnx.Module:
-    """The module that `build(rngs=)` makes, with random weights at fan-in scale, drawn on the device in `dtype`;
-    integers count up."""
-    graph, state = nnx.split(abstract(lambda rngs: build(rngs=rngs)))
-    leaves, tree = jax.tree.flatten(state)
+def cost(part: str, tiny: bool) -> float:
+    return 5.0 if tiny else COSTS[part]
 
-    @jax.jit
-    def draw():
-        keys = jax.random.split(jax.random.key(0), len(leaves))
-        scale = [1.0 if leaf.ndim < 2 else leaf.shape[0] ** -0.5 for leaf in leaves]
-        return [
-            (s * jax.random.normal(key, leaf.shape)).astype(dtype)
-            if jnp.issubdtype(leaf.dtype, jnp.floating)
-            else jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
-            for key, leaf, s in zip(keys, leaves, scale, strict=True)
-        ]
 
-    return nnx.merge(graph, jax.tree.unflatten(tree, draw()))
+def no_gpu() -> int:
+    print(
+        "benchmarks/gpu.py needs a GPU and found none (is jax[cuda12] or jax[cuda13] installed?); --tiny rehearses it",
+        file=sys.stderr,
+    )
+    return NO_GPU
+
+
+def card() -> str:
+    """The first card's name as a folder's: `h100-80gb-hbm3`."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    name = said.strip().splitlines()[0] if said.strip() else "unknown"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
+
+
+def run(name: str, seconds: float, output: Path, given: argparse.Namespace) -> int:
+    """A part in a process of its own, ended where it does not end by itself; its exit status."""
+    file = output / f"{name}.json"
+    file.unlink(missing_ok=True)
+    environment = ENVIRONMENT | (OF_TOYS if given.tiny else {}) | os.environ
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(given.cache.resolve()))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "benchmarks.gpu_parts", name, "--file", str(file), "--seconds", str(seconds)]
+    command += ["--tiny"] * given.tiny + ["--profile"] * (not given.no_profile)
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    why = ""
+    try:
+        status = process.wait(seconds + GRACE)
+    except subprocess.TimeoutExpired:
+        why = f"it was still busy {GRACE} s after its {seconds:.0f} s and was ended"
+        status = end(process)
+    except BaseException:
+        end(process)
+        raise
+    if status < 0 and not why:
+        why = f"its process was killed by {signal.Signals(-status).name}"
+    if why or (status != NO_GPU and not file.exists()):
+        tell(output, name, "partial", why or f"its process ended with status {status} before it could tell anything")
+    file.with_name(file.name + ".tmp").unlink(missing_ok=True)
+    return status
+
+
+def end(process: subprocess.Popen) -> int:
+    """The process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
+def tell(output: Path, name: str, status: str, why: str) -> None:
+    """Adds to what a part has written, if anything, why there is no more of it. What an earlier run found stays as it
+    is where this one has left the part out."""
+    print(f"{name}: {why}", flush=True)
+    file = output / f"{name}.json"
+    if status == "left out" and file.exists():
+        return
+    told = json.loads(file.read_text()) if file.exists() else {"part": name, "rows": [], "errors": [], "left_out": []}
+    told["status"] = status if status == "left out" or told["rows"] else "failed"
+    told["left_out" if status == "left out" else "errors"].append(f"{name}: {why}")
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(told, indent=1) + "\n")
+    temporary.replace(file)
+
+
+def table(folder: Path) -> int:
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.gpu_parts.table import write_table
+
+    return write_table(folder)
 
 
 if __name__ == "__main__":
-    tyro.cli(Rounds, description=__doc__).write()
+    sys.exit(main())

@@ -47,7 +47,7 @@ MOST_MAPS = 20_000
 tests_run = 0
 FIRST = (
     *("tests/training/test_runs.py", "tests/training/test_devices.py", "tests/cli/test_bench.py", *SPLIT),
-    *("tests/test_notebook.py", "tests/serving/test_page.py"),
+    *("tests/test_notebook.py", "tests/serving/test_page.py", "tests/benchmark/test_gpu.py"),
     *("tests/demo/test_weights.py", "tests/test_readme.py", "tests/test_sharding.py", "tests/drafters/test_eagle.py"),
     *("tests/drafters/test_massv.py", "tests/targets/test_llava_parity.py", "tests/speculation/test_edges.py"),
 )

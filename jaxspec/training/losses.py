@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.layers import LanguageModel
-from jaxspec.speculation.filters import largest
+from jaxspec.speculation.vocabulary import largest
 
 RANKED = 10
 """Tokens whose order the published ranking loss looks at."""

@@ -1,0 +1,107 @@
+"""transformers' LLaVA-7B with random weights on the same card, autoregressive: the same prompt, image and dtype.
+
+JAX runs nothing here: the card is torch's alone.
+"""
+
+import importlib.metadata
+import importlib.util
+import statistics
+from functools import partial
+
+from benchmarks.gpu_parts.part import Part, timed
+
+BEFORE, BEHIND = 32, 16
+NEW = 48
+
+
+def measure(part: Part) -> None:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        part.left_out.append(f"transformers on this card: {', '.join(missing)} is not installed")
+        return
+    import torch
+
+    device = "cpu" if part.tiny else "cuda"
+    if not part.tiny and not torch.cuda.is_available():
+        part.left_out.append("transformers on this card: torch finds no GPU")
+        return
+    part.about |= {
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "torch_device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }
+    model = random_llava(part.tiny, device)
+    cost = 1.0
+    for batch in (1, 8):
+        before = part.passed
+        part.trying(f"transformers, batch {batch}", cost, partial(generate, part, model, batch, device))
+        cost = part.passed - before
+
+
+def random_llava(tiny: bool, device: str):
+    """Published sizes, weights as transformers draws them."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = dict(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
+    text |= dict(num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096)
+    vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+    vision |= dict(image_size=336, patch_size=14)
+    if tiny:
+        text |= dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+        text |= dict(num_attention_heads=4, num_key_value_heads=2)
+        vision |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=LlamaConfig(**text),
+        image_token_index=text["vocab_size"] - 64,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32 if tiny else torch.bfloat16)
+    try:
+        with torch.device(device):
+            return LlavaForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def generate(part: Part, model, batch: int, device: str) -> None:
+    """Seconds of `generate` of one token, and of more of them: the difference is what a step takes."""
+    import torch
+
+    config = model.config
+    image = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    ids = torch.randint(0, config.image_token_index, (batch, BEFORE + image + BEHIND), device=device)
+    ids[:, BEFORE : BEFORE + image] = config.image_token_index
+    size = config.vision_config.image_size
+    pixels = torch.randn(batch, 3, size, size, device=device, dtype=model.dtype)
+
+    def run(new: int) -> None:
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=pixels,
+                do_sample=False,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                pad_token_id=0,
+            )
+        if out.shape[1] != ids.shape[1] + new:
+            raise RuntimeError(f"{out.shape[1] - ids.shape[1]} tokens were generated instead of {new}")
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    runs, new = (1, 4) if part.tiny else (3, NEW)
+    run(2)
+    first = statistics.median(timed(partial(run, 1), runs))
+    whole = statistics.median(timed(partial(run, 1 + new), runs))
+    part.add(
+        "transformers",
+        shape="llava-7b",
+        batch=batch,
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=str(getattr(config, "_attn_implementation", "")),
+        step_ms=1e3 * (whole - first) / new,
+        prefill_ms=1e3 * first,
+    )
