@@ -260,7 +260,7 @@ class Engine:
         if over:
             self._end(begun.row)
         elif self.failure is not None:
-            self._finish(begun.row, "error", STOPPED)
+            self._finish(begun.row, "error", STOPPED, self.failure.removeprefix(f"{STOPPED}: "))
 
     def _reading_failed(self, row: Row, error: Exception) -> None:
         with self._changed:
