@@ -21,8 +21,8 @@ SHARE = 0.02
 CHAIN = 3
 """Draft tokens of the smallest tree, at most."""
 LATEST = 8
-"""Measurements of a cost of which the least counts: what is slower than that is the machine's fault. The very first one
-is left out."""
+"""Measurements of a cost of which the least counts: what is slower than that is the machine's fault. Where nothing was
+timed beforehand, the very first one is left out: it holds a compilation."""
 
 
 def smaller_trees(tree: TreeConfig) -> list[TreeConfig]:

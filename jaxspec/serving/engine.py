@@ -87,6 +87,7 @@ class Engine:
         self._news, self._stopping, self._deadline = False, False, float("inf")
         self.failure: str | None = None
         """Why it answers nothing any more, where something broke it: for who runs it, not for clients."""
+        self._cause: str | None = None  # what was raised then
         self._counts: Counter[str] = Counter()
         self._positions = np.zeros(width - 1, np.int64)
         self._tree_name = ""
@@ -260,7 +261,7 @@ class Engine:
         if over:
             self._end(begun.row)
         elif self.failure is not None:
-            self._finish(begun.row, "error", STOPPED)
+            self._finish(begun.row, "error", STOPPED, self._cause)
 
     def _reading_failed(self, row: Row, error: Exception) -> None:
         with self._changed:
@@ -288,12 +289,13 @@ class Engine:
         """Everybody hears that nothing more will be answered."""
         log.error(STOPPED, exc_info=error)
         with self._changed:
-            self._stopping, self._deadline, self.failure = True, 0.0, f"{STOPPED}: {sentence(error)}"
+            self._stopping, self._deadline, self._cause = True, 0.0, sentence(error)
+            self.failure = f"{STOPPED}: {self._cause}"
             left = [*self._queue.remove(lambda row: True), *(each.row for each in self._begun), *self._slots.clear()]
             self._begun.clear()
             self._changed.notify_all()
         for row in left:
-            self._finish(row, "error", STOPPED, sentence(error))
+            self._finish(row, "error", STOPPED, self._cause)
 
     def _serve(self) -> None:
         if self.settings.warm_up:

@@ -170,8 +170,8 @@ class Desk:
                 visit.stream = stream = engine.submit(prompt, sampling, tokens, client=session)
                 shown = 0.0
                 async for piece in within(stream, self.patience):
-                    if piece.result is not None and piece.result.error is not None:
-                        log.error("a question on the page could not be answered: %s", piece.result.error)
+                    if (result := piece.result) is not None and result.error is not None:
+                        log.error("a question on the page could not be answered: %s (%s)", result.error, result.cause)
                     panel.add(piece, stream.served)
                     panel.tree = engine.stats().tree
                     if time.perf_counter() - shown >= FRAME_SECONDS:
@@ -206,7 +206,6 @@ def make_page(
       engine: with a drafter the page compares with decoding without it.
       name: of the model, as the page tells it; the folder's by default.
       autoregressive: what it compares with; by default an engine that lives as long as the process, see `mount_page`.
-
       encoder: makes the prompts, within its settings' limits; by default one with `HttpSettings`' own.
 
     It asks for no key: `mount_page` does.

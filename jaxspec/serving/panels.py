@@ -122,9 +122,7 @@ class Panel:
                 ("latest draft tree (depth / top k / tokens)", html.escape(self.tree or "–")),
             ]
         cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in numbers)
-        error = ""
-        if self.result is not None and self.result.error is not None:
-            error = sentence(self.result.error)
+        error = "" if self.result is None or self.result.error is None else sentence(self.result.error)
         return (
             f'<section class="panel" data-state="{"over" if self.result is not None else "running"}">'
             f"<h3>{html.escape(self.title)} <small>{html.escape(state)}</small></h3>"

@@ -155,11 +155,8 @@ class Slots:
         if looked:
             found = self._look_within(tree)
         else:
-            if tree.total_tokens == 1:
-                self.state = self.programs.decode_undrafted(self.params, self.state, jnp.int32(rounds), WINDOW)
-            else:
-                self.state = self.programs.decode(self.params, self.state, jnp.int32(rounds), tree)
-            found = self._look()
+            self.state = self._decoded(self.state, tree, rounds)
+            found = on_host(self._report())
         emitted, most = self._taken(found, tree.max_depth)
         if looked:
             for row in self.running:
@@ -174,10 +171,7 @@ class Slots:
             state = self.programs.insert(state, nowhere, begun)
         none = np.zeros(size, np.int32)
         for tree in trees:
-            if tree.total_tokens == 1:
-                state = self.programs.decode_undrafted(self.params, state, jnp.int32(1), WINDOW)
-            else:
-                state = self.programs.decode(self.params, state, jnp.int32(1), tree)
+            state = self._decoded(state, tree, 1)
         self.programs.report(state, none, UNSEEN * self.width)
         self.programs.report(state, none, UNSEEN * self.width, True)
         at = self.sizes.index(size) if size in self.sizes else len(self.sizes)
@@ -194,16 +188,19 @@ class Slots:
         for _ in range(2):
             state = self._busy(size)
             started = time.perf_counter()
-            if tree.total_tokens == 1:
-                state = self.programs.decode_undrafted(self.params, state, jnp.int32(rounds), WINDOW)
-            else:
-                state = self.programs.decode(self.params, state, jnp.int32(rounds), tree)
+            state = self._decoded(state, tree, rounds)
             on_host(self.programs.report(state, np.zeros(size, np.int32), UNSEEN * self.width))
             taken = (time.perf_counter() - started) / rounds
             if int(state.rounds.min()) < rounds:  # random weights may say NaN of nothing
                 return float("nan")
             rounds = rounds_of(taken)
         return taken
+
+    def _decoded(self, state: DecodeState, tree: TreeConfig, rounds: int) -> DecodeState:
+        """The state, which is consumed, after so many rounds with that tree."""
+        if tree.total_tokens == 1:
+            return self.programs.decode_undrafted(self.params, state, jnp.int32(rounds), WINDOW)
+        return self.programs.decode(self.params, state, jnp.int32(rounds), tree)
 
     def _busy(self, size: int) -> DecodeState:
         """Rows that say something, whatever it is, without an end."""
@@ -219,9 +216,6 @@ class Slots:
         seen = np.array([0 if row is None else row.seen for row in self.rows], np.int32)
         told = any(row.wants_logprobs for row in self.running)
         return self.programs.report(self.state, seen, UNSEEN * self.width, told)
-
-    def _look(self) -> Report[np.ndarray]:
-        return on_host(self._report())
 
     def _look_within(self, tree: TreeConfig) -> Report[np.ndarray]:
         """One round with a look of the host in its middle: grammars say what may follow each node of the tree. What the

@@ -223,9 +223,9 @@ def test_a_long_prompt_does_not_hold_up_others(generators, monkeypatch):
             chunks.append(rounds)
             return read_step(*chunk)
 
-        monkeypatch.setattr(engine.programs, "read_step", after_a_round)
         running = engine.submit(short, SamplingParams(min_tokens=900), 900)
         next(iter(running))
+        monkeypatch.setattr(engine.programs, "read_step", after_a_round)
         assert engine.submit(long, SamplingParams(), 2).result().error is None
         running.cancel()
         assert len(long.input_ids) > 8 * 64
