@@ -334,6 +334,7 @@ class Engine:
     def _wait(self) -> bool:
         """Until there is something to do. False when all is done and nothing more will come."""
         with self._changed:
+            self._changed.notify_all()  # whatever the last turn did to slots: there may be room for a prompt
             while True:
                 if self._stopping and self._overdue:
                     for row in [*self._queue.rows(), *(each.row for each in self._begun), *self._slots.running]:
@@ -386,8 +387,6 @@ class Engine:
         self._count(ran, disturbed=bool(reading or self._reading or read != self._read))
         over = [row for row in self._slots.running if self._over(row)]
         self._slots.remove(over)
-        if over:
-            self._wake()  # somebody may take the slots
         for row in self._slots.running:
             row.tell()
         for row in over:

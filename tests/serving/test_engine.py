@@ -147,6 +147,22 @@ def test_cancelling_frees_a_slot_at_the_next_round(served):
     assert service.engine.stats().finished["cancelled"] >= 3
 
 
+def test_a_prompt_is_read_when_everybody_before_it_leaves_at_once(served):
+    service = served("vispec")
+    engine = service.engine
+    # Three have the slots, one waits for a slot with its first token.
+    before = [engine.submit(service.prompts[0], SamplingParams(min_tokens=180), 180) for _ in range(4)]
+    firsts = [next(iter(stream)) for stream in before]
+    assert all(len(piece.tokens) for piece in firsts)
+    waiting = service.submit(1)
+    wait_for(lambda: engine.stats().waiting == 1)
+    with engine._changed:  # between two rounds
+        for stream in before:
+            stream.cancel()
+    wait_for(lambda: engine.stats().waiting == 0, 10)
+    service.check(1, waiting.result())
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_grammar_is_kept_and_changes_no_other_answer(served, temperature):
     """With drafts and without the same answer; rows beside it answer as alone."""
