@@ -94,6 +94,9 @@ class RayServe(Serve):
         whole_number("port", self.port, 1, 65535)
         application = self.application()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray ends its HTTP proxy when that is not up after 5 seconds, which it is not on a machine that compiles; its
+        # `serve.start` waits for 60.
+        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "50")
         started = {"include_dashboard": False} if self.address == LOCAL else {}
         ray.init(address=self.address, log_to_driver=False, **started)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's would leave its application behind
