@@ -17,7 +17,7 @@ from jaxspec.kernels.attention import Segment, attend
 from jaxspec.kernels.masks import Mask
 from jaxspec.quantization import product
 from jaxspec.rope import RopeConfig, apply_rope, rope_tables
-from jaxspec.splitting import DATA, TENSOR, by_rows, by_vocabulary, constrained, kv_copies, summed
+from jaxspec.splitting import BATCH, TENSOR, by_rows, by_vocabulary, constrained, kv_copies, summed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +201,7 @@ class SelfAttention(nnx.Module):
         if (copies := kv_copies(query.shape[2], key.shape[2])) > 1:
             key, value = (jnp.repeat(part, copies, axis=2) for part in (key, value))
         query, key, value = (
-            constrained(part.swapaxes(1, 2), DATA, TENSOR) for part in (query, key, value)
+            constrained(part.swapaxes(1, 2), BATCH, TENSOR) for part in (query, key, value)
         )  # [B, H, N, Dh]
         new = LayerKV(key, value)
         out = attend(query, [*past, Segment(new, mask)], self.scale)  # [B, H, N, Dh]

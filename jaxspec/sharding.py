@@ -45,7 +45,7 @@ def parameter_sharding(
         if re.fullmatch(pattern, path):
             spec = [
                 axis
-                if axis in mesh.shape and size // (unit if axis == "tensor" else 1) % mesh.shape[axis] == 0
+                if axis in mesh.shape and size % (mesh.shape[axis] * (unit if axis == "tensor" else 1)) == 0
                 else None
                 for axis, size in zip(axes, shape, strict=True)
             ]

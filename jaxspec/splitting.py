@@ -1,25 +1,29 @@
-"""Decoding on a mesh: which part of an activation lies on which device, where XLA must not choose.
+"""Models on a mesh: which part of an activation lies on which device, where XLA must not choose.
 
-Programs.py traces what it compiles with the mesh of its parameters in use (`using`); what stands here asks for that
-mesh and does nothing where there is none, so no function of the library is given one. Rows of a batch are split over
-`data`, heads and the vocabulary over `tensor`, and everything between two layers is whole on every device of a group:
+Programs.py traces what it compiles with the mesh of its parameters in use (`using`), and so does training/loop.py; what
+stands here asks for that mesh and does nothing where there is none, so no function of the library is given one. Rows
+of a batch are split over `data`, in training over `fsdp`, too, heads and the vocabulary over `tensor`, and everything
+between two layers is whole on every device of a group:
 
-    x [B, N, D]                    data
-    queries, keys, values, cache   data, tensor (heads)
-    logits, noise [B, N, V]        data, -, tensor
+    x [B, N, D]                    rows
+    queries, keys, values, cache   rows, tensor (heads)
+    logits, noise [B, N, V]        rows, -, tensor
 
 An axis that does not divide what it would split leaves it whole.
 """
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+BATCH = "batch"
+"""Stands for the axes that split the rows of a batch."""
+ROW_AXES = jax.make_user_context((DATA,))  # those axes; part of what jit keeps programs by
 Value = TypeVar("Value")
 
 
@@ -32,9 +36,14 @@ def mesh_of(tree: Any) -> Mesh | None:
     return None
 
 
-def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """While a program is traced: the mesh that it is for."""
-    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+@contextlib.contextmanager
+def using(mesh: Mesh | None, row_axes: tuple[str, ...] = (DATA,)) -> Generator[None]:
+    """While a program is traced: the mesh that it is for, and the axes that split the rows of a batch."""
+    if mesh is None:
+        yield
+        return
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), ROW_AXES(row_axes):
+        yield
 
 
 def mesh_in_use() -> AbstractMesh | None:
@@ -43,12 +52,15 @@ def mesh_in_use() -> AbstractMesh | None:
     return mesh if mesh.size > 1 and all(kind == AxisType.Auto for kind in mesh.axis_types) else None
 
 
-def shares(axis: str, size: int) -> str | None:
-    """The axis where the mesh in use has it and it splits a dimension of that size, else None."""
-    mesh = mesh_in_use()
-    if mesh is None or axis not in mesh.shape or mesh.shape[axis] == 1 or size % mesh.shape[axis]:
-        return None
-    return axis
+def shares(axis: str, size: int) -> str | tuple[str, ...] | None:
+    """The axis (or those that `BATCH` stands for) where the mesh in use has it and it splits a dimension of that size,
+    else None."""
+    mesh, found, parts = mesh_in_use(), [], 1
+    for each in ROW_AXES.value if axis == BATCH else (axis,):
+        count = 1 if mesh is None else mesh.shape.get(each, 1)
+        if count > 1 and size % (parts * count) == 0:
+            found, parts = [*found, each], parts * count
+    return tuple(found) if len(found) > 1 else found[0] if found else None
 
 
 def constrained(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -66,18 +78,19 @@ def whole(tree: Value) -> Value:
 
 def by_rows(x: jax.Array) -> jax.Array:
     """`x` `[B, ..]`, the rows split, the rest whole."""
-    return constrained(x, DATA)
+    return constrained(x, BATCH)
 
 
 def summed(x: jax.Array) -> jax.Array:
     """`x` `[B, N, D]`, the product of what is split over `tensor` with a matrix that is: its parts are added, rows stay
-    split. Where `fsdp` splits the matrix, each device makes its share of the D: the result travels, not the matrix."""
-    return by_rows(constrained(x, DATA, None, FSDP))
+    split. Where `fsdp` splits the matrix and not the rows, each device makes its share of the D: the result travels,
+    not the matrix."""
+    return by_rows(x if FSDP in ROW_AXES.value else constrained(x, BATCH, None, FSDP))
 
 
 def by_vocabulary(x: jax.Array) -> jax.Array:
     """`x` `[B, .., V]`, rows and vocabulary split."""
-    return constrained(x, DATA, *[None] * (x.ndim - 2), TENSOR)
+    return constrained(x, BATCH, *[None] * (x.ndim - 2), TENSOR)
 
 
 def kv_copies(heads: int, kv_heads: int) -> int:

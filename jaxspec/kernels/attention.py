@@ -9,21 +9,18 @@ form. docs/KERNELS.md lists what there is; `implementation` chooses for a measur
 """
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from jaxspec.cache import LayerKV
 from jaxspec.kernels import cached, library, plain
 from jaxspec.kernels.masks import Mask
 from jaxspec.kernels.segments import Keys, Segment
 from jaxspec.kernels.split import by_heads
-from jaxspec.sharding import ROWS
 
 Attend = Callable[[jax.Array, Sequence[Segment], float | None], jax.Array]
 
@@ -45,8 +42,8 @@ class Kernel(NamedTuple):
     """Whether the masks are of the kind that it is for."""
     lacks: Callable[[jax.Array, Sequence[Segment]], str | None] = nothing
     """Which size or dtype it does not have, as a clause."""
-    whole: bool = False
-    """Whether XLA cannot split it over devices."""
+    gradient: bool = True
+    """Whether its own gradient is used; otherwise that of the plain form."""
 
 
 def over_cache(query: jax.Array, segments: Sequence[Segment]) -> bool:
@@ -56,8 +53,8 @@ def over_cache(query: jax.Array, segments: Sequence[Segment]) -> bool:
 
 KERNELS: Mapping[str, Kernel] = {
     "plain": Kernel(plain.attend),
-    "pallas": Kernel(cached.attend, over_cache, cached.lacks, whole=True),
-    "splash": Kernel(library.splash, library.splash_fits, library.splash_lacks, whole=True),
+    "pallas": Kernel(cached.attend, over_cache, cached.lacks, gradient=False),
+    "splash": Kernel(library.splash, library.splash_fits, library.splash_lacks, gradient=False),
     "xla": Kernel(library.joined),
     "cudnn": Kernel(functools.partial(library.joined, backend="cudnn"), lacks=library.cudnn_lacks),
 }
@@ -126,9 +123,7 @@ def chosen(name: str, query: jax.Array, segments: Sequence[Segment], *, loud: bo
         if loud:
             say_once(f"attention falls back to the plain form: {name} does not have {lacks}")
         return plain.attend
-    if not kernel.whole:
-        return kernel.run
-    return differentiable(on_mesh(kernel.run))
+    return kernel.run if kernel.gradient else differentiable(kernel.run)
 
 
 @functools.cache
@@ -160,51 +155,3 @@ def differentiable(run: Attend) -> Attend:
         return forward(query, [segment.kv for segment in segments], masks)
 
     return with_gradient
-
-
-def on_mesh(run: Attend) -> Attend:
-    """On a mesh every device has rows and heads of its own, as `jaxspec.sharding` lays them; where key heads do not
-    divide so, XLA splits the plain form as it likes."""
-
-    def spread(query: jax.Array, segments: Sequence[Segment], scale: float | None) -> jax.Array:
-        mesh = mesh_of(query, segments)
-        if mesh.empty or mesh.size == 1 or all(kind == AxisType.Manual for kind in mesh.axis_types):
-            return run(query, segments, scale)
-        batch, kv_heads = segments[0].kv.keys.shape[:2]
-        if kv_heads % mesh.shape.get("tensor", 1):
-            return plain.attend(query, segments, scale)
-        rows = []
-        for axis in ROWS:
-            if axis in mesh.shape and batch % math.prod(mesh.shape[each] for each in (*rows, axis)) == 0:
-                rows.append(axis)
-        by_row = tuple(rows) or None
-        by_head = PartitionSpec(by_row, "tensor" if "tensor" in mesh.shape else None)
-
-        def of_leaf(path: tuple, leaf: jax.Array) -> PartitionSpec:
-            if any(getattr(key, "name", None) == "kv" for key in path):
-                return by_head
-            return PartitionSpec() if is_one_tree(path, leaf) else PartitionSpec(by_row)
-
-        of_segments = jax.tree.map_with_path(of_leaf, list(segments))
-        spreading = jax.shard_map(
-            lambda query, segments: run(query, segments, scale),
-            mesh=mesh,
-            in_specs=(by_head, of_segments),
-            out_specs=by_head,
-            check_vma=False,
-        )
-        return spreading(query, list(segments))
-
-    return spread
-
-
-def is_one_tree(path: tuple, leaf: jax.Array) -> bool:
-    """Whether a leaf of segments is ancestors `[S, S]`, which all rows share."""
-    return getattr(path[-1], "name", None) == "ancestors" and leaf.ndim == 2
-
-
-def mesh_of(query: jax.Array, segments: Sequence[Segment]) -> AbstractMesh:
-    """The mesh that is set, or the one that the arrays of a program lie on; an empty one if there is none."""
-    meshes = [jax.sharding.get_abstract_mesh()]
-    meshes += [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves((query, [each.kv for each in segments]))]
-    return next((mesh for mesh in meshes if not mesh.empty), meshes[0])

@@ -159,7 +159,7 @@ def attend_cache(
     arrays, specs = zip(*inputs, strict=True)
     held = [(plan.heads, plan.rows, size) for size in (LANES, LANES, head_dim)]
     out = pl.pallas_call(
-        partial(step, scale=scale, windowed=lowest is not None, ragged=capacity % plan.size > 0),
+        partial(_step, scale=scale, windowed=lowest is not None, ragged=capacity % plan.size > 0),
         out_shape=jax.ShapeDtypeStruct(queries.shape, query.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(Work._fields) - 1,
@@ -203,7 +203,7 @@ class Work(NamedTuple):
         return cls(rows, blocks, first, last, lengths, ends[-1])
 
 
-def step(rows, blocks, first, last, lengths, query, keys, values, own_keys, own_values, seen, *refs, **static):
+def _step(rows, blocks, first, last, lengths, query, keys, values, own_keys, own_values, seen, *refs, **static):
     """One block of one row, for some heads."""
     *lowest, out, peak, total, mixed = refs
     item = pl.program_id(2)

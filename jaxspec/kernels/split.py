@@ -12,7 +12,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jaxspec.kernels.masks import Mask
-from jaxspec.splitting import DATA, TENSOR, mesh_in_use, on_each, shares
+from jaxspec.splitting import BATCH, TENSOR, mesh_in_use, on_each, shares
 
 if TYPE_CHECKING:
     from jaxspec.kernels.attention import Segment
@@ -29,7 +29,7 @@ def by_heads(attend: "Attend") -> "Attend":
         if mesh_in_use() is None:
             return attend(query, segments, *options, **named)
         batch, heads = query.shape[:2]
-        rows = shares(DATA, batch)
+        rows = shares(BATCH, batch)
         counts = {heads, *(each.kv.keys.shape[1] for each in segments)}
         own = TENSOR if all(shares(TENSOR, count) for count in counts) else None
         part: Any = PartitionSpec(rows, own)  # also in the places of arrays
@@ -40,7 +40,7 @@ def by_heads(attend: "Attend") -> "Attend":
     return split
 
 
-def mask_spec(mask: Mask, batch: int, rows: str | None) -> Mask:
+def mask_spec(mask: Mask, batch: int, rows: str | tuple[str, ...] | None) -> Mask:
     """How a mask's arrays are split: those with a row for each of the batch over `rows`."""
 
     def spec(name: str, x: jax.Array) -> PartitionSpec:

@@ -21,7 +21,7 @@ from jaxspec.cache import Cache, LayerKV
 from jaxspec.speculation.logprobs import Logprobs
 from jaxspec.speculation.params import BatchSampling, SamplingParams
 from jaxspec.speculation.penalties import Penalties
-from jaxspec.splitting import DATA, TENSOR, by_rows, constrained
+from jaxspec.splitting import BATCH, TENSOR, by_rows, constrained
 from jaxspec.targets.images import Array
 
 Rows = TypeVar("Rows")
@@ -124,7 +124,7 @@ def placed(tree: Rows) -> Rows:
 
     def part(x: jax.Array | LayerKV) -> jax.Array | LayerKV:
         if isinstance(x, LayerKV):
-            return LayerKV(*(constrained(each, DATA, TENSOR) for each in x))
+            return LayerKV(*(constrained(each, BATCH, TENSOR) for each in x))
         return by_rows(x)
 
     return jax.tree.map(part, tree, is_leaf=lambda x: isinstance(x, LayerKV))

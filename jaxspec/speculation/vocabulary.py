@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxspec.splitting import DATA, TENSOR, on_each, shares
+from jaxspec.splitting import BATCH, TENSOR, on_each, shares
 
 Found = TypeVar("Found")
 BLOCK = 128
@@ -114,7 +114,7 @@ def is_split(x: jax.Array) -> bool:
 
 def on_shards(own: Callable[..., Found], x: jax.Array, *others: jax.Array, out_split: bool = False) -> Found:
     """`own(its part of x [B, .., V], the first token of it, its rows of the others)` on every device."""
-    rows = shares(DATA, x.shape[0])
+    rows = shares(BATCH, x.shape[0])
     split, whole = PartitionSpec(rows, *[None] * (x.ndim - 2), TENSOR), PartitionSpec(rows)
 
     def run(x: jax.Array, *others: jax.Array) -> Found:

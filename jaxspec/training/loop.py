@@ -15,7 +15,8 @@ import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxspec.sharding import place_batch
+from jaxspec.sharding import ROWS, place_batch
+from jaxspec.splitting import using
 from jaxspec.stopping import CatchSignals, Stopped
 from jaxspec.training.flops import flops_of
 from jaxspec.training.member import Member, TrainState
@@ -54,10 +55,14 @@ class Constants:
 
 
 def make_step(
-    recipes: Sequence[Recipe], tasks: Sequence[Task], constants: Constants, shardings: Any = None
+    recipes: Sequence[Recipe],
+    tasks: Sequence[Task],
+    constants: Constants,
+    mesh: Mesh | None = None,
+    shardings: Any = None,
 ) -> jax.stages.Wrapped:
-    """`step(states, constants.arrays, batch) -> (states, metrics)`, a list each; states are donated, and lie as
-    `shardings` say where they are given."""
+    """`step(states, constants.arrays, batch) -> (states, metrics)`, a list each; states are donated, and lie on a mesh
+    as `shardings` say."""
     optimizers = [optimizer(recipe) for recipe in recipes]
 
     def updated(task: Task, tx, state: TrainState, own, batch, key):
@@ -71,20 +76,24 @@ def make_step(
     def step(states, arrays, batch):
         key = jax.random.fold_in(jax.random.key(recipes[0].seed), states[0].step)
         each = zip(tasks, optimizers, states, constants.of_tasks(arrays), strict=True)
-        results = [updated(*parts, batch, key) for parts in each]
+        with using(mesh, ROWS):
+            results = [updated(*parts, batch, key) for parts in each]
         return [state for state, _ in results], [metrics for _, metrics in results]
 
     return step
 
 
-def make_losses(recipes: Sequence[Recipe], tasks: Sequence[Task], constants: Constants) -> Losses:
+def make_losses(
+    recipes: Sequence[Recipe], tasks: Sequence[Task], constants: Constants, mesh: Mesh | None = None
+) -> Losses:
     """`losses(params, constants.arrays, batch) -> metrics`, a list each; the key is fixed, so runs are comparable."""
 
     @jax.jit
     def losses(params, arrays, batch):
         key, metrics = jax.random.key(recipes[0].seed), []
         for task, own, constant in zip(tasks, params, constants.of_tasks(arrays), strict=True):
-            loss, others = task.loss(own, constant, batch, key)
+            with using(mesh, ROWS):
+                loss, others = task.loss(own, constant, batch, key)
             metrics.append({"loss": loss, **others})
         return metrics
 
@@ -143,8 +152,8 @@ def train_together(recipes: Sequence[Recipe], tasks: Sequence[Task]) -> list[Any
             member.begin(start, mesh, alone=len(members) == 1)
         constants = Constants(tasks)
         shardings = mesh and jax.tree.map(lambda leaf: leaf.sharding, [member.state for member in members])
-        step_fn = make_step(recipes, tasks, constants, shardings)
-        losses = make_losses(recipes, tasks, constants)
+        step_fn = make_step(recipes, tasks, constants, mesh, shardings)
+        losses = make_losses(recipes, tasks, constants, mesh)
 
         def settle(running: Running) -> None:
             for member, metrics in zip(members, running.metrics, strict=True):

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from jaxspec import splitting
 from jaxspec.cache import LayerKV
 from jaxspec.kernels import attention, plain
 from jaxspec.kernels.attention import attend, implementation
 from jaxspec.kernels.masks import Mask
 from jaxspec.kernels.segments import Segment
+from jaxspec.sharding import AXES
 
 ROWS = jnp.array([300, 7])
 
@@ -101,21 +103,14 @@ def test_what_a_kernel_is_not_for_is_left_to_the_plain_form():
 CHIP = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)])
-@pytest.mark.parametrize("mesh_is_set", [True, False])
-def test_on_a_mesh_each_device_has_rows_and_heads_of_its_own(sizes, mesh_is_set):
-    """Without the mesh being set, arrays say where they lie."""
-    mesh = AbstractMesh(sizes, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, abstract_device=CHIP)
-    query, segments = over_cache(128)
-    whole = NamedSharding(mesh, PartitionSpec())
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), (query, segments))
-    if mesh_is_set:
-        with jax.sharding.use_abstract_mesh(mesh):
-            text = for_tpu(query, segments)
-    else:
-        text = for_tpu(*arguments)
-    if sizes[1] == 4:  # two key heads
-        assert "attend_cache" not in text
-        return
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2), (1, 1, 4)])
+@pytest.mark.parametrize("row_axes", [("data",), ("data", "fsdp")])
+def test_on_a_mesh_each_device_has_rows_and_heads_of_its_own(sizes, row_axes):
+    """Two rows and two key heads."""
+    mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=CHIP)
+    with jax.sharding.use_abstract_mesh(mesh), splitting.ROW_AXES(row_axes):
+        text = for_tpu(*over_cache(128))
     (call,) = [line for line in text.splitlines() if "tpu_custom_call" in line]
-    assert f"tensor<{2 // sizes[0]}x{2 // sizes[1]}x512x128xf32>" in call  # the cache
+    data, fsdp, tensor = sizes
+    rows, heads = 2 // (data * (fsdp if "fsdp" in row_axes else 1)), 1 if tensor == 2 else 2
+    assert f"tensor<{rows}x{heads}x512x128xf32>" in call  # the cache
