@@ -42,8 +42,6 @@ class Kernel(NamedTuple):
     """Whether the masks are of the kind that it is for."""
     lacks: Callable[[jax.Array, Sequence[Segment]], str | None] = nothing
     """Which size or dtype it does not have, as a clause."""
-    gradient: bool = True
-    """Whether its own gradient is used; otherwise that of the plain form."""
 
 
 def over_cache(query: jax.Array, segments: Sequence[Segment]) -> bool:
@@ -53,8 +51,8 @@ def over_cache(query: jax.Array, segments: Sequence[Segment]) -> bool:
 
 KERNELS: Mapping[str, Kernel] = {
     "plain": Kernel(plain.attend),
-    "pallas": Kernel(cached.attend, over_cache, cached.lacks, gradient=False),
-    "splash": Kernel(library.splash, library.splash_fits, library.splash_lacks, gradient=False),
+    "pallas": Kernel(cached.attend, over_cache, cached.lacks),
+    "splash": Kernel(library.splash, library.splash_fits, library.splash_lacks),
     "xla": Kernel(library.joined),
     "cudnn": Kernel(functools.partial(library.joined, backend="cudnn"), lacks=library.cudnn_lacks),
 }
@@ -123,7 +121,7 @@ def chosen(name: str, query: jax.Array, segments: Sequence[Segment], *, loud: bo
         if loud:
             say_once(f"attention falls back to the plain form: {name} does not have {lacks}")
         return plain.attend
-    return kernel.run if kernel.gradient else differentiable(kernel.run)
+    return kernel.run if name == "plain" else differentiable(kernel.run)
 
 
 @functools.cache
