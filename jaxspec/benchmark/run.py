@@ -257,6 +257,7 @@ def settings_of(benchmark: SpeedBenchmark) -> dict:
     """What a report says about how it was measured."""
     return {
         "batch": 1,
+        "devices": 1 if benchmark.target.mesh is None else benchmark.target.mesh.size,
         "num_prompts": len(benchmark.examples),
         "kinds": dict(Counter(example.kind for example in benchmark.examples)),
         "temperatures": list(benchmark.temperatures),
