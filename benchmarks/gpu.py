@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COSTS = {
-    "ceilings": 20,
+    "ceilings": 40,
     "llava-7b": 110,
     "equality": 75,
     "embedded": 60,
