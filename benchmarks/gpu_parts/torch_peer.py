@@ -9,7 +9,7 @@ import os
 import statistics
 from functools import partial
 
-from benchmarks.gpu_parts.part import Part, timed
+from benchmarks.gpu_parts.part import Part, taking_turns, timed
 
 BEFORE, BEHIND = 32, 16
 NEW = 48
@@ -105,10 +105,10 @@ def generate(part: Part, model, batch: int, device: str) -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    runs, new = (1, 4) if part.tiny else (3, NEW)
+    new = 8 if part.tiny else NEW
     run(2)
-    first = statistics.median(timed(partial(run, 1), runs))
-    whole = statistics.median(timed(partial(run, 1 + new), runs))
+    arms = taking_turns([lambda: timed(partial(run, 1), 1)[0], lambda: timed(partial(run, 1 + new), 1)[0]], 3)
+    first, whole = map(statistics.median, arms)
     part.add(
         "transformers",
         shape="llava-7b",
