@@ -1,8 +1,8 @@
 """What computes attention, at the shapes of published models: how long each takes here, or whether a TPU compiles it.
 
-    python benchmarks/attention.py time                                   # on an accelerator, every kernel it has
-    python benchmarks/attention.py time --only "tree of 30" --kernels plain xla    # anywhere
-    python benchmarks/attention.py compile                                # no TPU needed; pip install libtpu
+    python -m benchmarks.attention time                                   # on an accelerator, every kernel it has
+    python -m benchmarks.attention time --only "tree of 30" --kernels plain xla    # anywhere
+    python -m benchmarks.attention compile                                # no TPU needed; pip install libtpu
 
 `time` gives the median over runs that take turns and what share it is of the time in which `--bandwidth` (bytes a
 second) moves the least that must be. `compile` says, for every chip and shape, which kernel the dispatch took, the

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from benchmarks.published import TARGETS
 from jaxspec.cache import LayerKV
 from jaxspec.kernels.masks import Mask
 from jaxspec.kernels.segments import Segment
@@ -69,11 +70,15 @@ class AttentionShape(NamedTuple):
         return 2 * itemsize * self.head_dim * (self.kv_heads * keys + self.batch * self.heads * self.queries)
 
 
-# config.json of llava-hf/llava-1.5-7b-hf, Qwen/Qwen2.5-VL-7B-Instruct and google/gemma-3-12b-it
-MODELS = {"llava-7b": (32, 32, 128), "qwen2.5-vl-7b": (28, 4, 128), "gemma3-12b": (16, 8, 256)}
+def heads_of(model: str) -> tuple[int, int, int]:
+    """Query heads, key heads and their width."""
+    text = TARGETS[model].config.text
+    return text.num_heads, text.num_kv_heads, text.head_dim
+
+
 SHAPES = {
-    f"{name}, {what}": AttentionShape(*sizes, **options)
-    for name, sizes in MODELS.items()
+    f"{name}, {what}": AttentionShape(*heads_of(name), **options)
+    for name in TARGETS
     for what, options in {
         "one token": {"queries": 1},
         "tree of 30": {"queries": 30},
@@ -82,4 +87,4 @@ SHAPES = {
         "chunk of 512": {"queries": 512, "causal": True},
         "first chunk of 512": {"queries": 512, "causal": True, "capacity": 0},
     }.items()
-} | {"gemma3-12b, window, tree of 30": AttentionShape(16, 8, 256, 30, 4096, 3000, window=1024)}
+} | {"gemma3-12b, window, tree of 30": AttentionShape(*heads_of("gemma3-12b"), 30, 4096, 3000, window=1024)}

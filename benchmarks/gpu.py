@@ -1,7 +1,7 @@
 """Everything that a lent GPU should tell, in one command of at most 9 minutes.
 
     python benchmarks/gpu.py                 # a GPU, 9 minutes, docs/results/gpu-CARD
-    python benchmarks/gpu.py --tiny          # the same code with toys on a CPU: a rehearsal of a minute or two
+    python benchmarks/gpu.py --tiny          # the same code with toys on a CPU: a rehearsal of a few minutes
     python benchmarks/gpu.py --table docs/results/gpu-CARD    # README.md there, once more, of the numbers beside it
 
 Parts run one after another in the order of their value, each in a process of its own, so that one which fails, hangs or
@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COSTS = {
-    "ceilings": 20,
+    "ceilings": 40,
     "llava-7b": 110,
     "equality": 75,
     "embedded": 60,

@@ -1,7 +1,7 @@
 """Temporary memory of prefill and of training losses at 7B shapes, as XLA plans it: nothing is run, no weight is held.
 
-    python benchmarks/memory.py                    # compiles for the machine at hand; minutes on 2 cores
-    python benchmarks/memory.py --only train       # or prefill, or a part of a name
+    python -m benchmarks.memory                    # compiles for the machine at hand; minutes on 2 cores
+    python -m benchmarks.memory --only train       # or prefill, or a part of a name
 
 Programs are compiled with abstract parameters in float32 on a CPU and in bfloat16 elsewhere (the drafter that learns is
 float32 as in training). Temporaries of a pass forward do not grow with its layers, so the target has only a few.
@@ -19,6 +19,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
+from benchmarks.published import LLAVA_7B
 from jaxspec.checkpoints.names import abstract
 from jaxspec.drafters.contract import DraftModel
 from jaxspec.drafters.eagle import EagleConfig, EagleHead
@@ -31,7 +32,6 @@ from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.params import SamplingParams
 from jaxspec.speculation.state import Request
 from jaxspec.targets.chunks import steps_of
-from jaxspec.targets.clip import ClipVisionConfig
 from jaxspec.targets.llava import Llava, LlavaAdapter, LlavaConfig
 from jaxspec.targets.prompts import EncodedPrompt, PromptBatch, stack_prompts
 from jaxspec.training.drafter import DrafterRecipe, teach
@@ -40,8 +40,6 @@ from jaxspec.training.massv import MassvRecipe
 from jaxspec.training.specvlm import SpecVLMRecipe
 from jaxspec.training.vispec import ViSpecRecipe
 
-CLIP = ClipVisionConfig(1024, 4096, 24, 16, 336, 14)
-LLAVA_7B = LlavaConfig(TextConfig(32064, 4096, 11008, 32, 32, 32, 128), CLIP, 32000)
 LLAMA_1B = TextConfig(32064, 2048, 5632, 22, 32, 4, 64)  # TinyLlama's sizes
 HEAD = dataclasses.replace(LLAVA_7B.text, num_layers=1)
 DRAFTERS: dict[str, Callable[..., DraftModel] | None] = {
@@ -49,7 +47,7 @@ DRAFTERS: dict[str, Callable[..., DraftModel] | None] = {
     "EAGLE-2": partial(EagleHead, EagleConfig(HEAD)),
     "ViSpec": partial(ViSpecHead, ViSpecConfig(HEAD)),
     "SpecVLM": partial(SpecVLMHead, SpecVLMConfig(HEAD)),
-    "MASSV": partial(MassvDrafter, MassvConfig(LLAMA_1B, vision_width=CLIP.hidden_size)),
+    "MASSV": partial(MassvDrafter, MassvConfig(LLAMA_1B, vision_width=LLAVA_7B.vision_width)),
 }
 RECIPES: dict[str, DrafterRecipe] = {
     "EAGLE-2": EagleRecipe("memory"),

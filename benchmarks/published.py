@@ -5,6 +5,7 @@ model = abstract_model(Llava, config, "bfloat16")     # shapes in place of value
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxspec.checkpoints.names import abstract
+from jaxspec.drafters.eagle import EagleConfig
 from jaxspec.drafters.massv import MassvConfig
 from jaxspec.drafters.registry import METHODS
 from jaxspec.drafters.vispec import ViSpecConfig
@@ -69,6 +71,11 @@ GEMMA_12B = Gemma3Config(  # google/gemma-3-12b-it
     image_token_id=262144,
     tokens_per_image=256,
 )
+QWEN_7B_TEXT = LlavaConfig(  # its text model behind LLaVA's tower
+    dataclasses.replace(QWEN_7B.text, rope=RopeConfig(1e6)), LLAVA_7B.vision, QWEN_7B.image_token_id
+)
+TOY = LlavaConfig(TextConfig(320, 64, 128, 2, 4, 2, 16), ClipVisionConfig(32, 64, 2, 2, 28, 14), 319)
+"""No published size: to rehearse with."""
 GEMMA_1B = gemma_text(TextConfig(262144, 1152, 6912, 26, 4, 1, 256, max_position_embeddings=32768), 512)
 
 
@@ -120,6 +127,20 @@ def vispec_config(target: Any, share: int = 1) -> ViSpecConfig:
     text = dataclasses.replace(target.text.plain(), tie_word_embeddings=False)
     drafted = None if share == 1 else text.vocab_size // share
     return ViSpecConfig(text, qkv_bias=text.qkv_bias, draft_vocab_size=drafted)
+
+
+def eagle_config(target: Any) -> EagleConfig:
+    """EAGLE-2's head of a target."""
+    text = dataclasses.replace(target.text.plain(), tie_word_embeddings=False)
+    return EagleConfig(text, qkv_bias=text.qkv_bias)
+
+
+HEADS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "eagle2": ("eagle2", eagle_config),
+    "vispec": ("vispec", vispec_config),
+    "vispec-eighth": ("vispec", partial(vispec_config, share=8)),
+}
+"""Name -> method, and its config for that of a target."""
 
 
 def massv_config(target: Any) -> MassvConfig:

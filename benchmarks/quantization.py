@@ -1,8 +1,8 @@
 """What int8 weights and a draft vocabulary cost in answers and in acceptance, and the error of logits at 7B's shapes.
 
-    python benchmarks/quantization.py answers     # the embedded target, int8: answers and logits against its float self
-    python benchmarks/quantization.py drafters    # acceptance of the embedded drafters, int8 or with a draft vocabulary
-    python benchmarks/quantization.py shapes      # random layers as wide as a 7B model's, 4 GB of memory
+    python -m benchmarks.quantization answers     # the embedded target, int8: answers and logits against its float self
+    python -m benchmarks.quantization drafters    # acceptance of the embedded drafters, int8 or with a draft vocabulary
+    python -m benchmarks.quantization shapes      # random layers as wide as a 7B model's, 4 GB of memory
 
 Each prints a table and writes it to a JSON file of its name under `--output`. Nothing is timed: a machine gives the
 same numbers every time. Minutes each on two cores.
@@ -22,22 +22,21 @@ import tyro
 from flax import nnx
 from rich.console import Console
 
+from benchmarks.published import LLAVA_7B, QWEN_7B_TEXT
 from jaxspec import Drafter, Generator, SamplingParams, Target, demo, load_drafter, load_target
 from jaxspec.benchmark.identity import replay
 from jaxspec.benchmark.quality import score_answers
 from jaxspec.cli.output import ProgressLines
 from jaxspec.drafters.eagle import EagleHead
 from jaxspec.drafters.vocabulary import covered, most_frequent
+from jaxspec.generator import Result
 from jaxspec.kernels.masks import Mask
 from jaxspec.layers import LanguageModel, TextConfig
 from jaxspec.metrics import pooled
 from jaxspec.prompting import encode_prompt
 from jaxspec.quantization import TARGET_PART, quantized
 
-SHAPES = {  # the text models of LLaVA-1.5-7B and Qwen2.5-VL-7B
-    "llava-7b": TextConfig(32064, 4096, 11008, 32, 32, 32, 128),
-    "qwen-7b": TextConfig(152064, 3584, 18944, 28, 28, 4, 128, qkv_bias=True),
-}
+SHAPES = {"llava-7b": LLAVA_7B.text, "qwen-7b": QWEN_7B_TEXT.text}
 LIMIT, BATCH, NODES = 160, 8, 8
 
 
@@ -56,6 +55,8 @@ class Quantization:
     drafters: tuple[str, ...] = ("eagle2", "eaglevlm", "specvlm", "vispec", "massv", "medusa")
     answers: int = 256
     """About training scenes, of which a draft vocabulary is made."""
+    sampled_share: float = 0.5
+    """Of these answers, drawn at temperature 1; the others are greedy."""
     draft_vocab_sizes: tuple[int, ...] = (320, 192, 96)
     layers: int = 2
     """Of the random models."""
@@ -116,7 +117,10 @@ class Quantization:
     def measured_drafters(self) -> Iterator[dict[str, Any]]:
         """A row for each drafter and way of making it smaller: tokens a round, over the float and the int8 target."""
         target, small = load_target("demo"), load_target("demo", quantize="int8")
-        answers = said(target, self.prompts(target, "train", self.answers), load_drafter("demo:vispec", target))
+        train, fast = self.prompts(target, "train", self.answers), load_drafter("demo:vispec", target)
+        greedy, sampled = (said(target, train, fast, temperature) for temperature in (0.0, 1.0))
+        first = round((1 - self.sampled_share) * self.answers)
+        answers = greedy[:first] + sampled[first:]
         vocabularies = [most_frequent(answers, target.model.vocab_size, size) for size in self.draft_vocab_sizes]
         prompts = self.prompts(target, "test", self.questions)
         for method in self.drafters:
@@ -124,7 +128,8 @@ class Quantization:
             arms = {"as it is": drafter, "int8": load_drafter(f"demo:{method}", target, quantize="int8")}
             if isinstance(drafter.model, EagleHead):
                 for ids in vocabularies:
-                    name = f"{len(ids)} of {target.model.vocab_size} tokens ({covered(answers, ids):.2%})"
+                    said_of_it = f"{covered(greedy, ids):.2%} and {covered(sampled, ids):.2%} of what is said"
+                    name = f"{len(ids)} tokens, {said_of_it}"
                     arms[name] = dataclasses.replace(drafter, model=drafter.model.narrowed(target.model, ids))
             for name, arm in arms.items():
                 row: dict[str, Any] = {"drafter": method, "weights": name}
@@ -206,22 +211,24 @@ def logit_errors(exact: np.ndarray, ours: np.ndarray) -> dict[str, float]:
     }
 
 
-def said(target: Target, prompts: Sequence, drafter: Drafter | None = None) -> list[np.ndarray]:
-    """The target's greedy answers."""
-    generator = Generator(target, drafter)
-    batches = [prompts[first : first + BATCH] for first in range(0, len(prompts), BATCH)]
-    greedy = SamplingParams(temperature=0)
-    return [each.tokens for batch in batches for each in generator.generate_encoded(batch, greedy, LIMIT)]
+def said(
+    target: Target, prompts: Sequence, drafter: Drafter | None = None, temperature: float = 0.0
+) -> list[np.ndarray]:
+    """The target's answers."""
+    return [each.tokens for each in results_of(Generator(target, drafter), prompts, temperature)]
 
 
 def accepted(generator: Generator, prompts: Sequence, temperature: float) -> float:
     """Tokens a round, the bonus included."""
-    stats = []
+    return pooled([each.stats for each in results_of(generator, prompts, temperature)]).mean_acceptance_length
+
+
+def results_of(generator: Generator, prompts: Sequence, temperature: float) -> Iterator[Result]:
+    """In batches, each prompt with a seed of its own."""
     for first in range(0, len(prompts), BATCH):
         batch = prompts[first : first + BATCH]
         sampling = [SamplingParams(temperature=temperature, seed=first + row) for row in range(len(batch))]
-        stats += [each.stats for each in generator.generate_encoded(batch, sampling, LIMIT)]
-    return pooled(stats).mean_acceptance_length
+        yield from generator.generate_encoded(batch, sampling, LIMIT)
 
 
 def same(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:

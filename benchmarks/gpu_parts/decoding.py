@@ -9,15 +9,19 @@ from functools import partial
 import jax
 from flax import nnx
 
+from benchmarks.gpu_parts.kernels import usable
 from benchmarks.gpu_parts.part import Part, side_by_side, taking_turns, timed
 from benchmarks.gpu_parts.profiling import summary_of
-from benchmarks.gpu_parts.runner import KERNELS, Runner, bandwidth, draft_bytes, nbytes, step_bytes
-from benchmarks.shapes import HEADS, SHAPES, random_head, random_module
+from benchmarks.gpu_parts.runner import Runner, draft_bytes, nbytes, step_bytes
+from benchmarks.published import LLAVA_7B, QWEN_7B_TEXT, TOY
+from benchmarks.random_models import random_head, random_module
+from jaxspec.devices import peaks_of
 from jaxspec.drafters.registry import METHODS
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.llava import Llava
 
 RUNS = 5
+MODELS = {"llava-7b": LLAVA_7B, "qwen-7b": QWEN_7B_TEXT}
 PUBLISHED = TreeConfig(3, 8, 30)
 STEP = None, TreeConfig.autoregressive()
 BEST = "vispec", PUBLISHED
@@ -47,26 +51,28 @@ def arm_name(head: str | None, tree: TreeConfig) -> str:
     return f"{head} {tree.depth}/{tree.top_k}/{tree.total_tokens}" if head else "autoregressive"
 
 
-def groups(capacity: int, eighth_first: bool) -> list[Group]:
-    """The most telling ones first."""
-    first, *kernels = KERNELS
+def groups(capacity: int, eighth_first: bool, kernels: Sequence[str]) -> list[Group]:
+    """The most telling ones first: the published tree with each kernel, all that the first kernel does, the others'."""
     small, large = (EIGHTH, BEST) if eighth_first else (BEST,), OTHERS if eighth_first else (*OTHERS, EIGHTH)
-    made = [Group(small, 1, each, capacity) for each in (first, *kernels)]
-    made += [Group((BEST, OTHERS[2]), 8, each, capacity) for each in (first, *kernels)]
-    made += [Group(large, 1, each, capacity) for each in (first, *kernels)]
-    made += [Group((*OTHERS[:2], OTHERS[3]), 8, each, capacity) for each in (first, *kernels)]
-    made += [Group((BEST,), 8, each, 2 * capacity) for each in (first, *kernels)]
+    rest = (
+        ((BEST, OTHERS[2]), 8, capacity),
+        (large, 1, capacity),
+        ((*OTHERS[:2], OTHERS[3]), 8, capacity),
+        ((BEST,), 8, 2 * capacity),
+    )
+    made = [Group(small, 1, kernel, capacity) for kernel in kernels]
+    for some in (kernels[:1], kernels[1:]):
+        made += [Group(arms, batch, kernel, room) for arms, batch, room in rest for kernel in some]
     return made
 
 
 def measure(part: Part) -> None:
-    shape = {"llava-7b": "llava-7b", "qwen-7b": "qwen-7b-text"}[part.name]
-    Decoding(part, shape, "tiny" if part.tiny else shape).run()
+    Decoding(part).run()
 
 
 class Decoding:
-    def __init__(self, part: Part, shape: str, size: str) -> None:
-        self.part, self.shape, self.config = part, shape, SHAPES[size]
+    def __init__(self, part: Part) -> None:
+        self.part, self.shape, self.config = part, part.name, TOY if part.tiny else MODELS[part.name]
         self.dtype = "float32" if part.tiny else "bfloat16"
         self.capacity, self.rounds = (128, 4) if part.tiny else (1024, 48)
         self.model = random_module(partial(Llava, self.config), self.dtype)
@@ -75,11 +81,19 @@ class Decoding:
 
     def run(self) -> None:
         part, dearest = self.part, 0.0 if self.part.tiny else FIRST_GUESS
-        qwen = self.shape.startswith("qwen")
-        chosen = groups(self.capacity, eighth_first=qwen)
-        for number, group in enumerate(chosen[: 1 if qwen else 2] if part.tiny else chosen):
-            before = part.passed
-            part.trying(group.name, dearest if number else 0.0, partial(self.time, group))
+        qwen, kernels = self.shape == "qwen-7b", usable(part, self.dtype)
+        chosen = groups(self.capacity, qwen, kernels)
+        worked: set[str] = {kernels[0]}
+        broken: set[str] = set()
+        for number, group in enumerate(chosen[: 1 if qwen else len(kernels) + 1] if part.tiny else chosen):
+            if group.kernel in broken:
+                part.left_out.append(f"{group.name}: {group.kernel} failed before")
+                continue
+            before, errors = part.passed, len(part.errors)
+            if part.trying(group.name, dearest if number else 0.0, partial(self.time, group)):
+                worked.add(group.kernel)
+            elif len(part.errors) > errors and group.kernel not in worked:
+                broken.add(group.kernel)
             if number == 0:
                 part.trying("prefill", 2, partial(self.prefill, group))
                 if part.profile:
@@ -91,7 +105,6 @@ class Decoding:
         key = head, tree, group.batch, group.kernel, group.capacity
         if key not in self.runners:
             if head is not None and head not in self.heads:
-                assert head in HEADS
                 self.heads[head] = random_head(head, self.config, self.dtype)
             draft_model = self.heads[head] if head else None
             self.runners[key] = Runner(
@@ -105,7 +118,7 @@ class Decoding:
         compiled = side_by_side(Runner.warm, runners)
         times = taking_turns([partial(runner.timed, self.rounds) for runner in runners], 2 if self.part.tiny else RUNS)
         step = statistics.median(seconds for _, seconds in times[0])
-        needed, speed = step_bytes(runners[0], self.rounds), bandwidth()
+        needed, peaks = step_bytes(runners[0], self.rounds), peaks_of(jax.devices()[0])
         for arm, runner, made, first in zip(arms, runners, times, compiled, strict=True):
             seconds = statistics.median(each for _, each in made)
             self.part.add(
@@ -120,7 +133,7 @@ class Decoding:
                 efficiency=step / seconds,
                 ceiling_by_bytes=needed / (needed + draft_bytes(runner)),
                 step_bytes=needed,
-                memory_bound_share=needed / speed / step if speed and runner.draft_model is None else None,
+                memory_bound_share=needed / peaks.bandwidth / step if peaks and runner.draft_model is None else None,
                 prefill_ms=1e3 * statistics.median(each for each, _ in made),
                 first_run_seconds=first,
                 all_round_ms=[1e3 * each for _, each in made],

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.gpu_parts.kernels import usable
 from benchmarks.gpu_parts.part import Part, side_by_side
-from benchmarks.gpu_parts.runner import KERNELS, Runner
-from benchmarks.shapes import SHAPES, random_module
+from benchmarks.gpu_parts.runner import Runner
+from benchmarks.published import LLAVA_7B, TOY
+from benchmarks.random_models import random_module
 from jaxspec.benchmark.identity import first_difference
 from jaxspec.speculation.params import SamplingParams
 from jaxspec.speculation.state import DecodeState
@@ -80,10 +82,14 @@ def of_dtype(part: Part, dtype: str) -> None:
     """In float32 with products in float32, too: a GPU takes TF32 where it is not told otherwise."""
     precision = "highest" if dtype == "float32" else None
     jax.config.update("jax_default_matmul_precision", precision)
-    model = random_module(partial(Llava, SHAPES["tiny" if part.tiny else "llava-7b"]), dtype)
+    model = random_module(partial(Llava, TOY if part.tiny else LLAVA_7B), dtype)
     batch, capacity, rounds = (2, 96, 40) if part.tiny else (8, 704, 64)
-    for kernel in KERNELS:
-        compare(part, model, dtype, kernel, batch, capacity, rounds)
+    cost = 0.0
+    for kernel in usable(part, dtype):
+        before = part.passed
+        comparing = partial(compare, part, model, dtype, kernel, batch, capacity, rounds)
+        part.trying(f"random 7B, {dtype}, {kernel}", cost, comparing)
+        cost = 1.2 * (part.passed - before)
 
 
 def compare(part: Part, model: Llava, dtype: str, kernel: str, batch: int, capacity: int, tokens: int) -> None:

@@ -4,10 +4,8 @@ A drafter that earns `a` tokens a round speeds decoding up by `a * step / round`
 mean acceptance length) is `step / round`, whatever the weights.
 """
 
-import contextlib
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxspec.drafters.contract import DraftModel
+from jaxspec.kernels.attention import implementation
 from jaxspec.programs import Programs
 from jaxspec.speculation.params import SamplingParams
 from jaxspec.speculation.state import DecodeState, Request
@@ -25,33 +24,6 @@ from jaxspec.targets.prompts import EncodedPrompt
 
 BEFORE, BEHIND = 32, 16
 """Tokens of a prompt before its image and behind."""
-BANDWIDTH = {
-    "NVIDIA A100": 2.0e12,
-    "NVIDIA A100-SXM4-40GB": 1.56e12,
-    "NVIDIA H100": 3.35e12,
-    "NVIDIA H100 PCIe": 2.0e12,
-    "NVIDIA H200": 4.8e12,
-    "NVIDIA L4": 3.0e11,
-    "NVIDIA L40": 8.6e11,
-    "Tesla T4": 3.2e11,
-    "TPU v5 lite": 8.2e11,
-    "TPU v5": 2.77e12,
-    "TPU v6 lite": 1.64e12,
-}
-"""Bytes a second by the beginning of a `device_kind`, from the makers' data sheets. The longest beginning counts."""
-KERNELS: Mapping[str, Callable[[], AbstractContextManager[Any]]] = {"jnp": contextlib.nullcontext}
-"""Implementations of attention that a round can be traced with, by name: contexts in which it is traced and run."""
-
-
-def using_kernel(name: str) -> AbstractContextManager[Any]:
-    """In which attention is computed by the implementation of that name."""
-    return KERNELS[name]()
-
-
-def bandwidth() -> float | None:
-    """Of the device at hand; None where the table does not know it."""
-    known = [name for name in BANDWIDTH if jax.devices()[0].device_kind.startswith(name)]
-    return BANDWIDTH[max(known, key=len)] if known else None
 
 
 def prompts_of(config: LlavaConfig, batch: int, length: int | None = None) -> list[EncodedPrompt]:
@@ -77,7 +49,7 @@ class Runner:
         batch: int,
         *,
         capacity: int,
-        kernel: str = "jnp",
+        kernel: str = "plain",
         sampling: SamplingParams = SamplingParams(),
     ) -> None:
         config = model.config
@@ -96,18 +68,18 @@ class Runner:
 
     def begin(self, tables: Mapping[Any, Any] | None = None) -> DecodeState:
         """The prompts read and the first tokens chosen; the device may still be busy."""
-        with using_kernel(self.kernel):
+        with implementation(self.kernel):
             read = self.programs.read(self.params, self.prompts, self.capacity, tables)
             return self.programs.begin(self.params, read, self.request, self.prompts, self.capacity)
 
     def decode(self, state: DecodeState, rounds: int) -> DecodeState:
         """`state` is consumed; this waits for the device."""
-        with using_kernel(self.kernel):
+        with implementation(self.kernel):
             return jax.block_until_ready(self.programs.decode(self.params, state, jnp.int32(rounds)))
 
     def compiled_text(self, state: DecodeState) -> str:
         """The program of `decode` as XLA writes it."""
-        with using_kernel(self.kernel):
+        with implementation(self.kernel):
             return self.programs._decode.lower(self.params, state, jnp.int32(1), self.tree).compile().as_text()
 
     def timed(self, rounds: int) -> tuple[float, float]:

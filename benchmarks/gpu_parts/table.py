@@ -19,6 +19,15 @@ CEILINGS: Sequence[Column] = (
     ("ms", "milliseconds", ".3f"),
     ("us", "microseconds", ".1f"),
 )
+ATTENTION: Sequence[Column] = (
+    ("shape", "shape", ""),
+    ("attention", "kernel", ""),
+    ("dtype", "dtype", ""),
+    ("us", "microseconds", ".1f"),
+    ("share of the memory bound", "memory_bound_share", ".2f"),
+    ("largest error over the largest output", "relative_error", ".2g"),
+    ("failed", lambda row: " ".join(row.get("failed", "").split()).replace("|", "/"), ""),
+)
 ROUNDS: Sequence[Column] = (
     ("shape", "shape", ""),
     ("batch", "batch", ""),
@@ -95,6 +104,14 @@ SECTIONS: Sequence[tuple[str, str, Sequence[str], Sequence[Column]]] = (
         ("copy", "thin product", "product", "start of a program", "round of a loop with one kernel",
          "round of a loop with a branch"),
         CEILINGS,
+    ),
+    (
+        "Attention alone",
+        "One call over random keys; the bound counts queries, output, and keys and values that are seen, at the "
+        "bandwidth of the data sheet. The error is that against the plain form in float32. A kernel that failed is "
+        "left out of what follows.",
+        ("attention",),
+        ATTENTION,
     ),
     (
         "A step and a round",

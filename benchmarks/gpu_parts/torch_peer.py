@@ -5,10 +5,11 @@ JAX runs nothing here: the card is torch's alone.
 
 import importlib.metadata
 import importlib.util
+import os
 import statistics
 from functools import partial
 
-from benchmarks.gpu_parts.part import Part, timed
+from benchmarks.gpu_parts.part import Part, taking_turns, timed
 
 BEFORE, BEHIND = 32, 16
 NEW = 48
@@ -43,18 +44,30 @@ def random_llava(tiny: bool, device: str):
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    text = dict(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
-    text |= dict(num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096)
-    vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
-    vision |= dict(image_size=336, patch_size=14)
-    if tiny:
-        text |= dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
-        text |= dict(num_attention_heads=4, num_key_value_heads=2)
-        vision |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from benchmarks.published import LLAVA_7B, TOY
+
+    sizes = TOY if tiny else LLAVA_7B
+    text, vision = sizes.text, sizes.vision
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision),
-        text_config=LlamaConfig(**text),
-        image_token_index=text["vocab_size"] - 64,
+        vision_config=CLIPVisionConfig(
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            num_hidden_layers=vision.num_layers,
+            num_attention_heads=vision.num_heads,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            num_hidden_layers=text.num_layers,
+            num_attention_heads=text.num_heads,
+            num_key_value_heads=text.num_kv_heads,
+            max_position_embeddings=4096,
+        ),
+        image_token_index=sizes.image_token_id,
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32 if tiny else torch.bfloat16)
@@ -92,10 +105,10 @@ def generate(part: Part, model, batch: int, device: str) -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    runs, new = (1, 4) if part.tiny else (3, NEW)
+    new = 8 if part.tiny else NEW
     run(2)
-    first = statistics.median(timed(partial(run, 1), runs))
-    whole = statistics.median(timed(partial(run, 1 + new), runs))
+    arms = taking_turns([lambda: timed(partial(run, 1), 1)[0], lambda: timed(partial(run, 1 + new), 1)[0]], 3)
+    first, whole = map(statistics.median, arms)
     part.add(
         "transformers",
         shape="llava-7b",

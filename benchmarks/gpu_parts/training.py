@@ -10,13 +10,15 @@ from flax import nnx
 
 from benchmarks.gpu_parts.part import Part, timed
 from benchmarks.gpu_parts.runner import BEFORE, nbytes, prompts_of
-from benchmarks.shapes import SHAPES, random_module
+from benchmarks.published import LLAVA_7B, TOY
+from benchmarks.random_models import random_module
+from jaxspec.devices import peaks_of
 from jaxspec.drafters.vispec import ViSpecHead
 from jaxspec.speculation.prefill import taps_of
 from jaxspec.targets.llava import Llava, LlavaAdapter, LlavaConfig
 from jaxspec.targets.prompts import stack_prompts
 from jaxspec.training.drafter import teach
-from jaxspec.training.flops import flops_of, peak_flops
+from jaxspec.training.flops import flops_of
 from jaxspec.training.loop import Constants, make_step
 from jaxspec.training.member import initial_state
 from jaxspec.training.recipe import Task
@@ -32,7 +34,7 @@ def measure(part: Part) -> None:
 
 
 def steps(part: Part, rows: int, length: int) -> None:
-    config = SHAPES["tiny" if part.tiny else "llava-7b"]
+    config = TOY if part.tiny else LLAVA_7B
     recipe = ViSpecRecipe(
         "gpu", target_dtype="float32" if part.tiny else "bfloat16", batch_size=rows, sequence_length=length
     )
@@ -59,7 +61,7 @@ def steps(part: Part, rows: int, length: int) -> None:
 
     compiling = timed(run, 1)[0]
     seconds = float(np.median(timed(run, 2 if part.tiny else 5)))
-    needed, peak = needed_flops(model, draft_model, recipe, rows, length), peak_flops(jax.devices()[0])
+    needed, peaks = needed_flops(model, draft_model, recipe, rows, length), peaks_of(jax.devices()[0])
     part.add(
         "training step",
         rows=rows,
@@ -68,7 +70,7 @@ def steps(part: Part, rows: int, length: int) -> None:
         milliseconds=1e3 * seconds,
         tokens_per_second=rows * length / seconds,
         teraflops_needed=needed / 1e12,
-        mfu=needed / seconds / peak if peak else None,
+        mfu=needed / seconds / peaks.flops if peaks else None,
         teraflops_counted_by_xla=counted / 1e12,
         first_step_seconds=compiling,
         target_gigabytes=nbytes(model) / 1e9,

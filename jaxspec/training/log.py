@@ -19,9 +19,9 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxspec.devices import peaks_of
 from jaxspec.metrics import Acceptance
 from jaxspec.training.acceptance import figures
-from jaxspec.training.flops import peak_flops
 from jaxspec.training.recipe import Recipe, recorded, write_text
 
 
@@ -99,8 +99,8 @@ class Log:
     def machine(self, flops: float, devices: set[jax.Device]) -> None:
         """What one step computes, and on what."""
         device = next(iter(devices))
-        self.flops, peak = flops, peak_flops(device)
-        self.peak = peak and peak * len(devices)
+        self.flops, peaks = flops, peaks_of(device)
+        self.peak = peaks.flops * len(devices) if peaks else None
         text = f"{flops / 1e9:.4g} GFLOP a step on {len(devices)} x {device.device_kind}"
         self.write("run", self.start, {"model_flops_per_step": flops, "devices": len(devices)}, text)
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxspec.devices import PEAKS, Peaks, peaks_of
 from jaxspec.metrics import Acceptance
 from jaxspec.training import Recipe, Task, train
 from jaxspec.training.acceptance import Measurement
 from jaxspec.training.checkpoints import LATEST, Checkpoints, manager
-from jaxspec.training.flops import PEAK_FLOPS, peak_flops
 
 WIDTH = 4
 
@@ -321,7 +321,7 @@ def test_a_disk_too_full_for_the_log_is_told_like_one_too_full_for_a_checkpoint(
 
 
 def test_lines_tell_the_work_of_a_step_and_its_time(tmp_path, monkeypatch):
-    monkeypatch.setitem(PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    monkeypatch.setitem(PEAKS, jax.devices()[0].device_kind, Peaks(flops=1e9, bandwidth=1e9))
     train(small_recipe(tmp_path), small_task([]))
     lines = log_lines(tmp_path)
     (run,) = [line for line in lines if line["split"] == "run"]
@@ -335,10 +335,11 @@ def test_lines_tell_the_work_of_a_step_and_its_time(tmp_path, monkeypatch):
 
 def test_peaks_are_found_by_the_longest_name():
     device = dataclasses.make_dataclass("Device", ["device_kind"])
-    assert peak_flops(device("NVIDIA H100 80GB HBM3")) == PEAK_FLOPS["NVIDIA H100"]
-    assert peak_flops(device("TPU v5 lite")) == PEAK_FLOPS["TPU v5e"]
-    assert peak_flops(device("TPU v5")) == PEAK_FLOPS["TPU v5p"]
-    assert peak_flops(device("cpu")) is None
+    assert peaks_of(device("NVIDIA H100 80GB HBM3")) == PEAKS["NVIDIA H100"]
+    assert peaks_of(device("NVIDIA H100 PCIe")) == PEAKS["NVIDIA H100 PCIe"]
+    assert peaks_of(device("TPU v5 lite")) == PEAKS["TPU v5e"]
+    assert peaks_of(device("TPU v5")) == PEAKS["TPU v5p"]
+    assert peaks_of(device("cpu")) is None
 
 
 def test_tensorboard_events_hold_the_same_numbers(tmp_path):
