@@ -18,6 +18,7 @@ NO_SCOPE = (
     "body",
     "cond",
     "closed_call",
+    "eval_jaxpr",
     "branch_",
     "pjit",
     "transpose",
