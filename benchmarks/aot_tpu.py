@@ -16,8 +16,9 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,12 +31,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from benchmarks import hlo
 from benchmarks.published import TARGETS, Published, abstract_draft_model, abstract_model, massv_config, vispec_config
+from jaxspec.cache import LayerKV
 from jaxspec.programs import CHUNK, Programs
-from jaxspec.sharding import AXES, ROWS, parameter_sharding
+from jaxspec.quantization import quantized
+from jaxspec.sharding import AXES, ROWS, decoding_mesh, head_dims_of, parameter_sharding
 from jaxspec.speculation.params import SamplingParams
 from jaxspec.speculation.prefill import no_images, nothing_read, taps_of
 from jaxspec.speculation.state import Request
 from jaxspec.speculation.tree import TreeConfig
+from jaxspec.splitting import BATCH, TENSOR, shares, using
 from jaxspec.targets.chunks import Chunk
 from jaxspec.targets.prompts import stack_prompts
 from jaxspec.training import ViSpecRecipe
@@ -65,21 +69,29 @@ class Arm:
     method: str | None = None
     head: Callable[[Any], Any] | None = None  # the drafter's config, of the target's
     tree: TreeConfig = TreeConfig.autoregressive()
+    quantize: bool = False  # the drafter's matrices are int8
 
 
 VISPEC = TreeConfig(3, 8, 30)
+EIGHTH = partial(vispec_config, share=8)
+OWN_HEAD = partial(vispec_config, own_head=True)
 ARMS = {
     "llava-1.5-7b/autoregressive": Arm("llava-1.5-7b"),
     "llava-1.5-7b/vispec": Arm("llava-1.5-7b", "vispec", vispec_config, VISPEC),
-    "llava-1.5-7b/vispec-eighth": Arm("llava-1.5-7b", "vispec", partial(vispec_config, share=8), VISPEC),
+    "llava-1.5-7b/vispec-eighth": Arm("llava-1.5-7b", "vispec", EIGHTH, VISPEC),
+    "llava-1.5-7b/vispec-int8": Arm("llava-1.5-7b", "vispec", OWN_HEAD, VISPEC, quantize=True),
+    "llava-1.5-7b/vispec-eighth-int8": Arm("llava-1.5-7b", "vispec", EIGHTH, VISPEC, quantize=True),
     "qwen2.5-vl-7b/autoregressive": Arm("qwen2.5-vl-7b"),
     "qwen2.5-vl-7b/vispec": Arm("qwen2.5-vl-7b", "vispec", vispec_config, VISPEC),
-    "qwen2.5-vl-7b/vispec-eighth": Arm("qwen2.5-vl-7b", "vispec", partial(vispec_config, share=8), VISPEC),
+    "qwen2.5-vl-7b/vispec-eighth": Arm("qwen2.5-vl-7b", "vispec", EIGHTH, VISPEC),
+    "qwen2.5-vl-7b/vispec-int8": Arm("qwen2.5-vl-7b", "vispec", OWN_HEAD, VISPEC, quantize=True),
+    "qwen2.5-vl-7b/vispec-eighth-int8": Arm("qwen2.5-vl-7b", "vispec", EIGHTH, VISPEC, quantize=True),
     "gemma3-12b/autoregressive": Arm("gemma3-12b"),
     "gemma3-12b/massv": Arm("gemma3-12b", "massv", massv_config, TreeConfig.chain(5)),
     "llava-1.5-7b/training": Arm("llava-1.5-7b", "vispec", vispec_config, VISPEC),
 }
-"""The arms with an eighth of the vocabulary have the target's most frequent tokens in mind (drafters/vocabulary.py)."""
+"""The arms with an eighth of the vocabulary have the target's most frequent tokens in mind (drafters/vocabulary.py);
+those in int8 have an int8 head and an int8 LM head of their own, of all tokens where no eighth is said."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +102,8 @@ class Compile:
     arms: tuple[str, ...] = tuple(ARMS)
     kinds: tuple[Literal["v5e", "v5p", "v6e"], ...] = ("v5e", "v5p", "v6e")
     chips: tuple[Literal[1, 4, 8], ...] = (1, 4, 8)
-    """All of one group along `tensor`; in training along `fsdp`."""
+    """All of one group along `tensor` where that divides the heads, else in groups along `data`; in training along
+    `fsdp`."""
     programs: tuple[Literal["decode", "prefill"], ...] = ("decode", "prefill")
     batch: int = 1
     capacity: int = 2048
@@ -99,6 +112,9 @@ class Compile:
     """Of a training batch, on each chip."""
     length: int = 2048
     """Tokens of a training row."""
+    filled: int = 704
+    """Positions of the caches that hold something, of which attention's kernel reads no others: by default those of a
+    prompt with a picture of 576 tokens and a few tokens of answer."""
     layers: int | None = None
     """The first so many layers of the target's text model, to look at a program quickly; default all."""
     hlo: Path | None = None
@@ -109,34 +125,39 @@ class Compile:
             raise ValueError(f"arms {', '.join(unknown)} are not known; known are {', '.join(ARMS)}")
 
     def write(self) -> None:
-        """Compile, print and keep row after row: what is done when time runs out is in the file."""
-        rows = []
+        """Compile, print and keep row after row: what is done when time runs out is in the file. Rows of other programs
+        that are in it stay, so that several commands fill one table."""
+        rows = json.loads(self.output.read_text())["rows"] if self.output.exists() else []
         for kind in self.kinds:
             for chips in self.chips:
                 devices = topology(TOPOLOGIES[kind][chips])[:chips]
                 for row in self.compiled(kind, devices):
-                    rows.append(with_ceiling(row, rows))
-                    print(sentence(rows[-1]), flush=True)
-                    about = {"compile_only": True, "jax": jax.__version__, **dataclasses.asdict(self), "rows": rows}
-                    write_json(self.output, about)
+                    rows = merged(rows, row)
+                    print(sentence(next(each for each in rows if key_of(each) == key_of(row))), flush=True)
+                    write_json(self.output, {"compile_only": True, "rows": rows})
 
     def compiled(self, kind: str, devices: list[Any]) -> Iterator[dict[str, Any]]:
         """A row for every program of every arm."""
+        versions = {"jax": jax.__version__, "libtpu": version("libtpu")}
         for name in self.arms:
             arm, target = ARMS[name], TARGETS[ARMS[name].target].with_layers(self.layers)
-            about = {"arm": name, "kind": kind, "chips": len(devices), "batch": self.batch}
+            about = {"arm": name, "kind": kind, "chips": len(devices), "layers": self.layers} | versions
             if name.endswith("training"):
-                about |= {"program": "step", "batch": self.rows * len(devices)}
+                about |= {"program": "step", "batch": self.rows * len(devices), "positions": self.length}
                 yield about | self.told(about, partial(training_step, target, arm, devices, self.rows, self.length))
                 continue
             decoding = Decoding(target, arm, devices, self.batch, self.capacity)
+            about |= {"batch": decoding.batch, "positions": self.capacity}
             for program in self.programs:
                 told = about | {"program": program}
-                yield told | self.told(told, getattr(decoding, program), decoding.resident(program))
+                filled = min(1.0, self.filled / self.capacity)
+                yield told | self.told(told, getattr(decoding, program), decoding.resident(program), filled)
 
-    def told(self, about: dict[str, Any], lower: Callable[[], Any], resident: float = 0.0) -> dict[str, Any]:
+    def told(
+        self, about: dict[str, Any], lower: Callable[[], Any], resident: float = 0.0, filled: float = 1.0
+    ) -> dict[str, Any]:
         """What the compiler makes of one program, or why it makes nothing; `resident` bytes of a chip are taken by what
-        is loaded, whether the program reads it or not."""
+        is loaded, whether the program reads it or not; of caches the part `filled` holds something."""
         lowered, started = lower(), time.perf_counter()
         try:
             compiled = lowered.compile()
@@ -157,13 +178,14 @@ class Compile:
         return {
             "fits": gib <= limit, "gib": round(gib, 2), "limit_gib": limit,
             "temporary_gib": round(memory.temp_size_in_bytes / GIB, 2),
-            "compile_seconds": round(seconds, 1), **read_program(text, about["program"]),
+            "compile_seconds": round(seconds, 1), **read_program(text, about["program"], self.capacity, filled),
             "flops": flops(compiled),
         }  # fmt: skip
 
 
-def read_program(text: str, program: str) -> dict[str, Any]:
-    """What its text tells: of the loop of a decoding program, of all of another one."""
+def read_program(text: str, program: str, capacity: int, filled: float) -> dict[str, Any]:
+    """What its text tells: of the loop of a decoding program, of all of another one. Attention's kernel reads caches of
+    `capacity` positions as far as they are filled: `bytes` is with all of them, `bytes_filled` with that part."""
     parsed = hlo.parse(text)
     body = parsed.loop() if program == "decode" else parsed.entry
     loop = [each for each in parsed.copies(body, LEAST)] if program == "decode" else []
@@ -172,13 +194,21 @@ def read_program(text: str, program: str) -> dict[str, Any]:
     def listed(copies: list[hlo.Moved], computation: str) -> dict[str, Any]:
         named: dict[str, float] = {}
         for each in copies:
-            origin = re.sub(r"\d+", "*", parsed.origin(computation, each.instruction))
+            source = parsed.origin(computation, each.instruction)
+            origin = re.sub(r"\d+", "*", source.label or source.name)
             named[origin] = named.get(origin, 0) + each.bytes
         largest = sorted(named.items(), key=lambda item: -item[1])[:6]
-        return {"count": len(copies), "bytes": sum(each.bytes for each in copies), "of": dict(largest)}
+        held = [each.bytes for each in copies if parsed.is_held(computation, each.instruction)]
+        return {
+            **{"count": len(copies), "bytes": sum(each.bytes for each in copies), "of": dict(largest)},
+            **{"held_count": len(held), "held_bytes": sum(held)},  # of weights and caches
+        }
 
+    moved, caches = parsed.moved_by(body), parsed.read_by_kernels(body, capacity)
     return {
-        "bytes": parsed.moved_by(body),
+        "bytes": moved,
+        "bytes_filled": moved - (1 - filled) * caches,
+        "kernels": parsed.kernels(body),
         "collectives": {
             kind: {"count": count, "bytes": size} for kind, (count, size) in parsed.collectives(body).items()
         },
@@ -195,31 +225,52 @@ def flops(compiled: Any) -> float | None:
     return costs.get("flops")
 
 
-def with_ceiling(row: dict[str, Any], before: list[dict[str, Any]]) -> dict[str, Any]:
-    """With `ceiling` where the autoregressive step of the same target on the same chips is among the rows before."""
+def key_of(row: dict[str, Any]) -> tuple:
+    """What a row is about: of two with the same key the later one counts."""
+    return tuple(row.get(name) for name in ("arm", "program", "kind", "chips", "batch", "positions", "layers"))
+
+
+def merged(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with another one, in the place of that with its key if there is one, and with ceilings."""
+    places = {key_of(each): each for each in rows} | {key_of(row): row}
+    return [with_ceiling(each, list(places.values())) for each in places.values()]
+
+
+def with_ceiling(row: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """With `ceiling` and `ceiling_filled` where the autoregressive step of the same target, of as many layers, on the
+    same chips is among the others."""
     if row["program"] != "decode" or "bytes" not in row:
         return row
-    plain = row["arm"].split("/")[0] + "/autoregressive"
-    same = ("kind", "chips", "batch", "program")
-    steps = [each for each in [*before, row] if each["arm"] == plain and all(each[key] == row[key] for key in same)]
-    return row | {"ceiling": steps[0]["bytes"] / row["bytes"]} if steps and "bytes" in steps[0] else row
+    wanted = key_of(row | {"arm": row["arm"].split("/")[0] + "/autoregressive"})
+    steps = [each for each in [*others, row] if key_of(each) == wanted and "bytes" in each]
+    if not steps:
+        return row
+    names = {"ceiling": "bytes", "ceiling_filled": "bytes_filled"}
+    return row | {name: round(steps[0][own] / row[own], 4) for name, own in names.items()}
 
 
 def sentence(row: dict[str, Any]) -> str:
     """A row for a reader."""
     name = f"{row['arm']} {row['program']}, {row['chips']} x {row['kind']}, batch {row['batch']}"
+    if row.get("layers") is not None:
+        name += f", {row['layers']} layers"
     if "bytes" not in row:
         return f"{name}: does not fit, {row['gib']} of {row['limit_gib']} GiB (compile-only)"
     loop, entry = row["copies_in_loop"], row["copies_at_entry"]
     found = ", ".join(
         f"{each['count']} {kind} {each['bytes'] / 1e6:.1f} MB" for kind, each in row["collectives"].items()
     )
+    takes = f"{row['gib']} of {row['limit_gib']} GiB{'' if row['fits'] else ' (does not fit)'}"
+    moves = f"{row['bytes'] / 1e9:.2f} GB ({row['bytes_filled'] / 1e9:.2f} as filled)"
+    ceiling = f", ceiling {row['ceiling']:.3f} ({row['ceiling_filled']:.3f})" if "ceiling" in row else ""
+    kernels = ", ".join(f"{count} {kernel}" for kernel, count in row["kernels"].items()) or "no kernels"
+    copies = ", ".join(
+        f"{where} {each['held_count']} ({each['held_bytes'] / 1e6:.0f} MB)"
+        for where, each in (("in the loop", loop), ("at entry", entry))
+    )
     return (
-        f"{name}: {row['gib']} of {row['limit_gib']} GiB{'' if row['fits'] else ' (does not fit)'}, "
-        f"{row['bytes'] / 1e9:.2f} GB, {(row['flops'] or 0) / 1e12:.2f} TFLOP"
-        + (f", ceiling {row['ceiling']:.3f}" if "ceiling" in row else "")
-        + f", copies in the loop {loop['count']} ({loop['bytes'] / 1e6:.0f} MB), at entry {entry['count']} "
-        f"({entry['bytes'] / 1e6:.0f} MB); {found or 'no collectives'}; {row['compile_seconds']} s (compile-only)"
+        f"{name}: {takes}, {moves}, {(row['flops'] or 0) / 1e12:.2f} TFLOP{ceiling}; {kernels}; copies of weights and "
+        f"caches {copies}; {found or 'no collectives'}; {row['compile_seconds']} s (compile-only)"
     )
 
 
@@ -240,35 +291,56 @@ def topology(name: str) -> list[Any]:
 
 
 class Decoding:
-    """The programs of one arm on some chips, lowered over shapes."""
+    """The programs of one arm on some chips, lowered over shapes: of `batch` rows for each group of chips."""
 
     def __init__(self, target: Published, arm: Arm, devices: list[Any], batch: int, capacity: int) -> None:
-        self.target, self.batch, self.capacity = target, batch, capacity
-        self.model = abstract_model(target.family, target.config)
+        self.target, self.capacity = target, capacity
+        tensor = tensor_of(target.config.text.num_heads, len(devices))
+        self.batch = batch * (len(devices) // tensor)
+        self.mesh = None if len(devices) == 1 else decoding_mesh(tensor, len(devices) // tensor, devices)
+        self.alone = SingleDeviceSharding(devices[0])
+        self.model = self.placed(abstract_model(target.family, target.config))
         self.draft_model = None
         if arm.method is not None and arm.head is not None:
-            self.draft_model = abstract_draft_model(arm.method, arm.head(target.config))
+            draft_model = abstract_draft_model(arm.method, arm.head(target.config))
+            self.draft_model = self.placed(quantized(draft_model) if arm.quantize else draft_model)
         self.adapter = target.adapter(target.config)
         self.programs = Programs(self.model, self.adapter, self.draft_model, arm.tree)
-        self.mesh = None if len(devices) == 1 else tensor_mesh(devices)
-        self.whole = (
-            SingleDeviceSharding(devices[0]) if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
-        )
-        self.params = self.placed(self.programs.params_of(self.model, self.draft_model))
+        self.params = self.programs.params_of(self.model, self.draft_model)
 
-    def placed(self, params: Any) -> Any:
-        """Parameters as `load_target` and `load_drafter` place them."""
-        return placed_parameters(params, self.mesh, self.whole)
+    def placed(self, model: Any) -> Any:
+        """A model as its loader places it."""
+        graph, params = nnx.split(model)
+        head_dims = head_dims_of(model)
+        return nnx.merge(graph, placed_parameters(params, self.mesh, self.alone, head_dims))
+
+    def lying(self, leaf: Any, *axes: str) -> jax.ShapeDtypeStruct:
+        """The shape of an array that is split as `splitting.constrained` splits it."""
+        sharding: Any = self.alone
+        if self.mesh is not None:
+            with using(self.mesh):
+                spec = [shares(axis, size) for axis, size in zip(axes, np.shape(leaf), strict=False)]
+            sharding = NamedSharding(self.mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding)
 
     def here(self, tree: Any) -> Any:
-        """Shapes of arrays that every chip has whole."""
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=self.whole), tree)
+        """Shapes of arrays that every chip has whole, as those that come from the host."""
+        return jax.tree.map(self.lying, tree)
 
-    def spread(self, tree: Any, shardings: Any) -> Any:
-        """Shapes of arrays that lie as a compiled program leaves them."""
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
-        )
+    def kept(self, tree: Any) -> Any:
+        """Shapes of arrays as the programs leave them (`state.placed`)."""
+
+        def one(leaf: Any) -> Any:
+            if isinstance(leaf, LayerKV):
+                return LayerKV(*(self.lying(each, BATCH, TENSOR) for each in leaf))
+            return self.lying(leaf, BATCH)
+
+        return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, LayerKV))
+
+    def shapes(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Of what a function of models makes on these chips, as the programs leave it."""
+        with using(self.mesh):
+            return self.kept(jax.eval_shape(lambda: function(self.model, self.draft_model, *args)))
 
     def chunk(self, length: int) -> Chunk[Any]:
         ids = jax.ShapeDtypeStruct((self.batch, length), jnp.int32)
@@ -279,37 +351,25 @@ class Decoding:
 
     def read(self) -> Any:
         """Prompts that have been read, as the chips hold them."""
-        shapes = jax.eval_shape(partial(nothing_read, self.model, self.draft_model, self.batch, self.capacity))
-        return self.kept(shapes)
-
-    def kept(self, shapes: Any) -> Any:
-        """Caches with their heads over `tensor` where the chips divide them, all else whole."""
-
-        def one(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
-            sharding = self.whole
-            if self.mesh is not None and leaf.ndim == 4 and leaf.shape[1] % self.mesh.shape["tensor"] == 0:
-                sharding = NamedSharding(self.mesh, PartitionSpec(None, "tensor"))
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        return jax.tree_util.tree_map_with_path(one, shapes)
+        return self.shapes(nothing_read, self.batch, self.capacity)
 
     def begun(self) -> Any:
         """The state between rounds, as the chips hold it."""
         ids = [np.zeros(4, np.int32)] * self.batch
         asked = Request.of([SamplingParams()] * self.batch, ids, [64] * self.batch, (2,), self.model.vocab_size)
         request = self.here(jax.tree.map(np.asarray, asked))
-        offsets = jax.ShapeDtypeStruct((self.batch,), jnp.int32, sharding=self.whole)
+        offsets = self.here(jax.ShapeDtypeStruct((self.batch,), jnp.int32))
         begin = partial(self.programs._begin, capacity=self.capacity, max_images=4)
         return self.kept(jax.eval_shape(begin, self.params, self.read(), request, offsets))
 
     def decode(self) -> Any:
-        rounds = jax.ShapeDtypeStruct((), jnp.int32, sharding=self.whole)
+        rounds = self.here(jax.ShapeDtypeStruct((), jnp.int32))
         return self.programs._decode.lower(self.params, self.begun(), rounds, self.programs.tree)
 
     def prefill(self) -> Any:
         """One chunk of a prompt behind others."""
-        images = jax.eval_shape(partial(no_images, self.model, self.draft_model, self.batch, CHUNK))
-        return self.programs._read.lower(self.params, self.read(), self.chunk(CHUNK), self.here(images))
+        images = self.shapes(no_images, self.batch, CHUNK)
+        return self.programs._read.lower(self.params, self.read(), self.chunk(CHUNK), images)
 
     def resident(self, program: str) -> float:
         """Bytes of one chip that weights and state take."""
@@ -317,22 +377,18 @@ class Decoding:
         return sum(local_bytes(leaf) for leaf in jax.tree.leaves((self.params, state)))
 
 
-def tensor_mesh(devices: list[Any], fsdp: int = 1) -> Mesh:
-    """All devices along `tensor`, but for `fsdp` groups."""
-    shape = (1, fsdp, len(devices) // fsdp)
-    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def tensor_of(heads: int, chips: int) -> int:
+    """The most chips of a group that divide the heads; the groups stand along `data`."""
+    return max(size for size in range(1, chips + 1) if chips % size == 0 and heads % size == 0)
 
 
-def placed_parameters(tree: Any, mesh: Mesh | None, whole: Any) -> Any:
-    """Shapes of the pair (target, drafter) as their loaders place them: the target split, the drafter on every chip."""
+def placed_parameters(tree: Any, mesh: Mesh | None, alone: Any, head_dims: Mapping[str, int] | None = None) -> Any:
+    """Shapes of parameters, or of what an optimizer keeps of them, as `place_parameters` puts them."""
 
     def one(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = whole
-        part, *names = [str(getattr(key, "key", getattr(key, "idx", ""))) for key in path]
-        if mesh is not None and part == "0":
-            sharding = parameter_sharding(
-                mesh, ".".join(name for name in names if name not in ("", "value")), leaf.shape
-            )
+        names = [str(getattr(key, "key", getattr(key, "idx", ""))) for key in path]
+        dotted = ".".join(name for name in names if name not in ("", "value"))
+        sharding = alone if mesh is None else parameter_sharding(mesh, dotted, leaf.shape, head_dims)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(one, tree)
@@ -348,7 +404,11 @@ def training_step(target: Published, arm: Arm, devices: list[Any], rows: int, le
     """One step of ViSpec's second stage as `train.py` makes it: the target frozen in bfloat16, the head in float32,
     both split over all chips."""
     batch_size = rows * len(devices)
-    mesh = tensor_mesh(devices, fsdp=len(devices))
+    mesh = None
+    if len(devices) > 1:
+        shape = (1, len(devices), 1)
+        mesh = Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    alone = SingleDeviceSharding(devices[0])
     recipe = ViSpecRecipe(name="aot", target_dtype="bfloat16", batch_size=batch_size, sequence_length=length)
     assert arm.method is not None
     model = abstract_model(target.family, target.config)
@@ -358,12 +418,7 @@ def training_step(target: Published, arm: Arm, devices: list[Any], rows: int, le
     model_graph, model_params = nnx.split(model)
 
     def placed(tree: Any) -> Any:
-        def one(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
-            names = [str(getattr(key, "key", getattr(key, "idx", ""))) for key in path]
-            sharding = parameter_sharding(mesh, ".".join(filter(None, names)), leaf.shape)
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        return jax.tree_util.tree_map_with_path(one, tree)
+        return placed_parameters(tree, mesh, alone)
 
     params, rest, model_params = placed(params), placed(rest), placed(model_params)
 
@@ -375,14 +430,15 @@ def training_step(target: Published, arm: Arm, devices: list[Any], rows: int, le
     task = Task(params, (rest, model_params), loss, batches=None, validation=None, export=None)  # type: ignore[arg-type]
     state = placed(jax.eval_shape(partial(initial_state, recipe), params))
     constants = Constants([task])
-    step = make_step([recipe], [task], constants, jax.tree.map(lambda leaf: leaf.sharding, [state]))
+    step = make_step([recipe], [task], constants, mesh, jax.tree.map(lambda leaf: leaf.sharding, [state]))
     prompts = [target.prompt(after=64)] * batch_size
     stacked = stack_prompts(target.adapter(target.config), prompts, length)
     batch = {"prompts": stacked, "loss_mask": np.zeros((batch_size, length), bool)}
 
     def split(leaf: Any) -> jax.ShapeDtypeStruct:
-        whole = leaf.ndim == 0 or leaf.shape[0] % len(devices)
-        spec = PartitionSpec() if whole else PartitionSpec(ROWS)
+        if mesh is None:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=alone)
+        spec = PartitionSpec() if leaf.ndim == 0 or leaf.shape[0] % len(devices) else PartitionSpec(ROWS)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return step.lower([state], constants.arrays, jax.tree.map(split, batch))

@@ -27,6 +27,8 @@ FREE = {
 """Instructions that move nothing."""
 MOVING = {"copy", "transpose", "bitcast", "reshape", "convert", "broadcast", "parameter", "constant", "tuple"}
 """What a fusion that only moves an array elsewhere is made of."""
+UPDATES = ("dynamic-update-slice", "scatter")
+"""Instructions that write into their first operand."""
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 
@@ -47,6 +49,12 @@ class Instruction:
         """Where in the traced program it comes from."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
+
+    @property
+    def kernel(self) -> str:
+        """The name of the Pallas kernel that it is, "" for anything else."""
+        is_kernel = self.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.attributes
+        return self.name.rstrip("0123456789.") if is_kernel else ""
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
@@ -77,6 +85,12 @@ def arrays_of(shape: str) -> list[tuple[float, bool]]:
 def bytes_of(shape: str, anywhere: bool = False) -> float:
     """Bytes of a shape in main memory, or `anywhere`."""
     return sum(size for size, main in arrays_of(shape) if main or anywhere)
+
+
+def dims_of(shape: str) -> tuple[int, ...]:
+    """The dimensions of the first array in a shape."""
+    found = SHAPE.search(shape)
+    return tuple(int(size) for size in found.group(2).split(",") if size) if found else ()
 
 
 class Program:
@@ -216,15 +230,65 @@ class Program:
                 found.append(Moved(arrays[0][0], each))
         return found
 
-    def origin(self, computation: str, each: Instruction) -> str:
-        """What an instruction makes a copy of: the name of the argument, if it is one."""
+    def origin(self, computation: str, each: Instruction) -> Instruction:
+        """What an instruction makes a copy of: an argument or a loop's result, or whatever computed it."""
         siblings, source = self.by_name[computation], each
-        passing = ("copy", "bitcast", "transpose", "fusion", "custom-call")  # a custom call joins slices
-        while source.operands and (source.op in passing or source.op.endswith(("-start", "-done"))):
-            if source.operands[0] not in siblings:
+        while (place := self._passed_on(computation, source)) is not None:
+            if source.operands[place] not in siblings:
                 break
-            source = siblings[source.operands[0]]
-        return source.label or source.name
+            source = siblings[source.operands[place]]
+        return source
+
+    def is_held(self, computation: str, each: Instruction) -> bool:
+        """Whether that is an argument of the computation or what a loop carries: weights, a cache, and not something
+        that was computed just before."""
+        source = self.origin(computation, each)
+        if source.op == "get-tuple-element":
+            holder = self.by_name[computation].get(source.operands[0])
+            return holder is None or holder.op in ("parameter", "while", "opt-barrier", "optimization-barrier")
+        return source.op == "parameter"
+
+    def _passed_on(self, computation: str, each: Instruction) -> int | None:
+        """Which operand an instruction hands on, laid out anew, moved or updated in place; None where it computes."""
+        if not each.operands or each.kernel:
+            return None
+        if each.op in ("copy", "bitcast", "transpose", "custom-call") or each.op.endswith(("-start", "-done")):
+            return 0  # a custom call that is no kernel joins slices
+        if each.op in UPDATES:
+            return 0
+        if each.op != "fusion" or not each.called:
+            return None
+        inner = self.by_name[each.called[0]]
+        if {line.op for line in inner.values()} <= MOVING:
+            return 0
+        line = next(line for line in inner.values() if line.is_root)
+        while line.op in ("bitcast", "copy", *UPDATES) and line.operands[0] in inner:
+            line = inner[line.operands[0]]
+        return int(line.arguments) if line.op == "parameter" else None
+
+    def kernels(self, computation: str) -> dict[str, int]:
+        """How many Pallas kernels of each name one run of a computation has."""
+        found: dict[str, int] = {}
+        for each in self._kernel_calls(computation):
+            found[each.kernel] = found.get(each.kernel, 0) + 1
+        return found
+
+    def read_by_kernels(self, computation: str, capacity: int) -> float:
+        """Bytes of the caches `[B, Hkv, S, Dh]` of `capacity` positions that kernels are given, part of `moved_by`,
+        which counts operands whole: a kernel that skips what is not filled reads as much at most."""
+        return sum(
+            bytes_of(source.shape)
+            for name, each in self._kernel_calls_by(computation)
+            for operand in each.operands
+            if (source := self.by_name[name].get(operand)) and dims_of(source.shape)[2:3] == (capacity,)
+        )
+
+    def _kernel_calls(self, computation: str) -> list[Instruction]:
+        return [each for _, each in self._kernel_calls_by(computation)]
+
+    def _kernel_calls_by(self, computation: str) -> list[tuple[str, Instruction]]:
+        reached = list(self.reachable(computation))
+        return [(name, each) for name in reached for each in self.computations[name] if each.kernel]
 
     def collectives(self, computation: str) -> dict[str, tuple[int, float]]:
         """How many of each kind one run of a computation has, and the bytes of their larger side on one chip."""

@@ -122,10 +122,11 @@ TARGETS = {
 }
 
 
-def vispec_config(target: Any, share: int = 1) -> ViSpecConfig:
-    """ViSpec's head of a target; with `share` it drafts that part of the vocabulary."""
+def vispec_config(target: Any, share: int = 1, own_head: bool = False) -> ViSpecConfig:
+    """ViSpec's head of a target; with `share` it drafts that part of the vocabulary, with an LM head of its own, which
+    with `own_head` it has for all tokens, too."""
     text = dataclasses.replace(target.text.plain(), tie_word_embeddings=False)
-    drafted = None if share == 1 else text.vocab_size // share
+    drafted = text.vocab_size // share if share > 1 or own_head else None
     return ViSpecConfig(text, qkv_bias=text.qkv_bias, draft_vocab_size=drafted)
 
 
