@@ -19,10 +19,10 @@ import jax
 from jaxspec.cache import LayerKV
 from jaxspec.kernels import cached, library, plain
 from jaxspec.kernels.masks import Mask
-from jaxspec.kernels.segments import Keys, Segment
+from jaxspec.kernels.segments import Keys, Scores, Segment
 from jaxspec.kernels.split import by_heads
 
-Attend = Callable[[jax.Array, Sequence[Segment], float | None], jax.Array]
+Attend = Callable[[jax.Array, Sequence[Segment], Scores], jax.Array]
 
 
 def anything(query: jax.Array, segments: Sequence[Segment]) -> bool:
@@ -30,7 +30,7 @@ def anything(query: jax.Array, segments: Sequence[Segment]) -> bool:
     return True
 
 
-def nothing(query: jax.Array, segments: Sequence[Segment]) -> None:
+def nothing(query: jax.Array, segments: Sequence[Segment], of: Scores = Scores()) -> None:
     """Lacks nothing."""
 
 
@@ -40,8 +40,8 @@ class Kernel(NamedTuple):
     run: Attend
     fits: Callable[[jax.Array, Sequence[Segment]], bool] = anything
     """Whether the masks are of the kind that it is for."""
-    lacks: Callable[[jax.Array, Sequence[Segment]], str | None] = nothing
-    """Which size or dtype it does not have, as a clause."""
+    lacks: Callable[[jax.Array, Sequence[Segment], Scores], str | None] = nothing
+    """Which size, dtype or kind of score it does not have, as a clause."""
 
 
 def over_cache(query: jax.Array, segments: Sequence[Segment]) -> bool:
@@ -53,7 +53,7 @@ KERNELS: Mapping[str, Kernel] = {
     "plain": Kernel(plain.attend),
     "pallas": Kernel(cached.attend, over_cache, cached.lacks),
     "splash": Kernel(library.splash, library.splash_fits, library.splash_lacks),
-    "xla": Kernel(library.joined),
+    "xla": Kernel(library.joined, lacks=library.joined_lacks),
     "cudnn": Kernel(functools.partial(library.joined, backend="cudnn"), lacks=library.cudnn_lacks),
 }
 """What there is, by name; `plain` is what the others must equal, and what runs where another does not fit."""
@@ -79,7 +79,11 @@ def known(name: str) -> str:
 @jax.named_scope("attention")
 @by_heads
 def attend(
-    query: jax.Array, segments: Sequence[Segment], scale: float | None = None, implementation: str | None = None
+    query: jax.Array,
+    segments: Sequence[Segment],
+    scale: float | None = None,
+    implementation: str | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Softmax attention over the union of the segments, with grouped query heads, softmax in float32.
 
@@ -88,35 +92,36 @@ def attend(
       segments: of which the first may be a cache.
       scale: what scores are multiplied by, `Dh**-0.5` if not given.
       implementation: a name in `KERNELS`, or None for that of the block `implementation` or for what suits the device.
+      soft_cap: what scores stay below, `soft_cap * tanh(score / soft_cap)` (as Gemma2's are).
 
     Returns `[B, H, N, Dh]` in the query's dtype. A query that sees nothing returns some finite average (of padding).
     Raises ValueError for an implementation that there is not.
     """
-    name = CHOICE.value if implementation is None else known(implementation)
+    name, of = CHOICE.value if implementation is None else known(implementation), Scores(scale, soft_cap)
     if name is not None:
-        return chosen(name, query, segments, loud=True)(query, segments, scale)
+        return chosen(name, query, segments, of, loud=True)(query, segments, of)
     kernel = plain.attend
     # A kernel of a few hundred positions would not earn its start.
     if Keys(segments[0].kv, segments[:1]).is_roomy_cache:
-        kernel = chosen("pallas", query, segments, loud=jax.default_backend() == "tpu")
+        kernel = chosen("pallas", query, segments, of, loud=jax.default_backend() == "tpu")
     elif len(segments) == 1:
-        kernel = chosen("splash", query, segments, loud=False)
+        kernel = chosen("splash", query, segments, of, loud=False)
     if kernel is plain.attend:
-        return plain.attend(query, segments, scale)
+        return plain.attend(query, segments, of)
     return jax.lax.platform_dependent(
         query,
         list(segments),
-        tpu=lambda query, segments: kernel(query, segments, scale),
-        default=lambda query, segments: plain.attend(query, segments, scale),
+        tpu=lambda query, segments: kernel(query, segments, of),
+        default=lambda query, segments: plain.attend(query, segments, of),
     )
 
 
-def chosen(name: str, query: jax.Array, segments: Sequence[Segment], *, loud: bool) -> Attend:
+def chosen(name: str, query: jax.Array, segments: Sequence[Segment], of: Scores, *, loud: bool) -> Attend:
     """The kernel of that name where it can be used, else the plain form; `loud` ones say once what they lack."""
     kernel = KERNELS[name]
     if not kernel.fits(query, segments):
         return plain.attend
-    lacks = kernel.lacks(query, segments)
+    lacks = kernel.lacks(query, segments, of)
     if lacks is not None:
         if loud:
             say_once(f"attention falls back to the plain form: {name} does not have {lacks}")
@@ -133,11 +138,11 @@ def say_once(sentence: str) -> None:
 def differentiable(run: Attend) -> Attend:
     """With the gradient of the plain form, for a kernel that has none or a worse one."""
 
-    def with_gradient(query: jax.Array, segments: Sequence[Segment], scale: float | None) -> jax.Array:
+    def with_gradient(query: jax.Array, segments: Sequence[Segment], scores: Scores) -> jax.Array:
         masks = [segment.mask for segment in segments]
 
         def of(function: Attend, query: jax.Array, kvs: Sequence[LayerKV], masks: Sequence[Mask]) -> jax.Array:
-            return function(query, [Segment(*pair) for pair in zip(kvs, masks, strict=True)], scale)
+            return function(query, [Segment(*pair) for pair in zip(kvs, masks, strict=True)], scores)
 
         forward = jax.custom_vjp(functools.partial(of, run))
 

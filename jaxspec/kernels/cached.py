@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxspec.cache import LayerKV
-from jaxspec.kernels.segments import MASKED, Keys, Segment, merged
+from jaxspec.kernels.segments import MASKED, Keys, Scores, Segment, merged
 
 LANES, TILE = 128, 16
 """Heads have a multiple of `LANES` numbers; rows of queries and keys behind the cache are padded to a multiple of
@@ -30,7 +30,7 @@ STEP, MEMORY = 1 << 19, 12 << 20
 """Bytes of keys that a step should read at least, and that a step may take of a core's memory by `Plan.bytes`."""
 
 
-def lacks(query: jax.Array, segments: Sequence[Segment]) -> str | None:
+def lacks(query: jax.Array, segments: Sequence[Segment], of: Scores = Scores()) -> str | None:
     """Which size or dtype of attention over a cache the kernel does not have, as a clause; None if it has all."""
     head_dim, kv = query.shape[-1], segments[0].kv
     if head_dim % LANES:
@@ -78,7 +78,7 @@ class Plan(NamedTuple):
         return plan
 
 
-def attend(query: jax.Array, segments: Sequence[Segment], scale: float | None = None) -> jax.Array:
+def attend(query: jax.Array, segments: Sequence[Segment], of: Scores = Scores()) -> jax.Array:
     """As `plain.attend`, of what `fits` and lacks nothing. Where there is no TPU it runs under
     `pltpu.force_tpu_interpret_mode` only."""
     cache, *behind = merged(segments)
@@ -91,11 +91,10 @@ def attend(query: jax.Array, segments: Sequence[Segment], scale: float | None = 
     if mask.window is not None:
         places = jnp.arange(length)[None] if mask.query_places is None else mask.query_places
         lowest = jnp.broadcast_to(places - (mask.window - 1), (batch, length))
-    scale = head_dim**-0.5 if scale is None else scale
-    return attend_cache(query, cache.kv, own.kv, seen, mask.lengths, lowest, scale=scale)
+    return attend_cache(query, cache.kv, own.kv, seen, mask.lengths, lowest, of=of)
 
 
-@partial(jax.jit, static_argnames="scale")  # layers of one shape are traced once
+@partial(jax.jit, static_argnames="of")  # layers of one shape are traced once
 def attend_cache(
     query: jax.Array,
     cache: LayerKV,
@@ -104,7 +103,7 @@ def attend_cache(
     lengths: jax.Array,
     lowest: jax.Array | None,
     *,
-    scale: float,
+    of: Scores,
 ) -> jax.Array:
     """Queries `[B, H, N, Dh]` over the first `lengths` i32 `[B]` positions of a cache `[B, Hkv, S, Dh]`, from `lowest`
     i32 `[B, N]` on if given, and over `own` `[B, Hkv, T, Dh]` as far as `seen` bool `[B or 1, N or 1, T]`."""
@@ -159,7 +158,7 @@ def attend_cache(
     arrays, specs = zip(*inputs, strict=True)
     held = [(plan.heads, plan.rows, size) for size in (LANES, LANES, head_dim)]
     out = pl.pallas_call(
-        partial(_step, scale=scale, windowed=lowest is not None, ragged=capacity % plan.size > 0),
+        partial(_step, of=of, windowed=lowest is not None, ragged=capacity % plan.size > 0),
         out_shape=jax.ShapeDtypeStruct(queries.shape, query.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(Work._fields) - 1,
@@ -211,7 +210,7 @@ def _step(rows, blocks, first, last, lengths, query, keys, values, own_keys, own
 
     def scores(keys: jax.Array, visible: jax.Array) -> jax.Array:  # [h, R, S]
         products = jax.lax.dot_general(query[0], keys, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
-        return jnp.where(visible[None], products * static["scale"], MASKED)
+        return jnp.where(visible[None], static["of"].of(products, query.shape[-1]), MASKED)
 
     def mix(weights: jax.Array, values: jax.Array) -> jax.Array:  # [h, R, Dh]
         return jax.lax.dot_general(

@@ -23,7 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from jaxspec.kernels.cached import LANES, lacks
-from jaxspec.kernels.segments import Keys, Segment
+from jaxspec.kernels.segments import Keys, Scores, Segment
 
 Backend = Literal["xla", "cudnn"]
 SHORT = 128
@@ -42,22 +42,20 @@ def splash_fits(query: jax.Array, segments: Sequence[Segment]) -> bool:
 splash_lacks = lacks
 
 
-def splash(query: jax.Array, segments: Sequence[Segment], scale: float | None = None) -> jax.Array:
+def splash(query: jax.Array, segments: Sequence[Segment], of: Scores = Scores()) -> jax.Array:
     """As `plain.attend`, of what fits; where there is no TPU, under `pltpu.force_tpu_interpret_mode` only."""
     ((kv, mask),) = segments
-    batch, heads, length, head_dim = query.shape
-    lengths = jnp.full((batch,), length) if mask.lengths is None else mask.lengths
-    scale = head_dim**-0.5 if scale is None else scale
-    return splash_segment(query, kv, lengths, scale=scale, causal=mask.causal)
+    lengths = jnp.full((query.shape[0],), query.shape[2]) if mask.lengths is None else mask.lengths
+    return splash_segment(query, kv, lengths, of=of, causal=mask.causal)
 
 
-@partial(jax.jit, static_argnames=("scale", "causal"))
+@partial(jax.jit, static_argnames=("of", "causal"))
 def splash_segment(
-    query: jax.Array, kv: Sequence[jax.Array], lengths: jax.Array, *, scale: float, causal: bool
+    query: jax.Array, kv: Sequence[jax.Array], lengths: jax.Array, *, of: Scores, causal: bool
 ) -> jax.Array:
     """Queries `[B, H, N, Dh]` over keys and values `[B, Hkv, N, Dh]`, of which the first `lengths` i32 `[B]` are seen
     (of none, the first)."""
-    heads, length = query.shape[1:3]
+    heads, length, head_dim = query.shape[1:]
     size = -(-length // LANES) * LANES
     block = next(block for block in (4 * LANES, 2 * LANES, LANES) if size % block == 0)
     room = ((0, 0), (0, 0), (0, size - length), (0, 0))
@@ -67,6 +65,7 @@ def splash_segment(
         block_sizes=BlockSizes(block_q=block, block_kv=block, block_kv_compute=block),
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=of.soft_cap,
     )
 
     def of_row(row: tuple[jax.Array, ...]) -> jax.Array:
@@ -76,14 +75,16 @@ def splash_segment(
         assert isinstance(out, jax.Array)  # a pair where residuals are asked for
         return out
 
-    scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
+    scaled = (query.astype(jnp.float32) * of.factor(head_dim)).astype(query.dtype)
     # One row after another: interpret mode knows no batches of a kernel.
     out = jax.lax.map(of_row, (*(jnp.pad(x, room) for x in (scaled, *kv)), lengths))
     return out[:, :, :length]
 
 
-def cudnn_lacks(query: jax.Array, segments: Sequence[Segment]) -> str | None:
-    """Which size or dtype cuDNN's attention does not have, as a clause; None if it has all."""
+def cudnn_lacks(query: jax.Array, segments: Sequence[Segment], of: Scores = Scores()) -> str | None:
+    """What cuDNN's attention does not have, as a clause; None if it has all."""
+    if of.soft_cap is not None:
+        return joined_lacks(query, segments, of)
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{query.dtype}, where it has bfloat16 and float16"
     if any(x.dtype != query.dtype for segment in segments for x in segment.kv):
@@ -93,11 +94,16 @@ def cudnn_lacks(query: jax.Array, segments: Sequence[Segment]) -> str | None:
     return None
 
 
+def joined_lacks(query: jax.Array, segments: Sequence[Segment], of: Scores = Scores()) -> str | None:
+    """What `jax.nn.dot_product_attention` does not have, as a clause."""
+    return None if of.soft_cap is None else "soft caps"
+
+
 def joined(
-    query: jax.Array, segments: Sequence[Segment], scale: float | None = None, *, backend: Backend = "xla"
+    query: jax.Array, segments: Sequence[Segment], of: Scores = Scores(), *, backend: Backend = "xla"
 ) -> jax.Array:
     """As `plain.attend`, by `jax.nn.dot_product_attention` segment by segment; `backend` is its `implementation`."""
-    parts = [of_segment(query, segment, scale, backend) for segment in segments]
+    parts = [of_segment(query, segment, of.scale, backend) for segment in segments]
     peak = reduce(jnp.maximum, [held for _, held in parts])
     shares = [jnp.exp(held - peak) for _, held in parts]
     out = reduce(jnp.add, [part * share for (part, _), share in zip(parts, shares, strict=True)])

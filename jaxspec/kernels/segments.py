@@ -15,6 +15,26 @@ ROOMY = 512
 """Caches with so many positions or more are read as far as they are filled."""
 
 
+class Scores(NamedTuple):
+    """How products of queries and keys become scores."""
+
+    scale: float | None = None
+    """What they are multiplied by; `Dh**-0.5` if not given."""
+    soft_cap: float | None = None
+    """What they stay below, `soft_cap * tanh(score / soft_cap)`; no bound if not given."""
+
+    def factor(self, head_dim: int) -> float:
+        """`scale` for heads of `head_dim` numbers."""
+        return head_dim**-0.5 if self.scale is None else self.scale
+
+    def of(self, products: jax.Array, head_dim: int) -> jax.Array:
+        """Of products f32 of queries and keys of `head_dim` numbers."""
+        return self.capped(products * self.factor(head_dim))
+
+    def capped(self, scaled: jax.Array) -> jax.Array:
+        return scaled if self.soft_cap is None else self.soft_cap * jnp.tanh(scaled / self.soft_cap)
+
+
 class Segment(NamedTuple):
     """Tokens to attend to: their keys and values, and who sees them."""
 

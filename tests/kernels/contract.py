@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from jaxspec.cache import LayerKV
 from jaxspec.kernels.attention import KERNELS, attend
 from jaxspec.kernels.masks import Mask
-from jaxspec.kernels.segments import Segment
+from jaxspec.kernels.segments import Scores, Segment
 
 EXAMPLES = settings(deadline=None, derandomize=True, max_examples=16, suppress_health_check=list(HealthCheck))
 
 
-def reference(query: jax.Array, segments: list[Segment], scale: float | None = None) -> np.ndarray:
+def reference(
+    query: jax.Array, segments: list[Segment], scale: float | None = None, soft_cap: float | None = None
+) -> np.ndarray:
     """Float64 `[B, H, N, Dh]`."""
     query = np.asarray(query, np.float64)
     batch, heads, length, head_dim = query.shape
@@ -34,6 +36,8 @@ def reference(query: jax.Array, segments: list[Segment], scale: float | None = N
         for head in range(heads):
             shared = head * keys.shape[1] // heads
             scores = query[row, head] @ keys[row, shared].T * (head_dim**-0.5 if scale is None else scale)
+            if soft_cap is not None:
+                scores = soft_cap * np.tanh(scores / soft_cap)
             scores = np.where(seen[row], scores, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             out[row, head] = weights / weights.sum(-1, keepdims=True) @ values[row, shared]
@@ -43,13 +47,16 @@ def reference(query: jax.Array, segments: list[Segment], scale: float | None = N
 class Case:
     """Draws of a strategy and of a seed."""
 
-    def __init__(self, data: st.DataObject, head_dims: tuple[int, ...], dtype: str) -> None:
+    def __init__(
+        self, data: st.DataObject, head_dims: tuple[int, ...], dtype: str, soft_caps: tuple[float | None, ...]
+    ) -> None:
         self.draw = data.draw
         self.rng = np.random.default_rng(self.draw(st.integers(0, 2**32 - 1), "seed"))
         self.batch, self.kv_heads = self.draw(st.integers(1, 3), "batch"), self.draw(st.sampled_from([1, 2, 4]))
         self.heads = self.kv_heads * self.draw(st.sampled_from([1, 2, 7]), "groups")
         self.head_dim, self.dtype = self.draw(st.sampled_from(head_dims)), dtype
         self.scale = self.draw(st.sampled_from([None, 0.3 / self.head_dim**0.5]), "scale")
+        self.soft_cap = self.draw(st.sampled_from(soft_caps), "soft_cap")
 
     def query(self, length: int) -> jax.Array:
         return self.normal(self.heads, length)
@@ -107,6 +114,7 @@ class AttentionContract:
     name: str
     kinds: tuple[str, ...] = ("over_cache", "alone")
     head_dims: tuple[int, ...] = (8, 128)
+    soft_caps: tuple[float | None, ...] = (None, 0.8)
     tolerances = {"float32": 1e-5, "bfloat16": 0.02}
     """The largest error there may be, of values that are standard normal."""
 
@@ -114,24 +122,30 @@ class AttentionContract:
         """Where programs run."""
         return nullcontext()
 
-    def run(self, query: jax.Array, segments: list[Segment], scale: float | None = None) -> jax.Array:
-        kernel = KERNELS[self.name]
-        assert kernel.fits(query, segments) and kernel.lacks(query, segments) is None  # no other one runs instead
+    def run(
+        self,
+        query: jax.Array,
+        segments: list[Segment],
+        scale: float | None = None,
+        soft_cap: float | None = None,
+    ) -> jax.Array:
+        kernel, scores = KERNELS[self.name], Scores(scale, soft_cap)
+        assert kernel.fits(query, segments) and kernel.lacks(query, segments, scores) is None  # no other one runs
         with self.device():
-            return jax.jit(attend, static_argnames=("scale", "implementation"))(
-                query, segments, scale=scale, implementation=self.name
+            return jax.jit(attend, static_argnames=("scale", "implementation", "soft_cap"))(
+                query, segments, scale=scale, implementation=self.name, soft_cap=soft_cap
             )
 
     @EXAMPLES
     @given(data=st.data())
     def test_it_is_the_softmax_of_what_is_seen(self, data):
         dtype = data.draw(st.sampled_from(sorted(self.tolerances)))
-        case = Case(data, self.head_dims, dtype)
+        case = Case(data, self.head_dims, dtype, self.soft_caps)
         kind = data.draw(st.sampled_from(self.kinds))
         query, segments = getattr(case, kind)()
-        out = self.run(query, segments, case.scale)
+        out = self.run(query, segments, case.scale, case.soft_cap)
         assert out.dtype == query.dtype
-        expected = reference(query, segments, case.scale)
+        expected = reference(query, segments, case.scale, case.soft_cap)
         np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=self.tolerances[dtype], rtol=0)
 
     def some(self, kind: str) -> tuple[jax.Array, list[Segment]]:

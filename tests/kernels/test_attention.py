@@ -13,7 +13,7 @@ from jaxspec.cache import LayerKV
 from jaxspec.kernels import attention, plain
 from jaxspec.kernels.attention import attend, implementation
 from jaxspec.kernels.masks import Mask
-from jaxspec.kernels.segments import Segment
+from jaxspec.kernels.segments import Scores, Segment
 from jaxspec.sharding import AXES
 
 ROWS = jnp.array([300, 7])
@@ -91,6 +91,9 @@ def test_what_a_kernel_lacks_is_said_once():
     half = jax.tree.map(lambda x: x.astype(jnp.float16) if x.dtype == jnp.float32 else x, over_cache(128))
     with pytest.warns(UserWarning, match="pallas does not have queries, keys and values in float16"):
         attend(*half, implementation="pallas")
+    with pytest.warns(UserWarning, match="xla does not have soft caps"):
+        capped = attend(query, segments, implementation="xla", soft_cap=1.0)
+    np.testing.assert_array_equal(capped, plain.attend(query, segments, Scores(soft_cap=1.0)))
     with pytest.warns(UserWarning, match="cudnn does not have float32, where it has bfloat16 and float16"):
         attend(*over_cache(128), implementation="cudnn")
 

@@ -10,7 +10,7 @@ from benchmarks.attention_shapes import SHAPES
 from jaxspec.kernels.attention import KERNELS
 from jaxspec.kernels.cached import Plan, Work
 from jaxspec.kernels.masks import Mask
-from jaxspec.kernels.segments import Segment
+from jaxspec.kernels.segments import Scores, Segment
 from tests.kernels.contract import AttentionContract, reference
 
 
@@ -55,7 +55,7 @@ class TestSplash(AttentionContract):
 class TestXla(AttentionContract):
     """In float32: JAX's bfloat16 asks for a product that CPUs do not have."""
 
-    name = "xla"
+    name, soft_caps = "xla", (None,)
     tolerances = {"float32": 1e-5}
 
 
@@ -85,9 +85,9 @@ def test_real_shapes_have_a_plan_that_fits_a_core(name):
     shape = SHAPES[name]
     query, segments = jax.eval_shape(shape.arguments)
     if not shape.capacity:
-        assert KERNELS["splash"].fits(query, segments) and KERNELS["splash"].lacks(query, segments) is None
+        assert KERNELS["splash"].fits(query, segments) and KERNELS["splash"].lacks(query, segments, Scores()) is None
         return
-    assert KERNELS["pallas"].fits(query, segments) and KERNELS["pallas"].lacks(query, segments) is None
+    assert KERNELS["pallas"].fits(query, segments) and KERNELS["pallas"].lacks(query, segments, Scores()) is None
     rows = shape.queries * shape.heads // shape.kv_heads
     plan = Plan.of(shape.kv_heads, rows, shape.capacity, shape.queries + shape.drafted, shape.head_dim, 2)
     assert plan.bytes(shape.head_dim, shape.queries + shape.drafted, 2) <= 16 << 20
