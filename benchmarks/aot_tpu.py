@@ -54,7 +54,7 @@ TOPOLOGIES = {
     "v6e": {1: "v6e:2x2", 4: "v6e:2x2", 8: "v6e:2x4"},
 }
 """Kind -> chips -> the topology whose first chips are compiled for."""
-LIMITS = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+LIMITS = {"v5e": 15.75, "v5p": 95.73, "v6e": 31.24}
 """GiB a chip that the compiler has to give: what it says where a program asks for more."""
 LEAST = 2**20
 """Bytes from which a copy is told."""
@@ -162,10 +162,10 @@ class Compile:
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
-            if not used:
+            asked = refusal(str(error))
+            if asked is None:
                 raise
-            return {"fits": False, "gib": float(used.group(1)), "limit_gib": float(used.group(2))}
+            return {"fits": False, "gib": asked[0], "limit_gib": asked[1]}
         seconds, text = time.perf_counter() - started, compiled.as_text()
         if self.hlo is not None:
             name = "_".join(str(about[key]) for key in ("arm", "program", "kind", "chips")).replace("/", "_")
@@ -181,6 +181,13 @@ class Compile:
             "compile_seconds": round(seconds, 1), **read_program(text, about["program"], self.capacity, filled),
             "flops": flops(compiled),
         }  # fmt: skip
+
+
+def refusal(error: str) -> tuple[float, float] | None:
+    """(GiB asked for, GiB there are) of a compiler's error; None for an error about something else."""
+    said = (r"Used ([\d.]+)G of ([\d.]+)G hbm", r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)")
+    found = next(filter(None, (re.search(pattern, error) for pattern in said)), None)
+    return None if found is None else (float(found.group(1)), float(found.group(2)))
 
 
 def read_program(text: str, program: str, capacity: int, filled: float) -> dict[str, Any]:

@@ -98,6 +98,16 @@ def test_what_does_not_fit_gives_no_ceiling():
     assert "does not fit, 17.3 of 15.75 GiB" in aot_tpu.sentence(rows[0])
 
 
+def test_what_a_compiler_refuses_is_read():
+    new = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (17.30G) exceeds available HBM (15.75G). HLO module: jit_run."
+    )
+    old = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.30G of 15.75G hbm. Exceeded by 1.55G."
+    assert aot_tpu.refusal(new) == aot_tpu.refusal(old) == (17.3, 15.75)
+    assert aot_tpu.refusal("INTERNAL: Mosaic failed to compile") is None
+
+
 def test_a_file_keeps_the_rows_of_other_commands(tmp_path, monkeypatch):
     monkeypatch.setattr(aot_tpu, "topology", lambda name: jax.devices())
     monkeypatch.setattr(aot_tpu, "version", lambda package: "none")
