@@ -96,7 +96,7 @@ def test_a_ray_service_has_options_that_there_are_and_machines_that_fit_them():
     assert {name.replace("-", "_") for name in application["args"]} <= {"model", "dtype"} | set(vars(options))
     speculative = options.speculative
     assert (speculative.method, bool(speculative.model), options.model.dtype) == ("vispec", True, "bfloat16")
-    assert options.replicas <= options.max_replicas and options.tensor_parallel_size <= options.num_gpus
+    assert options.replicas <= options.max_replicas and options.model.tensor <= options.num_gpus
 
     (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from jaxspec import SamplingParams
-from jaxspec.kernels import attention
+from jaxspec.kernels import plain
 from jaxspec.prompting import encode_prompt
 from jaxspec.speculation import loop, prefill
 from jaxspec.speculation.prefill import ImageFeatures
@@ -125,7 +125,7 @@ def test_training_a_text_model(target, pictures):
 
 
 def test_the_walk_sees_attention_that_is_not_in_blocks(target, pictures, monkeypatch):
-    monkeypatch.setattr(attention, "LONG", LENGTH + 1)
+    monkeypatch.setattr(plain, "LONG", LENGTH + 1)
     draft_model = draft_model_of(target, "eagle2")
     assert any("attention" in each for each in pairs(prefill_program(target, draft_model, pictures)))
     assert any(
@@ -135,6 +135,6 @@ def test_the_walk_sees_attention_that_is_not_in_blocks(target, pictures, monkeyp
 
 def test_the_walk_sees_what_a_backward_pass_keeps(target, pictures, monkeypatch):
     """Blocks whose scores are kept for the gradient are all pairs again, one block after another."""
-    monkeypatch.setattr(attention.jax, "checkpoint", lambda function: function)
+    monkeypatch.setattr(plain.jax, "checkpoint", lambda function: function)
     program = training_program(target, draft_model_of(target, "eagle2"), RECIPES["eagle2"], pictures)
     assert any("attention" in each for each in pairs(program))

@@ -64,6 +64,10 @@ def largest_tokens(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 def largest(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """`jax.lax.top_k` over the last axis of `x` `[.., V]`, which on TPU is a sort of everything for more than two axes.
     The order of equal values is the backend's: no result may rest on it."""
+    rows = shares(BATCH, x.shape[0])
+    if rows is not None:  # XLA does not split such a call, and would gather all rows
+        part = PartitionSpec(rows)
+        return on_each(lambda x: largest(x, count), part, (part, part))(x)
     values, places = jax.lax.top_k(x.reshape(-1, x.shape[-1]), count)
     return values.reshape(*x.shape[:-1], count), places.reshape(*x.shape[:-1], count)
 

@@ -8,7 +8,7 @@ import pytest
 from jaxspec.cache import LayerKV
 from jaxspec.kernels.masks import Mask
 from jaxspec.kernels.plain import LONG, attend, attend_block
-from jaxspec.kernels.segments import ROOMY, Segment, merged
+from jaxspec.kernels.segments import ROOMY, Scores, Segment, merged
 
 
 def draws(seed: int = 0):
@@ -16,8 +16,8 @@ def draws(seed: int = 0):
     return rng, lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
 
 
-def at_once(query, segments, scale=None):
-    return attend_block(query, jnp.arange(query.shape[2]), merged(segments), scale)
+def at_once(query, segments):
+    return attend_block(query, jnp.arange(query.shape[2]), merged(segments), Scores())
 
 
 def gradients(function):
@@ -64,7 +64,7 @@ def test_scores_are_scaled_in_float32():
     """A bfloat16 query is not rounded once more by the scale."""
     _, normal = draws()
     query, *kv = (normal(1, 2, length, 8).astype(jnp.bfloat16) for length in (3, 9, 9))
-    out = attend(query, [Segment(LayerKV(*kv), Mask())], scale=0.3)
+    out = attend(query, [Segment(LayerKV(*kv), Mask())], Scores(scale=0.3))
     query, keys, values = (np.asarray(x, np.float32) for x in (query, *kv))
     weights = jax.nn.softmax(0.3 * query @ keys.swapaxes(2, 3), axis=-1).astype(jnp.bfloat16)
     np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(weights, np.float32) @ values, atol=0.02)
