@@ -60,7 +60,7 @@ class Client:
 
     def __init__(self, url: str) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self.http = httpx.Client(base_url=url, timeout=120, limits=limits)
+        self.http = httpx.Client(base_url=url, timeout=240, limits=limits)
 
     def ask(self, messages: list, tokens: int = 1, stream: bool = False, session: str = "", **options) -> Answer:
         """Greedily, where nothing else is said; a session stands in the header."""
@@ -130,7 +130,7 @@ def served() -> Iterator[Served]:
         "max_ongoing_requests": ONGOING,
         "max_queued_requests": WAITING,
         "max_model_len": LENGTH,
-        "shutdown_timeout": 60,
+        "shutdown_timeout": 100,
         "health_check_period": 1,
         "speculative_config": {"method": "vispec", "adaptive": False},
     }
@@ -283,7 +283,7 @@ def test_a_replica_of_two_devices_answers_the_same():
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     command = [sys.executable, "tests/serving/sharded_answers.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert min(report["split"]) > 0 and report["answers"] == report["expected"]
@@ -339,7 +339,7 @@ def test_refusals_are_those_of_the_app(client):
 def test_more_than_may_wait_are_refused(client):
     asked = 2 * ONGOING + WAITING + 24  # so many that none of the last can come when the first are answered already
     with concurrent.futures.ThreadPoolExecutor(asked) as pool:
-        answers = [pool.submit(client.ask, TEXT, 300, session=f"{number}", min_tokens=300) for number in range(asked)]
+        answers = [pool.submit(client.ask, TEXT, 150, session=f"{number}", min_tokens=150) for number in range(asked)]
         ended = [answer.result() for answer in answers]
     assert {answer.status for answer in ended} == {200, 429}
     assert all(answer.error["code"] == "queue_full" for answer in ended if answer.status == 429)
@@ -360,7 +360,7 @@ def test_a_replica_that_dies_takes_only_its_own_requests_with_it(client, long_an
     process = process_of(victim)
     with concurrent.futures.ThreadPoolExecutor(asked) as pool:
         answers = [pool.submit(ask_long, client, number, sessions[number % 2]) for number in range(asked)]
-        assert eventually(lambda: client.running() == 2 * SLOTS, 30)
+        assert eventually(lambda: client.running() >= 2 * SLOTS, 60)
         os.kill(process, signal.SIGKILL)
         ended = [answer.result() for answer in answers]
     lost = [answer for answer in ended if answer.error is not None]
@@ -387,7 +387,7 @@ def test_sigterm_under_load_loses_no_accepted_request(served, long_answer):
     sessions = [session_on(client, replica, 0) for replica in sorted(client.replicas())]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(ask_long, client, number, sessions[number // 4]) for number in range(8)]
-        assert eventually(lambda: client.running() == 2 * SLOTS, 30)
+        assert eventually(lambda: client.running() >= 2 * SLOTS, 60)
         process.send_signal(signal.SIGTERM)
         assert eventually(lambda: client.http.get("/ready").status_code == 503, 20)
         refused = client.ask(TEXT)
