@@ -1,4 +1,4 @@
-# make demo | serve | test | test-full | test-core | lint | bench: each makes what it needs, in $(VENV), once.
+# make demo | serve | test | test-full | test-core | test-tpu | lint | bench: each makes what it needs, in $(VENV), once.
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
@@ -12,9 +12,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --editable
 CORE := $(addprefix tests/,speculation/test_families.py speculation/test_tree.py drafters/test_medusa.py \
 	test_compilations.py speculation/test_penalised_decoding.py \
 	training/test_loop.py training/test_together.py training/test_medusa.py data/test_unusable.py \
-	cli/test_generate.py)
+	cli/test_generate.py test_quantization.py)
 
-.PHONY: demo serve test test-full test-core lint bench clean
+.PHONY: demo serve test test-full test-core test-tpu lint bench clean
 
 demo: $(VENV)/installed  ## answer a question about a picture with the embedded model
 	$(BIN)/python -m jaxspec generate
@@ -30,6 +30,9 @@ test-full: $(VENV)/installed-test  ## every combination, where `test` has every 
 
 test-core: $(VENV)/installed-test-core
 	$(BIN)/python -m pytest $(CORE) $(PYTEST_ARGS)
+
+test-tpu: $(VENV)/installed-test-tpu  ## kernels compile for TPUs; no TPU is needed, Python 3.12 or newer is
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/kernels/test_compiled.py $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -60,6 +63,10 @@ $(VENV)/installed-test: pyproject.toml | $(BIN)/python
 
 $(VENV)/installed-test-core: pyproject.toml | $(BIN)/python
 	$(INSTALL) '.[test-core]'
+	touch $@
+
+$(VENV)/installed-test-tpu: pyproject.toml | $(BIN)/python
+	$(INSTALL) '.[test-core]' libtpu
 	touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python

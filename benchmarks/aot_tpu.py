@@ -13,63 +13,29 @@ bytes of the round on the same chips: what efficiency can reach where bytes are 
 
 import dataclasses
 import json
-import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
-from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from benchmarks import hlo
-from benchmarks.published import TARGETS, Published, abstract_draft_model, abstract_model, massv_config, vispec_config
-from jaxspec.cache import LayerKV
-from jaxspec.programs import CHUNK, Programs
-from jaxspec.quantization import quantized
-from jaxspec.sharding import AXES, ROWS, decoding_mesh, head_dims_of, parameter_sharding
-from jaxspec.speculation.params import SamplingParams
-from jaxspec.speculation.prefill import no_images, nothing_read, taps_of
-from jaxspec.speculation.state import Request
+from benchmarks.aot_programs import Arm, Decoding, training_step
+from benchmarks.gpu_parts.part import write_json
+from benchmarks.published import TARGETS, massv_config, vispec_config
+from benchmarks.tpu import chips_of
 from jaxspec.speculation.tree import TreeConfig
-from jaxspec.splitting import BATCH, TENSOR, shares, using
-from jaxspec.targets.chunks import Chunk
-from jaxspec.targets.prompts import stack_prompts
-from jaxspec.training import ViSpecRecipe
-from jaxspec.training.drafter import teach
-from jaxspec.training.loop import Constants, make_step
-from jaxspec.training.member import initial_state
-from jaxspec.training.recipe import Task
 
-TOPOLOGIES = {
-    "v5e": {1: "v5e:2x2", 4: "v5e:2x2", 8: "v5e:2x4"},
-    "v5p": {1: "v5p:2x2x1", 4: "v5p:2x2x1", 8: "v5p:2x2x2"},
-    "v6e": {1: "v6e:2x2", 4: "v6e:2x2", 8: "v6e:2x4"},
-}
-"""Kind -> chips -> the topology whose first chips are compiled for."""
 LIMITS = {"v5e": 15.75, "v5p": 95.73, "v6e": 31.24}
 """GiB a chip that the compiler has to give: what it says where a program asks for more."""
 LEAST = 2**20
 """Bytes from which a copy is told."""
 GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """What is compiled of a target; without a drafter it is autoregressive decoding."""
-
-    target: str
-    method: str | None = None
-    head: Callable[[Any], Any] | None = None  # the drafter's config, of the target's
-    tree: TreeConfig = TreeConfig.autoregressive()
-    quantize: bool = False  # the drafter's matrices are int8
 
 
 VISPEC = TreeConfig(3, 8, 30)
@@ -81,6 +47,10 @@ ARMS = {
     "llava-1.5-7b/vispec-eighth": Arm("llava-1.5-7b", "vispec", EIGHTH, VISPEC),
     "llava-1.5-7b/vispec-int8": Arm("llava-1.5-7b", "vispec", OWN_HEAD, VISPEC, quantize=True),
     "llava-1.5-7b/vispec-eighth-int8": Arm("llava-1.5-7b", "vispec", EIGHTH, VISPEC, quantize=True),
+    "llava-1.5-7b-int8/autoregressive": Arm("llava-1.5-7b", quantize_target=True),
+    "llava-1.5-7b-int8/vispec-int8": Arm(
+        "llava-1.5-7b", "vispec", OWN_HEAD, VISPEC, quantize=True, quantize_target=True
+    ),
     "qwen2.5-vl-7b/autoregressive": Arm("qwen2.5-vl-7b"),
     "qwen2.5-vl-7b/vispec": Arm("qwen2.5-vl-7b", "vispec", vispec_config, VISPEC),
     "qwen2.5-vl-7b/vispec-eighth": Arm("qwen2.5-vl-7b", "vispec", EIGHTH, VISPEC),
@@ -130,10 +100,11 @@ class Compile:
         rows = json.loads(self.output.read_text())["rows"] if self.output.exists() else []
         for kind in self.kinds:
             for chips in self.chips:
-                devices = topology(TOPOLOGIES[kind][chips])[:chips]
+                devices = chips_of(kind, chips)
                 for row in self.compiled(kind, devices):
                     rows = merged(rows, row)
                     print(sentence(next(each for each in rows if key_of(each) == key_of(row))), flush=True)
+                    self.output.parent.mkdir(parents=True, exist_ok=True)
                     write_json(self.output, {"compile_only": True, "rows": rows})
 
     def compiled(self, kind: str, devices: list[Any]) -> Iterator[dict[str, Any]]:
@@ -279,176 +250,6 @@ def sentence(row: dict[str, Any]) -> str:
         f"{name}: {takes}, {moves}, {(row['flops'] or 0) / 1e12:.2f} TFLOP{ceiling}; {kernels}; copies of weights and "
         f"caches {copies}; {found or 'no collectives'}; {row['compile_seconds']} s (compile-only)"
     )
-
-
-def write_json(path: Path, about: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(about, indent=1, default=str) + "\n")
-    temporary.replace(path)
-
-
-def topology(name: str) -> list[Any]:
-    """The devices of a TPU topology that is not there. Raises RuntimeError without libtpu."""
-    # Read by libtpu when it is loaded, which happens here: it would ask the metadata server of a cloud machine.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    from jax.experimental import topologies
-
-    return list(np.array(topologies.get_topology_desc(platform="tpu", topology_name=name).devices).reshape(-1))
-
-
-class Decoding:
-    """The programs of one arm on some chips, lowered over shapes: of `batch` rows for each group of chips."""
-
-    def __init__(self, target: Published, arm: Arm, devices: list[Any], batch: int, capacity: int) -> None:
-        self.target, self.capacity = target, capacity
-        tensor = tensor_of(target.config.text.num_heads, len(devices))
-        self.batch = batch * (len(devices) // tensor)
-        self.mesh = None if len(devices) == 1 else decoding_mesh(tensor, len(devices) // tensor, devices)
-        self.alone = SingleDeviceSharding(devices[0])
-        self.model = self.placed(abstract_model(target.family, target.config))
-        self.draft_model = None
-        if arm.method is not None and arm.head is not None:
-            draft_model = abstract_draft_model(arm.method, arm.head(target.config))
-            self.draft_model = self.placed(quantized(draft_model) if arm.quantize else draft_model)
-        self.adapter = target.adapter(target.config)
-        self.programs = Programs(self.model, self.adapter, self.draft_model, arm.tree)
-        self.params = self.programs.params_of(self.model, self.draft_model)
-
-    def placed(self, model: Any) -> Any:
-        """A model as its loader places it."""
-        graph, params = nnx.split(model)
-        head_dims = head_dims_of(model)
-        return nnx.merge(graph, placed_parameters(params, self.mesh, self.alone, head_dims))
-
-    def lying(self, leaf: Any, *axes: str) -> jax.ShapeDtypeStruct:
-        """The shape of an array that is split as `splitting.constrained` splits it."""
-        sharding: Any = self.alone
-        if self.mesh is not None:
-            with using(self.mesh):
-                spec = [shares(axis, size) for axis, size in zip(axes, np.shape(leaf), strict=False)]
-            sharding = NamedSharding(self.mesh, PartitionSpec(*spec))
-        return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding)
-
-    def here(self, tree: Any) -> Any:
-        """Shapes of arrays that every chip has whole, as those that come from the host."""
-        return jax.tree.map(self.lying, tree)
-
-    def kept(self, tree: Any) -> Any:
-        """Shapes of arrays as the programs leave them (`state.placed`)."""
-
-        def one(leaf: Any) -> Any:
-            if isinstance(leaf, LayerKV):
-                return LayerKV(*(self.lying(each, BATCH, TENSOR) for each in leaf))
-            return self.lying(leaf, BATCH)
-
-        return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, LayerKV))
-
-    def shapes(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Of what a function of models makes on these chips, as the programs leave it."""
-        with using(self.mesh):
-            return self.kept(jax.eval_shape(lambda: function(self.model, self.draft_model, *args)))
-
-    def chunk(self, length: int) -> Chunk[Any]:
-        ids = jax.ShapeDtypeStruct((self.batch, length), jnp.int32)
-        positions = None
-        if self.target.prompt().position_ids is not None:
-            positions = jax.ShapeDtypeStruct((3, self.batch, length), jnp.int32)
-        return self.here(Chunk(ids, jax.ShapeDtypeStruct((self.batch,), jnp.int32), ids, positions))
-
-    def read(self) -> Any:
-        """Prompts that have been read, as the chips hold them."""
-        return self.shapes(nothing_read, self.batch, self.capacity)
-
-    def begun(self) -> Any:
-        """The state between rounds, as the chips hold it."""
-        ids = [np.zeros(4, np.int32)] * self.batch
-        asked = Request.of([SamplingParams()] * self.batch, ids, [64] * self.batch, (2,), self.model.vocab_size)
-        request = self.here(jax.tree.map(np.asarray, asked))
-        offsets = self.here(jax.ShapeDtypeStruct((self.batch,), jnp.int32))
-        begin = partial(self.programs._begin, capacity=self.capacity, max_images=4)
-        return self.kept(jax.eval_shape(begin, self.params, self.read(), request, offsets))
-
-    def decode(self) -> Any:
-        rounds = self.here(jax.ShapeDtypeStruct((), jnp.int32))
-        return self.programs._decode.lower(self.params, self.begun(), rounds, self.programs.tree)
-
-    def prefill(self) -> Any:
-        """One chunk of a prompt behind others."""
-        images = self.shapes(no_images, self.batch, CHUNK)
-        return self.programs._read.lower(self.params, self.read(), self.chunk(CHUNK), images)
-
-    def resident(self, program: str) -> float:
-        """Bytes of one chip that weights and state take."""
-        state = self.begun() if program == "decode" else self.read()
-        return sum(local_bytes(leaf) for leaf in jax.tree.leaves((self.params, state)))
-
-
-def tensor_of(heads: int, chips: int) -> int:
-    """The most chips of a group that divide the heads; the groups stand along `data`."""
-    return max(size for size in range(1, chips + 1) if chips % size == 0 and heads % size == 0)
-
-
-def placed_parameters(tree: Any, mesh: Mesh | None, alone: Any, head_dims: Mapping[str, int] | None = None) -> Any:
-    """Shapes of parameters, or of what an optimizer keeps of them, as `place_parameters` puts them."""
-
-    def one(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
-        names = [str(getattr(key, "key", getattr(key, "idx", ""))) for key in path]
-        dotted = ".".join(name for name in names if name not in ("", "value"))
-        sharding = alone if mesh is None else parameter_sharding(mesh, dotted, leaf.shape, head_dims)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    """Of one chip's part."""
-    assert leaf.sharding is not None
-    return int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * jnp.dtype(leaf.dtype).itemsize
-
-
-def training_step(target: Published, arm: Arm, devices: list[Any], rows: int, length: int) -> Any:
-    """One step of ViSpec's second stage as `train.py` makes it: the target frozen in bfloat16, the head in float32,
-    both split over all chips."""
-    batch_size = rows * len(devices)
-    mesh = None
-    if len(devices) > 1:
-        shape = (1, len(devices), 1)
-        mesh = Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    alone = SingleDeviceSharding(devices[0])
-    recipe = ViSpecRecipe(name="aot", target_dtype="bfloat16", batch_size=batch_size, sequence_length=length)
-    assert arm.method is not None
-    model = abstract_model(target.family, target.config)
-    text = dataclasses.replace(target.config.text.plain(), tie_word_embeddings=False)
-    draft_model = abstract_draft_model(arm.method, recipe.head_config(text), "float32")
-    graph, params, rest = nnx.split(draft_model, lambda path, _: recipe.trains(path), ...)
-    model_graph, model_params = nnx.split(model)
-
-    def placed(tree: Any) -> Any:
-        return placed_parameters(tree, mesh, alone)
-
-    params, rest, model_params = placed(params), placed(rest), placed(model_params)
-
-    def loss(params: Any, constants: Any, batch: Any, key: jax.Array) -> Any:
-        rest, model_params = constants
-        model, draft_model = nnx.merge(model_graph, model_params), nnx.merge(graph, params, rest)
-        return recipe.loss(draft_model, model, teach(model, batch, key, taps_of(draft_model)), key)
-
-    task = Task(params, (rest, model_params), loss, batches=None, validation=None, export=None)  # type: ignore[arg-type]
-    state = placed(jax.eval_shape(partial(initial_state, recipe), params))
-    constants = Constants([task])
-    step = make_step([recipe], [task], constants, mesh, jax.tree.map(lambda leaf: leaf.sharding, [state]))
-    prompts = [target.prompt(after=64)] * batch_size
-    stacked = stack_prompts(target.adapter(target.config), prompts, length)
-    batch = {"prompts": stacked, "loss_mask": np.zeros((batch_size, length), bool)}
-
-    def split(leaf: Any) -> jax.ShapeDtypeStruct:
-        if mesh is None:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=alone)
-        spec = PartitionSpec() if leaf.ndim == 0 or leaf.shape[0] % len(devices) else PartitionSpec(ROWS)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return step.lower([state], constants.arrays, jax.tree.map(split, batch))
 
 
 if __name__ == "__main__":

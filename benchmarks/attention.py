@@ -10,24 +10,18 @@ bytes that the compiled program holds beside its arguments, and seconds; nothing
 """
 
 import dataclasses
-import os
 import statistics
 import time
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
-# libtpu asks a cloud's metadata server where it is, unless told, and takes a lock that a second process would wait for.
-os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+import jax
+import tyro
+from jax.sharding import SingleDeviceSharding
 
-import jax  # noqa: E402
-import tyro  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import SingleDeviceSharding  # noqa: E402
-
-from benchmarks.attention_shapes import SHAPES, AttentionShape  # noqa: E402
-from jaxspec.kernels import attention  # noqa: E402
-
-CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+from benchmarks import hlo
+from benchmarks.attention_shapes import SHAPES, AttentionShape
+from benchmarks.tpu import chips_of
+from jaxspec.kernels import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +80,8 @@ class Compile:
 
 
 def compiled(shape: AttentionShape, chip: str, kernel: str | None = None) -> jax.stages.Compiled:
-    """Attention of that shape in bfloat16, compiled for one chip of that name in `CHIPS`."""
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
-    sharding = SingleDeviceSharding(device)
+    """Attention of that shape in bfloat16, compiled for one chip of that kind in `benchmarks.tpu.TOPOLOGIES`."""
+    sharding = SingleDeviceSharding(chips_of(chip)[0])
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(shape.arguments)
     )
@@ -99,11 +92,10 @@ def compiled(shape: AttentionShape, chip: str, kernel: str | None = None) -> jax
     )
 
 
-def kernels_in(program: jax.stages.Compiled) -> Iterator[str]:
-    """The names of the Pallas kernels that a program calls."""
-    for line in program.as_text().splitlines():
-        if 'custom_call_target="tpu_custom_call"' in line:
-            yield line.split("%", 1)[1].split(" ", 1)[0].rsplit(".", 1)[0]
+def kernels_in(program: jax.stages.Compiled) -> list[str]:
+    """The names of the Pallas kernels that a program calls, each as often as it does."""
+    parsed = hlo.parse(program.as_text())
+    return [name for name, count in parsed.kernels(parsed.entry).items() for _ in range(count)]
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.checks import whole_number
 from jaxspec.quantization import SUFFIX
+from jaxspec.splitting import DATA, FSDP, TENSOR
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")
+AXES = (DATA, FSDP, TENSOR)
+ROWS = (DATA, FSDP)
 """The axes that the rows of a batch are split over."""
 
 # Wide matrices split their outputs over `tensor`, the matrices after them their inputs; vectors are replicated.
@@ -115,17 +116,20 @@ def training_mesh(fsdp: int, tensor: int) -> Mesh | None:
     return jax.make_mesh((count // (fsdp * tensor), fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def place_parameters(tree: Any, mesh: Mesh | None, head_dims: Mapping[str, int] | None = None) -> Any:
-    """The arrays of a tree, parameters or what an optimizer keeps of them, as the rules say by their paths (and by
-    `head_dims`, as of `parameter_sharding`). Without a mesh they stay where they are."""
-    if mesh is None:
-        return tree
+def parameter_shardings(tree: Any, mesh: Mesh, head_dims: Mapping[str, int] | None = None) -> Any:
+    """`parameter_sharding` of every array of a tree, or shape of one, by its path; of parameters, or of what an
+    optimizer keeps of them."""
 
-    def placed(path, leaf):
+    def of(path: tuple, leaf: Any) -> NamedSharding:
         names = [str(getattr(key, "key", getattr(key, "idx", ""))) for key in path]
-        return jax.device_put(leaf, parameter_sharding(mesh, ".".join(filter(None, names)), leaf.shape, head_dims))
+        return parameter_sharding(mesh, ".".join(filter(None, names)), leaf.shape, head_dims)
 
-    return jax.tree_util.tree_map_with_path(placed, tree)
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def place_parameters(tree: Any, mesh: Mesh | None, head_dims: Mapping[str, int] | None = None) -> Any:
+    """The arrays of a tree as `parameter_shardings` says. Without a mesh they stay where they are."""
+    return tree if mesh is None else jax.device_put(tree, parameter_shardings(tree, mesh, head_dims))
 
 
 def place_batch(tree: Any, mesh: Mesh | None) -> Any:

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from benchmarks.gpu import NO_GPU
 from benchmarks.gpu_parts.part import Part
 
 MODULES = {
@@ -21,8 +22,6 @@ MODULES = {
     "transformers": "torch_peer",
 }
 """The module of each part; its `measure(part)` does the work."""
-NO_GPU = 3
-"""Exit status where there is no GPU."""
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
+BEFORE, BEHIND = 32, 16
+"""Tokens of a prompt before its image and behind."""
 COMPILING_THREADS = min(6, os.cpu_count() or 1)
 """XLA compiles a program on a core or two, so several are compiled at once."""
 

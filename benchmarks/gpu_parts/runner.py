@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.gpu_parts.part import BEFORE, BEHIND
 from jaxspec.drafters.contract import DraftModel
 from jaxspec.kernels.attention import implementation
 from jaxspec.programs import Programs
@@ -21,9 +22,6 @@ from jaxspec.speculation.state import DecodeState, Request
 from jaxspec.speculation.tree import TreeConfig
 from jaxspec.targets.llava import Llava, LlavaAdapter, LlavaConfig
 from jaxspec.targets.prompts import EncodedPrompt
-
-BEFORE, BEHIND = 32, 16
-"""Tokens of a prompt before its image and behind."""
 
 
 def prompts_of(config: LlavaConfig, batch: int, length: int | None = None) -> list[EncodedPrompt]:

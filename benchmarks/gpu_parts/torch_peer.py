@@ -9,9 +9,8 @@ import os
 import statistics
 from functools import partial
 
-from benchmarks.gpu_parts.part import Part, taking_turns, timed
+from benchmarks.gpu_parts.part import BEFORE, BEHIND, Part, taking_turns, timed
 
-BEFORE, BEHIND = 32, 16
 NEW = 48
 
 
@@ -42,13 +41,14 @@ def measure(part: Part) -> None:
 def random_llava(tiny: bool, device: str):
     """Published sizes, weights as transformers draws them."""
     import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
     os.environ["JAX_PLATFORMS"] = "cpu"
     from benchmarks.published import LLAVA_7B, TOY
+    from jaxspec.targets.text import published_text_config
 
     sizes = TOY if tiny else LLAVA_7B
-    text, vision = sizes.text, sizes.vision
+    vision = sizes.vision
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=vision.hidden_size,
@@ -58,15 +58,7 @@ def random_llava(tiny: bool, device: str):
             image_size=vision.image_size,
             patch_size=vision.patch_size,
         ),
-        text_config=LlamaConfig(
-            vocab_size=text.vocab_size,
-            hidden_size=text.hidden_size,
-            intermediate_size=text.intermediate_size,
-            num_hidden_layers=text.num_layers,
-            num_attention_heads=text.num_heads,
-            num_key_value_heads=text.num_kv_heads,
-            max_position_embeddings=4096,
-        ),
+        text_config=published_text_config(sizes.text, "llama"),
         image_token_index=sizes.image_token_id,
     )
     before = torch.get_default_dtype()

@@ -8,16 +8,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks.gpu_parts.part import Part, timed
-from benchmarks.gpu_parts.runner import BEFORE, nbytes, prompts_of
+from benchmarks.gpu_parts.part import BEFORE, Part, timed
+from benchmarks.gpu_parts.runner import nbytes, prompts_of
 from benchmarks.published import LLAVA_7B, TOY
 from benchmarks.random_models import random_module
 from jaxspec.devices import peaks_of
 from jaxspec.drafters.vispec import ViSpecHead
-from jaxspec.speculation.prefill import taps_of
 from jaxspec.targets.llava import Llava, LlavaAdapter, LlavaConfig
 from jaxspec.targets.prompts import stack_prompts
-from jaxspec.training.drafter import teach
+from jaxspec.training.drafter import loss_of
 from jaxspec.training.flops import flops_of
 from jaxspec.training.loop import Constants, make_step
 from jaxspec.training.member import initial_state
@@ -41,14 +40,10 @@ def steps(part: Part, rows: int, length: int) -> None:
     model = random_module(partial(Llava, config), recipe.target_dtype)
     text = dataclasses.replace(config.text.plain(), tie_word_embeddings=False)
     draft_model = random_module(partial(ViSpecHead, recipe.head_config(text)), "float32")
-    graph, params = nnx.split(draft_model)
+    graph, params, rest = nnx.split(draft_model, lambda path, _: recipe.trains(path), ...)
     model_graph, model_params = nnx.split(model)
-
-    def loss(params, model_params, batch, key):
-        draft_model, model = nnx.merge(graph, params), nnx.merge(model_graph, model_params)
-        return recipe.loss(draft_model, model, teach(model, batch, key, taps_of(draft_model)), key)
-
-    task = Task(params, model_params, loss, batches=None, validation=None, export=None)
+    loss = loss_of(recipe, graph, model_graph)
+    task = Task(params, (rest, model_params), loss, batches=None, validation=None, export=None)
     constants, state = Constants([task]), [initial_state(recipe, params)]
     step, batch = make_step([recipe], [task], constants), batch_of(config, rows, length)
     counted = flops_of(step, state, constants.arrays, batch)

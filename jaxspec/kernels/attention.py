@@ -30,7 +30,7 @@ def anything(query: jax.Array, segments: Sequence[Segment]) -> bool:
     return True
 
 
-def nothing(query: jax.Array, segments: Sequence[Segment], of: Scores = Scores()) -> None:
+def nothing(query: jax.Array, segments: Sequence[Segment], how: Scores = Scores()) -> None:
     """Lacks nothing."""
 
 
@@ -44,15 +44,10 @@ class Kernel(NamedTuple):
     """Which size, dtype or kind of score it does not have, as a clause."""
 
 
-def over_cache(query: jax.Array, segments: Sequence[Segment]) -> bool:
-    """As `cached.fits`."""
-    return cached.fits(segments)
-
-
 KERNELS: Mapping[str, Kernel] = {
     "plain": Kernel(plain.attend),
-    "pallas": Kernel(cached.attend, over_cache, cached.lacks),
-    "splash": Kernel(library.splash, library.splash_fits, library.splash_lacks),
+    "pallas": Kernel(cached.attend, cached.fits, cached.lacks),
+    "splash": Kernel(library.splash, library.splash_fits, cached.lacks),
     "xla": Kernel(library.joined, lacks=library.joined_lacks),
     "cudnn": Kernel(functools.partial(library.joined, backend="cudnn"), lacks=library.cudnn_lacks),
 }
@@ -97,31 +92,31 @@ def attend(
     Returns `[B, H, N, Dh]` in the query's dtype. A query that sees nothing returns some finite average (of padding).
     Raises ValueError for an implementation that there is not.
     """
-    name, of = CHOICE.value if implementation is None else known(implementation), Scores(scale, soft_cap)
+    name, how = CHOICE.value if implementation is None else known(implementation), Scores(scale, soft_cap)
     if name is not None:
-        return chosen(name, query, segments, of, loud=True)(query, segments, of)
+        return chosen(name, query, segments, how, loud=True)(query, segments, how)
     kernel = plain.attend
     # A kernel of a few hundred positions would not earn its start.
     if Keys(segments[0].kv, segments[:1]).is_roomy_cache:
-        kernel = chosen("pallas", query, segments, of, loud=jax.default_backend() == "tpu")
+        kernel = chosen("pallas", query, segments, how, loud=jax.default_backend() == "tpu")
     elif len(segments) == 1:
-        kernel = chosen("splash", query, segments, of, loud=False)
+        kernel = chosen("splash", query, segments, how, loud=False)
     if kernel is plain.attend:
-        return plain.attend(query, segments, of)
+        return plain.attend(query, segments, how)
     return jax.lax.platform_dependent(
         query,
         list(segments),
-        tpu=lambda query, segments: kernel(query, segments, of),
-        default=lambda query, segments: plain.attend(query, segments, of),
+        tpu=lambda query, segments: kernel(query, segments, how),
+        default=lambda query, segments: plain.attend(query, segments, how),
     )
 
 
-def chosen(name: str, query: jax.Array, segments: Sequence[Segment], of: Scores, *, loud: bool) -> Attend:
+def chosen(name: str, query: jax.Array, segments: Sequence[Segment], how: Scores, *, loud: bool) -> Attend:
     """The kernel of that name where it can be used, else the plain form; `loud` ones say once what they lack."""
     kernel = KERNELS[name]
     if not kernel.fits(query, segments):
         return plain.attend
-    lacks = kernel.lacks(query, segments, of)
+    lacks = kernel.lacks(query, segments, how)
     if lacks is not None:
         if loud:
             say_once(f"attention falls back to the plain form: {name} does not have {lacks}")

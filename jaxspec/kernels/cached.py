@@ -30,7 +30,7 @@ STEP, MEMORY = 1 << 19, 12 << 20
 """Bytes of keys that a step should read at least, and that a step may take of a core's memory by `Plan.bytes`."""
 
 
-def lacks(query: jax.Array, segments: Sequence[Segment], of: Scores = Scores()) -> str | None:
+def lacks(query: jax.Array, segments: Sequence[Segment], how: Scores = Scores()) -> str | None:
     """Which size or dtype of attention over a cache the kernel does not have, as a clause; None if it has all."""
     head_dim, kv = query.shape[-1], segments[0].kv
     if head_dim % LANES:
@@ -41,7 +41,7 @@ def lacks(query: jax.Array, segments: Sequence[Segment], of: Scores = Scores()) 
     return None
 
 
-def fits(segments: Sequence[Segment]) -> bool:
+def fits(query: jax.Array, segments: Sequence[Segment]) -> bool:
     """Whether it is attention over a cache and some tokens behind it, which is all that the kernel is about."""
     behind = sum(segment.kv.keys.shape[2] for segment in segments[1:])
     cache = Keys(segments[0].kv, segments[:1])
@@ -78,7 +78,7 @@ class Plan(NamedTuple):
         return plan
 
 
-def attend(query: jax.Array, segments: Sequence[Segment], of: Scores = Scores()) -> jax.Array:
+def attend(query: jax.Array, segments: Sequence[Segment], how: Scores = Scores()) -> jax.Array:
     """As `plain.attend`, of what `fits` and lacks nothing. Where there is no TPU it runs under
     `pltpu.force_tpu_interpret_mode` only."""
     cache, *behind = merged(segments)
@@ -91,10 +91,10 @@ def attend(query: jax.Array, segments: Sequence[Segment], of: Scores = Scores())
     if mask.window is not None:
         places = jnp.arange(length)[None] if mask.query_places is None else mask.query_places
         lowest = jnp.broadcast_to(places - (mask.window - 1), (batch, length))
-    return attend_cache(query, cache.kv, own.kv, seen, mask.lengths, lowest, of=of)
+    return attend_cache(query, cache.kv, own.kv, seen, mask.lengths, lowest, how=how)
 
 
-@partial(jax.jit, static_argnames="of")  # layers of one shape are traced once
+@partial(jax.jit, static_argnames="how")  # layers of one shape are traced once
 def attend_cache(
     query: jax.Array,
     cache: LayerKV,
@@ -103,7 +103,7 @@ def attend_cache(
     lengths: jax.Array,
     lowest: jax.Array | None,
     *,
-    of: Scores,
+    how: Scores,
 ) -> jax.Array:
     """Queries `[B, H, N, Dh]` over the first `lengths` i32 `[B]` positions of a cache `[B, Hkv, S, Dh]`, from `lowest`
     i32 `[B, N]` on if given, and over `own` `[B, Hkv, T, Dh]` as far as `seen` bool `[B or 1, N or 1, T]`."""
@@ -158,7 +158,7 @@ def attend_cache(
     arrays, specs = zip(*inputs, strict=True)
     held = [(plan.heads, plan.rows, size) for size in (LANES, LANES, head_dim)]
     out = pl.pallas_call(
-        partial(_step, of=of, windowed=lowest is not None, ragged=capacity % plan.size > 0),
+        partial(_step, how=how, windowed=lowest is not None, ragged=capacity % plan.size > 0),
         out_shape=jax.ShapeDtypeStruct(queries.shape, query.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(Work._fields) - 1,
@@ -210,7 +210,7 @@ def _step(rows, blocks, first, last, lengths, query, keys, values, own_keys, own
 
     def scores(keys: jax.Array, visible: jax.Array) -> jax.Array:  # [h, R, S]
         products = jax.lax.dot_general(query[0], keys, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
-        return jnp.where(visible[None], static["of"].of(products, query.shape[-1]), MASKED)
+        return jnp.where(visible[None], static["how"].scores(products, query.shape[-1]), MASKED)
 
     def mix(weights: jax.Array, values: jax.Array) -> jax.Array:  # [h, R, Dh]
         return jax.lax.dot_general(

@@ -22,7 +22,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha,
 )
 
-from jaxspec.kernels.cached import LANES, lacks
+from jaxspec.kernels.cached import LANES
 from jaxspec.kernels.segments import Keys, Scores, Segment
 
 Backend = Literal["xla", "cudnn"]
@@ -39,19 +39,16 @@ def splash_fits(query: jax.Array, segments: Sequence[Segment]) -> bool:
     return alone and first.kv.keys.shape[2] == length >= SHORT
 
 
-splash_lacks = lacks
-
-
-def splash(query: jax.Array, segments: Sequence[Segment], of: Scores = Scores()) -> jax.Array:
+def splash(query: jax.Array, segments: Sequence[Segment], how: Scores = Scores()) -> jax.Array:
     """As `plain.attend`, of what fits; where there is no TPU, under `pltpu.force_tpu_interpret_mode` only."""
     ((kv, mask),) = segments
     lengths = jnp.full((query.shape[0],), query.shape[2]) if mask.lengths is None else mask.lengths
-    return splash_segment(query, kv, lengths, of=of, causal=mask.causal)
+    return splash_segment(query, kv, lengths, how=how, causal=mask.causal)
 
 
-@partial(jax.jit, static_argnames=("of", "causal"))
+@partial(jax.jit, static_argnames=("how", "causal"))
 def splash_segment(
-    query: jax.Array, kv: Sequence[jax.Array], lengths: jax.Array, *, of: Scores, causal: bool
+    query: jax.Array, kv: Sequence[jax.Array], lengths: jax.Array, *, how: Scores, causal: bool
 ) -> jax.Array:
     """Queries `[B, H, N, Dh]` over keys and values `[B, Hkv, N, Dh]`, of which the first `lengths` i32 `[B]` are seen
     (of none, the first)."""
@@ -65,7 +62,7 @@ def splash_segment(
         block_sizes=BlockSizes(block_q=block, block_kv=block, block_kv_compute=block),
         head_shards=1,
         q_seq_shards=1,
-        attn_logits_soft_cap=of.soft_cap,
+        attn_logits_soft_cap=how.soft_cap,
     )
 
     def of_row(row: tuple[jax.Array, ...]) -> jax.Array:
@@ -75,16 +72,16 @@ def splash_segment(
         assert isinstance(out, jax.Array)  # a pair where residuals are asked for
         return out
 
-    scaled = (query.astype(jnp.float32) * of.factor(head_dim)).astype(query.dtype)
+    scaled = (query.astype(jnp.float32) * how.factor(head_dim)).astype(query.dtype)
     # One row after another: interpret mode knows no batches of a kernel.
     out = jax.lax.map(of_row, (*(jnp.pad(x, room) for x in (scaled, *kv)), lengths))
     return out[:, :, :length]
 
 
-def cudnn_lacks(query: jax.Array, segments: Sequence[Segment], of: Scores = Scores()) -> str | None:
+def cudnn_lacks(query: jax.Array, segments: Sequence[Segment], how: Scores = Scores()) -> str | None:
     """What cuDNN's attention does not have, as a clause; None if it has all."""
-    if of.soft_cap is not None:
-        return joined_lacks(query, segments, of)
+    if how.soft_cap is not None:
+        return joined_lacks(query, segments, how)
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{query.dtype}, where it has bfloat16 and float16"
     if any(x.dtype != query.dtype for segment in segments for x in segment.kv):
@@ -94,16 +91,16 @@ def cudnn_lacks(query: jax.Array, segments: Sequence[Segment], of: Scores = Scor
     return None
 
 
-def joined_lacks(query: jax.Array, segments: Sequence[Segment], of: Scores = Scores()) -> str | None:
+def joined_lacks(query: jax.Array, segments: Sequence[Segment], how: Scores = Scores()) -> str | None:
     """What `jax.nn.dot_product_attention` does not have, as a clause."""
-    return None if of.soft_cap is None else "soft caps"
+    return None if how.soft_cap is None else "soft caps"
 
 
 def joined(
-    query: jax.Array, segments: Sequence[Segment], of: Scores = Scores(), *, backend: Backend = "xla"
+    query: jax.Array, segments: Sequence[Segment], how: Scores = Scores(), *, backend: Backend = "xla"
 ) -> jax.Array:
     """As `plain.attend`, by `jax.nn.dot_product_attention` segment by segment; `backend` is its `implementation`."""
-    parts = [of_segment(query, segment, of.scale, backend) for segment in segments]
+    parts = [of_segment(query, segment, how.scale, backend) for segment in segments]
     peak = reduce(jnp.maximum, [held for _, held in parts])
     shares = [jnp.exp(held - peak) for _, held in parts]
     out = reduce(jnp.add, [part * share for (part, _), share in zip(parts, shares, strict=True)])

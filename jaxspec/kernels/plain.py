@@ -17,37 +17,37 @@ PART = 128
 """Positions of a roomy cache that are read at a time."""
 
 
-def attend(query: jax.Array, segments: Sequence[Segment], of: Scores = Scores()) -> jax.Array:
+def attend(query: jax.Array, segments: Sequence[Segment], how: Scores = Scores()) -> jax.Array:
     """Softmax attention over the union of the segments, with grouped query heads, softmax in float32.
 
-    `query` is `[B, H, N, Dh]`, H a multiple of Hkv; scores are those `of` the products. Returns `[B, H, N, Dh]` in the
-    query's dtype. A query that sees nothing returns some finite average (of padding). From `LONG` on, queries are taken
-    in blocks, so that no more than `[B, H, BLOCK, S]` scores are held at once.
+    `query` is `[B, H, N, Dh]`, H a multiple of Hkv; `how` says what products of queries and keys become. Returns
+    `[B, H, N, Dh]` in the query's dtype. A query that sees nothing returns some finite average (of padding). From
+    `LONG` on, queries are taken in blocks, so that no more than `[B, H, BLOCK, S]` scores are held at once.
     """
     batch, heads, length, head_dim = query.shape
     keys = merged(segments)
     if length < LONG:
         numbers = jnp.arange(length)
         if len(keys) == 1 or not keys[0].is_roomy_cache:
-            return attend_block(query, numbers, keys, of)
+            return attend_block(query, numbers, keys, how)
         # Other backends start a kernel for every step of a loop, which takes longer than reading what is not filled.
         return jax.lax.platform_dependent(
             query,
             keys,
-            cpu=lambda query, keys: attend_filled(query, numbers, keys, of),
-            default=lambda query, keys: attend_block(query, numbers, keys, of),
+            cpu=lambda query, keys: attend_filled(query, numbers, keys, how),
+            default=lambda query, keys: attend_block(query, numbers, keys, how),
         )
     blocks = -(-length // BLOCK)
     # Padded, so that no length switches blocks off.
     padded = jnp.pad(query, ((0, 0), (0, 0), (0, blocks * BLOCK - length), (0, 0)))
     queries = jnp.moveaxis(padded.reshape(batch, heads, blocks, BLOCK, head_dim), 2, 0)
     numbers = jnp.arange(blocks * BLOCK).reshape(blocks, BLOCK)
-    one = jax.checkpoint(lambda block: attend_block(block[0], block[1], keys, of))
+    one = jax.checkpoint(lambda block: attend_block(block[0], block[1], keys, how))
     out = jax.lax.map(one, (queries, numbers))
     return jnp.moveaxis(out, 0, 2).reshape(padded.shape)[:, :, :length]
 
 
-def attend_block(query: jax.Array, numbers: jax.Array, segments: Sequence[Keys], of: Scores) -> jax.Array:
+def attend_block(query: jax.Array, numbers: jax.Array, segments: Sequence[Keys], how: Scores) -> jax.Array:
     """The same for all queries `[B, H, n, Dh]` at once, which have these `numbers` i32 `[n]` in the masks."""
     batch, heads, length, head_dim = query.shape
     kv_heads = segments[0].kv.keys.shape[1]
@@ -57,7 +57,7 @@ def attend_block(query: jax.Array, numbers: jax.Array, segments: Sequence[Keys],
 
     def scores(keys: Keys) -> jax.Array:  # [B, Hkv, G, n, S]
         logits = jnp.einsum("bhnd,bhsd->bhns", queries, keys.kv.keys, preferred_element_type=jnp.float32)
-        logits = of.of(logits.reshape(batch, kv_heads, groups, length, -1), head_dim)
+        logits = how.scores(logits.reshape(batch, kv_heads, groups, length, -1), head_dim)
         return jnp.where(keys.visible(numbers)[:, None, None], logits, MASKED)
 
     def mix(weights: jax.Array, keys: Keys) -> jax.Array:  # [B, Hkv, G * n, Dh]
@@ -75,7 +75,7 @@ def attend_block(query: jax.Array, numbers: jax.Array, segments: Sequence[Keys],
     return out.astype(query.dtype)
 
 
-def attend_filled(query: jax.Array, numbers: jax.Array, segments: Sequence[Keys], of: Scores) -> jax.Array:
+def attend_filled(query: jax.Array, numbers: jax.Array, segments: Sequence[Keys], how: Scores) -> jax.Array:
     """The same where the first segment is a roomy cache: time follows what is filled of it and within some query's
     window. What a row gets does not depend on how much the others have filled: parts that it does not see add zeros.
     """
@@ -87,7 +87,7 @@ def attend_filled(query: jax.Array, numbers: jax.Array, segments: Sequence[Keys]
 
     def scores(keys: jax.Array, visible: jax.Array) -> jax.Array:  # [B, Hkv, G * n, S]
         logits = jnp.einsum("bhnd,bhsd->bhns", queries, keys, preferred_element_type=jnp.float32)
-        logits = of.of(logits, head_dim)
+        logits = how.scores(logits, head_dim)
         grouped = logits.reshape(batch, kv_heads, heads // kv_heads, length, -1)
         return jnp.where(visible[:, None, None], grouped, MASKED).reshape(logits.shape)
 

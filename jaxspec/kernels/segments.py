@@ -27,7 +27,7 @@ class Scores(NamedTuple):
         """`scale` for heads of `head_dim` numbers."""
         return head_dim**-0.5 if self.scale is None else self.scale
 
-    def of(self, products: jax.Array, head_dim: int) -> jax.Array:
+    def scores(self, products: jax.Array, head_dim: int) -> jax.Array:
         """Of products f32 of queries and keys of `head_dim` numbers."""
         return self.capped(products * self.factor(head_dim))
 

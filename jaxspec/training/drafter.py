@@ -3,7 +3,7 @@ and logits are never stored), a method's recipe turns what it said into a loss.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -144,12 +144,6 @@ def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None, an
     check_records(recipe, target, records, held_out)
     training, validation = pipelines(recipe, records, held_out, encoder, answer_run or recipe.answer_run)
 
-    def loss(params, constants, batch, key):
-        rest, model_params = constants
-        model = nnx.merge(model_graph, model_params)
-        draft_model = nnx.merge(graph, params, rest)
-        return recipe.loss(draft_model, model, teach(model, batch, key, taps_of(draft_model)), key)
-
     def draft_model_of(*states) -> DraftModel:
         return nnx.merge(graph, *states)
 
@@ -177,13 +171,27 @@ def drafter_task(recipe: DrafterRecipe, target: jaxspec.Target | None = None, an
     return Task(
         params=params,
         constants=(rest, model_params),
-        loss=loss,
+        loss=loss_of(recipe, graph, model_graph),
         batches=training.batches,
         validation=validation,
         export=export,
         acceptance=Measurement(measure, recipe.acceptance_every, recipe.export_checkpoint) if questions else None,
         shortfall=training.shortfall,
     )
+
+
+def loss_of(
+    recipe: DrafterRecipe, graph: nnx.GraphDef[DraftModel], model_graph: nnx.GraphDef[VisionLanguageModel]
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """`loss(params, (rest, target's parameters), batch, key)` of a `Task`: what learns and what stays of a draft model
+    of structure `graph`, taught by a frozen target."""
+
+    def loss(params: Any, constants: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        rest, model_params = constants
+        model, draft_model = nnx.merge(model_graph, model_params), nnx.merge(graph, params, rest)
+        return recipe.loss(draft_model, model, teach(model, batch, key, taps_of(draft_model)), key)
+
+    return loss
 
 
 def load_teacher(recipe: DrafterRecipe) -> jaxspec.Target:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.layers import LanguageModel
-from jaxspec.speculation.vocabulary import largest
+from jaxspec.speculation.vocabulary import largest_tokens
 
 RANKED = 10
 """Tokens whose order the published ranking loss looks at."""
@@ -87,7 +87,7 @@ def probability_l1(logits: jax.Array, target_logits: jax.Array) -> jax.Array:
 
 def ranking(logits: jax.Array, target_logits: jax.Array, top: int = RANKED) -> jax.Array:
     """Negative Plackett-Luce log-likelihood of the target's order of its `top` tokens under the draft's logits."""
-    order = largest(target_logits, top)[1]  # [.., top]
+    order = largest_tokens(target_logits, top)[1]  # [.., top]
     chosen = jnp.take_along_axis(logits.astype(jnp.float32), order, axis=-1)
     remaining = jnp.flip(jax.lax.cumlogsumexp(jnp.flip(chosen, -1), axis=chosen.ndim - 1), -1)
     return -jnp.sum(chosen - remaining, axis=-1)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import aot_tpu
+from benchmarks import aot_programs, aot_tpu
+from benchmarks.aot_programs import Arm, Decoding
 from benchmarks.published import Published, abstract_model, square_picture, vispec_config
 from jaxspec.layers import TextConfig
 from jaxspec.speculation.tree import TreeConfig
@@ -29,16 +30,16 @@ TINY = Published(
     square_picture,
 )
 ARMS = {
-    "autoregressive": aot_tpu.Arm("tiny"),
-    "vispec": aot_tpu.Arm("tiny", "vispec", vispec_config, TreeConfig(2, 3, 8)),
-    "vispec-eighth": aot_tpu.Arm("tiny", "vispec", functools.partial(vispec_config, share=8), TreeConfig(2, 3, 8)),
-    "vispec-int8": aot_tpu.Arm("tiny", "vispec", functools.partial(vispec_config, own_head=True), quantize=True),
+    "autoregressive": Arm("tiny"),
+    "vispec": Arm("tiny", "vispec", vispec_config, TreeConfig(2, 3, 8)),
+    "vispec-eighth": Arm("tiny", "vispec", functools.partial(vispec_config, share=8), TreeConfig(2, 3, 8)),
+    "vispec-int8": Arm("tiny", "vispec", functools.partial(vispec_config, own_head=True), quantize=True),
 }
 
 
 @functools.cache
 def tiny_row(arm: str, program: str) -> dict:
-    decoding = aot_tpu.Decoding(TINY, ARMS[arm], jax.devices()[:1], 1, 128)
+    decoding = Decoding(TINY, ARMS[arm], jax.devices()[:1], 1, 128)
     about = {"arm": f"tiny/{arm}", "program": program, "kind": "v5e", "chips": 1, "batch": 1}
     return about | aot_tpu.Compile().told(about, getattr(decoding, program), decoding.resident(program))
 
@@ -67,7 +68,7 @@ def test_a_chunk_of_a_prompt_is_compiled_too():
 
 
 def test_an_int8_drafter_has_a_head_of_all_tokens():
-    decoding = aot_tpu.Decoding(TINY, ARMS["vispec-int8"], jax.devices()[:1], 1, 128)
+    decoding = Decoding(TINY, ARMS["vispec-int8"], jax.devices()[:1], 1, 128)
     head = decoding.draft_model.draft_head
     assert head.kernel.shape == (64, 320) and head.kernel.dtype == jnp.int8 and head.kernel_scale.shape == (1, 320)
     assert not any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(nnx.state(decoding.model)))
@@ -109,7 +110,7 @@ def test_what_a_compiler_refuses_is_read():
 
 
 def test_a_file_keeps_the_rows_of_other_commands(tmp_path, monkeypatch):
-    monkeypatch.setattr(aot_tpu, "topology", lambda name: jax.devices())
+    monkeypatch.setattr(aot_tpu, "chips_of", lambda kind, count: jax.devices()[:count])
     monkeypatch.setattr(aot_tpu, "version", lambda package: "none")
     monkeypatch.setitem(aot_tpu.TARGETS, "tiny", TINY)
     for name, arm in ARMS.items():
@@ -125,8 +126,8 @@ def test_a_file_keeps_the_rows_of_other_commands(tmp_path, monkeypatch):
 
 
 def test_groups_have_as_many_chips_as_divide_the_heads():
-    assert [aot_tpu.tensor_of(heads, 8) for heads in (32, 28, 16, 7)] == [8, 4, 8, 1]
-    assert aot_tpu.tensor_of(28, 4) == 4 and aot_tpu.tensor_of(32, 1) == 1
+    assert [aot_programs.tensor_of(heads, 8) for heads in (32, 28, 16, 7)] == [8, 4, 8, 1]
+    assert aot_programs.tensor_of(28, 4) == 4 and aot_programs.tensor_of(32, 1) == 1
 
 
 ON_A_MESH = """
@@ -135,10 +136,10 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 from jaxspec import demo
 from jaxspec.sharding import decoding_mesh
-from benchmarks import aot_tpu
+from benchmarks.aot_programs import Decoding
 from tests.benchmark.test_aot_tpu import ARMS, TINY
 
-decoding = aot_tpu.Decoding(TINY, ARMS["vispec"], jax.devices(), 1, 128)
+decoding = Decoding(TINY, ARMS["vispec"], jax.devices(), 1, 128)
 state, read = decoding.begun(), decoding.read()
 left = [getattr(decoding, program)().compile().output_shardings for program in ("decode", "prefill")]
 same = jax.tree.map(lambda leaf, there: leaf.sharding.is_equivalent_to(there, len(leaf.shape)), [state, read], left)

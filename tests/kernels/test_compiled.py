@@ -2,14 +2,15 @@
 
 import pytest
 
-from benchmarks.attention import CHIPS, compiled, kernels_in
+from benchmarks.attention import compiled, kernels_in
 from benchmarks.attention_shapes import SHAPES
+from benchmarks.tpu import TOPOLOGIES
 
 pytest.importorskip("libtpu", reason="compiles for TPUs: pip install libtpu")
 CHOSEN = [name for name in SHAPES if "batch" not in name]
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize("name", CHOSEN)
 def test_a_real_shape_compiles(name, chip):
     shape = SHAPES[name]
